@@ -1,0 +1,6 @@
+"""The exported folder: everything a checkpoint on the Hub needs besides torch and transformers."""
+
+from .configuration_stable_gpt import StableGPTConfig
+from .modeling_stable_gpt import StableGPTForCausalLM, StableGPTModel, StableGPTPreTrainedModel
+
+__all__ = ["StableGPTConfig", "StableGPTForCausalLM", "StableGPTModel", "StableGPTPreTrainedModel"]

@@ -1,0 +1,418 @@
+"""Configuration of StableGPT: every stability technique is one field, and off by default.
+
+Law of this file: a field that would be ignored is refused, so that no misspelt or contradictory
+setting ever trains the baseline in silence.
+"""
+
+import difflib
+import math
+import warnings
+from dataclasses import fields
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import GenerationConfig
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+# The papers' labels. Sizes are recipes, not presets.
+PRESETS: dict[str, dict[str, Any]] = {
+    "baseline": {},
+    "soft_temp": {"attention_multiplier": 0.5},
+    "soft_cap": {"attn_logit_softcapping": 50.0},
+    "soft_clip": {"attention_clip_gamma": -0.03, "attention_clip_zeta": 1.03},
+    "sigma_reparam": {"sigma_reparam": True},
+    "layer_scale": {"layer_scale": 1e-5},
+    "qk_norm": {"qk_norm": "head"},
+    "qk_norm_cap": {"qk_norm": "head", "attn_logit_softcapping": 50.0},
+    "qkv_norm": {"qk_norm": "head", "v_norm": "head", "attention_pre_norm": False},
+    "qk_fc_norm": {"qk_norm": "head", "attention_post_norm": True, "mlp_post_norm": True},
+    "scaled_embed": {"embedding_scale": "sqrt_hidden", "initializer": "small"},
+    "embed_norm": {"embedding_norm": True, "initializer": "small"},
+    "embed_detach": {"embedding_detach": 0.1, "initializer": "small"},
+    "z_loss": {"z_loss": 1e-4},
+    "mup": {"mup_base_width": 256},
+}
+
+# What Transformers itself passes to, or stores in, any configuration besides the declared fields.
+_HOST_KEYWORDS = {
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "partial_rotary_factor",
+    "quantization_config",
+    "rope_scaling",
+    "rope_theta",
+    "torch_dtype",
+    "use_return_dict",
+}
+
+# A clipped row keeps only keys whose probability exceeds -gamma / (zeta - gamma). At initialization
+# rows are near uniform, and beyond this product hardly any row keeps one (Bondarenko et al. 2023
+# scale gamma by the length for this reason).
+_DEAD_ROWS_PRODUCT = 8.0
+
+
+@strict
+class StableGPTConfig(PreTrainedConfig):
+    r"""Configuration of a [`StableGPTModel`], a pre-norm decoder with squared ReLU and RoPE.
+
+    Defaults are the baseline of Rybakov et al. 2024 (arXiv 2410.16682, section 3) at the width of
+    GPT-2 small. Fields are grouped by the room of the model that they fill; the value shown is
+    neutral, that is, off.
+
+    Args:
+        vocab_size: number of token ids.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the MLP; None is four times `hidden_size`.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: number of query heads.
+        num_key_value_heads: number of key and value heads; None is `num_attention_heads`.
+        head_dim: width of one head; None is `hidden_size / num_attention_heads`.
+        max_position_embeddings: longest sequence, in tokens.
+        hidden_act: activation of the MLP, a name of Transformers' `ACT2FN`.
+        rope_parameters: rotary embedding in Transformers' form, e.g. `{"rope_theta": 10000.0}`.
+        tie_word_embeddings: whether the head shares the embedding's weight.
+        attention_dropout: dropout probability of attention weights in training.
+
+        norm: (branch) "layernorm" or "rmsnorm", for every norm of the model.
+        norm_bias: (branch) whether norms add a bias.
+        norm_eps: (branch) epsilon inside the root of every norm.
+        zero_centered_norm: (branch) gains are stored as their distance from 1 (LayerNorm1P), so
+            that weight decay pulls them to 1.
+        attention_pre_norm: (branch) norm before the attention branch.
+        mlp_pre_norm: (branch) norm before the MLP branch.
+        attention_post_norm: (branch) norm on Proj's output before the residual add (Rybakov et
+            al., QK_FC_norm).
+        mlp_post_norm: (branch) the same on FC2's output.
+        post_norm_gain: (branch) initial gain of the two post norms.
+        layer_scale: (branch) initial value of the LayerScale vectors (Touvron et al. 2021);
+            None is off.
+        embedding_scale: (branch) multiplies the embedding output; "sqrt_hidden" is Scaled Embed
+            (Takase et al. 2023, section 4).
+        embedding_norm: (branch) norm on the embedding output (Embed LN).
+        embedding_detach: (branch) share of the gradient that reaches the embedding (Embed Detach,
+            GLM-130B: 0.1); 1.0 is off.
+
+        sigma_reparam: (linear) W is replaced by gain * W / sigma(W) in the four linears of every
+            block (Zhai et al. 2023).
+        sigma_gain_init: (linear) "one" (the paper's text) or "spectral" (the PyTorch release: the
+            function is unchanged at initialization).
+        mup_base_width: (linear) width at which learning rates were tuned (simple muP, Wortsman et
+            al. 2023): matrices begin with variance, and train with learning rate, scaled by
+            base / width; None is off. The learning rates are `hf_stable.optim`'s work.
+
+        qk_norm: (score) norm on queries and keys before RoPE, per "head" (one gain shared by the
+            heads) or over the "full" projection; None is off.
+        v_norm: (score) the same on values.
+        attention_multiplier: (score) soft_temp's beta, multiplies the scaled logits.
+        attn_logit_softcapping: (score) tanh cap of the attention logits; None is off.
+        attention_clip_gamma: (score) lower stretch of the clipped softmax, <= 0 (Bondarenko et al.
+            2023); None is off.
+        attention_clip_zeta: (score) upper stretch, >= 1.
+        attention_clip_alpha: (score) instead of gamma: gamma = -alpha / visible keys of the row.
+
+        final_logit_softcapping: (head) tanh cap of the output logits; None is off.
+        z_loss: (head) coefficient of the squared log partition function, added to the loss.
+
+        initializer: (init) "normal" (std `initializer_range`), "small" (std sqrt(2 / (5 hidden)))
+            or "fan_in" (truncated normal, std 1 / sqrt(fan_in)).
+        initializer_range: (init) std of the "normal" initializer.
+        embedding_std: (init) std of the embedding; None is the initializer's.
+        depth_scaled_init: (init) Proj and FC2 begin 1 / sqrt(2 layers) smaller.
+
+    Raises:
+        ValueError: for an unknown keyword (the message has the nearest field's name) and for any
+            combination that could not work or would be ignored.
+    """
+
+    model_type = "stable_gpt"
+    keys_to_ignore_at_inference = ["past_key_values", "ce_loss", "z_loss"]
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 50304
+    hidden_size: int = 768
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 4096
+    hidden_act: str = "relu2"
+    rope_parameters: RopeParameters | dict | None = None
+    tie_word_embeddings: bool = False
+    attention_dropout: int | float = 0.0
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_bias: bool = False
+    norm_eps: int | float = 1e-6
+    zero_centered_norm: bool = False
+    attention_pre_norm: bool = True
+    mlp_pre_norm: bool = True
+    attention_post_norm: bool = False
+    mlp_post_norm: bool = False
+    post_norm_gain: int | float = 1.0
+    layer_scale: int | float | None = None
+    embedding_scale: int | float | str = 1.0
+    embedding_norm: bool = False
+    embedding_detach: int | float = 1.0
+
+    sigma_reparam: bool = False
+    sigma_gain_init: Literal["one", "spectral"] = "one"
+    mup_base_width: int | None = None
+
+    qk_norm: Literal["head", "full"] | None = None
+    v_norm: Literal["head", "full"] | None = None
+    attention_multiplier: int | float = 1.0
+    attn_logit_softcapping: int | float | None = None
+    attention_clip_gamma: int | float | None = None
+    attention_clip_zeta: int | float = 1.0
+    attention_clip_alpha: int | float | None = None
+
+    final_logit_softcapping: int | float | None = None
+    z_loss: int | float = 0.0
+
+    initializer: Literal["normal", "small", "fan_in"] = "normal"
+    initializer_range: int | float = 0.02
+    embedding_std: int | float | None = None
+    depth_scaled_init: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self._refuse_unknown(kwargs)
+        self._require_counts("hidden_size", "num_attention_heads")
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads="
+                    f"{self.num_attention_heads}: change one of them, or give head_dim."
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+        self.check()
+
+    def check(self) -> None:
+        """Check all fields together; a model does it once more when it is built.
+
+        Raises:
+            ValueError: naming the field, its value and the remedy.
+        """
+        self._check_geometry()
+        self._check_branch()
+        self._check_linear()
+        self._check_score()
+        self._check_head()
+        self._check_init()
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "StableGPTConfig":
+        """Build the configuration that a paper calls `name`.
+
+        Args:
+            name: a key of `PRESETS`, e.g. "qk_norm_cap".
+            overrides: further fields; they win over the preset's.
+
+        Raises:
+            ValueError: when `name` is no preset.
+        """
+        if name not in PRESETS:
+            raise ValueError(
+                f"preset {name!r} is unknown{_nearest(name, PRESETS)}. "
+                f"Known presets: {', '.join(PRESETS)}."
+            )
+        return cls(**{**PRESETS[name], **overrides})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        if not kwargs.get("return_unused_kwargs", False):
+            cls._refuse_unknown({key: value for key, value in kwargs.items() if key[0] != "_"})
+        return super().from_dict(config_dict, **kwargs)
+
+    @property
+    def embedding_multiplier(self) -> float:
+        """The number that multiplies the embedding output."""
+        if self.embedding_scale == "sqrt_hidden":
+            return math.sqrt(self.hidden_size)
+        return float(self.embedding_scale)
+
+    @property
+    def clips_attention(self) -> bool:
+        """Whether attention uses the clipped softmax."""
+        return (
+            self.attention_clip_gamma is not None
+            or self.attention_clip_alpha is not None
+            or self.attention_clip_zeta != 1.0
+        )
+
+    @property
+    def learning_rate_multiplier(self) -> float:
+        """Factor on the learning rate of every matrix but the embedding (simple muP), else 1.0."""
+        return 1.0 if self.mup_base_width is None else self.mup_base_width / self.hidden_size
+
+    @classmethod
+    def _refuse_unknown(cls, keywords: dict[str, Any]) -> None:
+        known = {field.name for field in fields(cls)}
+        allowed = known | _HOST_KEYWORDS | set(GenerationConfig._get_default_generation_params())
+        allowed.add("return_unused_kwargs")
+        for key, value in keywords.items():
+            if key == "per_layer_config" and value:
+                raise ValueError(
+                    "per_layer_config: StableGPT builds all layers alike and would ignore it; "
+                    "set the fields for the whole model."
+                )
+            if key not in allowed and key != "per_layer_config" and not key.startswith("_"):
+                raise ValueError(
+                    f"StableGPTConfig has no field {key!r} (given {value!r}){_nearest(key, known)}."
+                )
+
+    def _check_geometry(self) -> None:
+        """Counts and shapes that must fit together."""
+        self._require_counts(
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+        )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}: every key head serves the same "
+                "number of query heads."
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"head_dim={self.head_dim} is odd, but RoPE rotates pairs: make it even."
+            )
+        self._require("attention_dropout", 0.0 <= self.attention_dropout < 1.0, "in [0, 1)")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"hidden_act={self.hidden_act!r} is no activation of Transformers"
+                f"{_nearest(self.hidden_act, ACT2FN)}."
+            )
+        theta = self.rope_parameters["rope_theta"]
+        if not (isinstance(theta, (int, float)) and math.isfinite(theta) and theta > 0):
+            raise ValueError(
+                f"rope_parameters: rope_theta={theta!r} must be greater than 0 and finite."
+            )
+
+    def _check_branch(self) -> None:
+        """The branch room."""
+        self._require_positive("norm_eps")
+        self._require_finite("post_norm_gain", "layer_scale")
+        if isinstance(self.embedding_scale, str):
+            self._require(
+                "embedding_scale",
+                self.embedding_scale == "sqrt_hidden",
+                'a number or "sqrt_hidden"',
+            )
+        else:
+            self._require_positive("embedding_scale")
+        self._require("embedding_detach", 0.0 <= self.embedding_detach <= 1.0, "in [0, 1]")
+        if self.post_norm_gain != 1.0 and not (self.attention_post_norm or self.mlp_post_norm):
+            raise ValueError(
+                f"post_norm_gain={self.post_norm_gain} would be ignored: set attention_post_norm "
+                "or mlp_post_norm to True, or leave the gain at 1.0."
+            )
+
+    def _check_linear(self) -> None:
+        """The linear room."""
+        if self.sigma_gain_init != "one" and not self.sigma_reparam:
+            raise ValueError(
+                f"sigma_gain_init={self.sigma_gain_init!r} would be ignored: set "
+                'sigma_reparam=True, or leave it at "one".'
+            )
+        if self.mup_base_width is not None:
+            self._require_counts("mup_base_width")
+
+    def _check_score(self) -> None:
+        """The score room."""
+        self._require_positive("attention_multiplier", "attn_logit_softcapping")
+        self._require_finite("attention_clip_gamma", "attention_clip_zeta", "attention_clip_alpha")
+        gamma, zeta, alpha = (
+            self.attention_clip_gamma,
+            self.attention_clip_zeta,
+            self.attention_clip_alpha,
+        )
+        if gamma is not None and alpha is not None:
+            raise ValueError(
+                f"attention_clip_gamma={gamma} and attention_clip_alpha={alpha} exclude each "
+                "other: alpha gives every row its own gamma. Set one of them to None."
+            )
+        # A positive gamma would give masked, that is future, keys a weight.
+        self._require("attention_clip_gamma", gamma is None or gamma <= 0, "<= 0")
+        self._require("attention_clip_zeta", zeta >= 1, ">= 1")
+        self._require("attention_clip_alpha", alpha is None or alpha > 0, "> 0")
+        if gamma is not None and -gamma * self.max_position_embeddings > _DEAD_ROWS_PRODUCT:
+            warnings.warn(
+                f"attention_clip_gamma={gamma} with max_position_embeddings="
+                f"{self.max_position_embeddings}: -gamma * length = "
+                f"{-gamma * self.max_position_embeddings:.3g} > {_DEAD_ROWS_PRODUCT:g}, so most "
+                "rows of the full length are exactly zero, without gradient, at initialization. "
+                "attention_clip_alpha scales gamma by the length of each row.",
+                stacklevel=4,
+            )
+
+    def _check_head(self) -> None:
+        """The head room."""
+        self._require_positive("final_logit_softcapping")
+        self._require("z_loss", math.isfinite(self.z_loss) and self.z_loss >= 0, ">= 0 and finite")
+
+    def _check_init(self) -> None:
+        """The init room."""
+        self._require_positive("initializer_range", "embedding_std")
+        if self.initializer != "normal" and self.initializer_range != 0.02:
+            raise ValueError(
+                f"initializer_range={self.initializer_range} would be ignored by "
+                f'initializer={self.initializer!r}: use initializer="normal", or leave it at 0.02.'
+            )
+
+    def _require(self, field: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise ValueError(f"{field}={getattr(self, field)!r} must be {wanted}.")
+
+    def _require_counts(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            self._require(
+                name, isinstance(value, int) and value >= 1, "a whole number of at least 1"
+            )
+
+    def _require_finite(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            self._require(name, value is None or math.isfinite(value), "finite")
+
+    def _require_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            fine = value is None or (math.isfinite(value) and value > 0)
+            self._require(name, fine, "greater than 0 and finite")
+
+
+def _nearest(name: str, known: Any) -> str:
+    """The words that suggest the known name nearest to a misspelt one, or none."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+__all__ = ["PRESETS", "StableGPTConfig"]

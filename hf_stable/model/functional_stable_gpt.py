@@ -1,0 +1,341 @@
+"""The mathematics of StableGPT in plain torch: what runs on a CPU and what every kernel must equal.
+
+Law of this file: functions of tensors and numbers, whose neutral argument (None or 1.0) is off; the
+one `if` on a technique lives inside its function. Statistics are held in at least fp32.
+
+Shape letters: B batch, H query heads, G key heads, Q queries, K keys, D head width, T tokens,
+C width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+# Bytes of one chunk of fp32 logits. A CPU wants them near its caches, a GPU few, large GEMMs.
+CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**31}
+
+
+def statistics_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype for sums over `tensor`: at least fp32, and float64 stays float64."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def softcap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """Bound logits smoothly: cap * tanh(logits / cap) (Rybakov et al. 2024, soft_cap; Gemma 2).
+
+    Args:
+        logits: any shape, any float dtype.
+        cap: bound on the absolute value; None is off.
+    """
+    if cap is None:
+        return logits
+    return torch.tanh(logits / cap) * cap
+
+
+def clip_probabilities(
+    probs: torch.Tensor,
+    visible_keys: torch.Tensor,
+    gamma: float | None,
+    zeta: float,
+    alpha: float | None,
+) -> torch.Tensor:
+    """Stretch probabilities to [gamma, zeta], clip them to [0, 1] (Bondarenko et al. 2023, eq. 4).
+
+    Rows are not renormalised, and a clipped entry has no gradient.
+
+    Args:
+        probs: (B, H, Q, K) probabilities.
+        visible_keys: (B or 1, 1, Q, 1) number of keys that each row may attend to.
+        gamma: lower stretch, <= 0; None is 0.
+        zeta: upper stretch, >= 1.
+        alpha: if given, gamma is -alpha / visible_keys instead.
+    """
+    if gamma is None and alpha is None and zeta == 1.0:
+        return probs
+    lower = -alpha / visible_keys.clamp(min=1) if alpha is not None else gamma or 0.0
+    return ((zeta - lower) * probs + lower).clamp(0.0, 1.0)
+
+
+def _causal_mask(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """(1, 1, Q, K) boolean: the last query sees every key."""
+    num_queries, num_keys = query.shape[-2], key.shape[-2]
+    ones = torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool, device=query.device)
+    return ones.tril(diagonal=num_keys - num_queries)
+
+
+def attention_probabilities(
+    scores: torch.Tensor,
+    attention_mask: torch.Tensor,
+    *,
+    softcap: float | None = None,
+    clip_gamma: float | None = None,
+    clip_zeta: float = 1.0,
+    clip_alpha: float | None = None,
+) -> torch.Tensor:
+    """From scaled scores to what multiplies the values: cap, mask, softmax, clip, in this order.
+
+    Capping after masking would lift masked keys from -inf to -cap (techniques.md, Softcap).
+
+    Args:
+        scores: (B, H, Q, K), already scaled.
+        attention_mask: (B or 1, 1, Q, K), boolean (True is visible) or additive.
+
+    Returns:
+        (B, H, Q, K) in at least fp32. A row that may see no key at all is zero.
+    """
+    scores = scores.to(statistics_dtype(scores))
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if attention_mask.dtype == torch.bool:
+        visible = attention_mask
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    else:
+        visible = attention_mask > torch.finfo(attention_mask.dtype).min
+        scores = scores + attention_mask
+    visible_keys = visible.sum(dim=-1, keepdim=True)
+    probs = clip_probabilities(scores.softmax(-1), visible_keys, clip_gamma, clip_zeta, clip_alpha)
+    return probs * (visible_keys > 0)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    clip_gamma: float | None = None,
+    clip_zeta: float = 1.0,
+    clip_alpha: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention with every technique of the score room: the "eager" backend and the oracle.
+
+    Args:
+        module: the calling attention layer; read for `training`.
+        query: (B, H, Q, D). key, value: (B, G, K, D) with H a multiple of G.
+        attention_mask: (B or 1, 1, Q, K), boolean or additive; None is causal.
+        scaling: multiplies the scores; soft_temp's beta is already in it.
+        dropout: probability of dropping an attention weight in training.
+        softcap: tanh cap of the scaled scores; None is off.
+        clip_gamma, clip_zeta, clip_alpha: clipped softmax, see `clip_probabilities`.
+
+    Returns:
+        Output (B, Q, H, D) in the query's dtype, and the weights (B, H, Q, K).
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if attention_mask is None:
+        attention_mask = _causal_mask(query, key)
+    probs = attention_probabilities(
+        torch.matmul(query * scaling, key.transpose(-1, -2)),
+        attention_mask,
+        softcap=softcap,
+        clip_gamma=clip_gamma,
+        clip_zeta=clip_zeta,
+        clip_alpha=clip_alpha,
+    ).to(query.dtype)
+    probs = nn.functional.dropout(probs, p=dropout, training=module.training)
+    return torch.matmul(probs, value).transpose(1, 2).contiguous(), probs
+
+
+class _SquaredReLU(torch.autograd.Function):
+    """relu(x)^2 that keeps only its output, which the next matrix keeps anyway."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        positive = hidden.clamp(min=0)
+        return positive * positive
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> torch.Tensor:
+        (output,) = ctx.saved_tensors
+        return grad_output * (2 * output.sqrt())
+
+
+def squared_relu(hidden: torch.Tensor) -> torch.Tensor:
+    """relu(x)^2 (So et al. 2021), with one tensor of `hidden`'s shape kept for the backward."""
+    return _SquaredReLU.apply(hidden)
+
+
+def scale_gradient(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+    """Let `factor` of the gradient through: factor * x + (1 - factor) * stopgrad(x), value x.
+
+    Embed Detach (Takase et al. 2023, section 4.1; GLM-130B). A factor of 1.0 is off.
+    """
+    if factor == 1.0:
+        return tensor
+    fixed = tensor.detach()
+    # x + factor * 0 instead of the formula above, whose rounding would change the value.
+    return fixed + factor * (tensor - fixed)
+
+
+def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding (Su et al. 2021) of the first `cos.shape[-1]` channels of a head.
+
+    Args:
+        heads: (B, H, Q, D). cos, sin: (B or 1, 1, Q, R), R <= D.
+    """
+    width = cos.shape[-1]
+    turned, rest = heads[..., :width], heads[..., width:]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return turned if width == heads.shape[-1] else torch.cat((turned, rest), dim=-1)
+
+
+def power_iteration(
+    weight: torch.Tensor, u: torch.Tensor, v: torch.Tensor, steps: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advance estimates of the top singular vectors: u <- W v, v <- W^T u, both normalised.
+
+    Args:
+        weight: (N, M). u: (N,). v: (M,).
+
+    Returns:
+        The new u and v. sigma(W) is u^T W v (Zhai et al. 2023, algorithm 1).
+    """
+    for _ in range(steps):
+        u = nn.functional.normalize(weight @ v, dim=0)
+        v = nn.functional.normalize(weight.T @ u, dim=0)
+    return u, v
+
+
+def top_singular_vectors(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact top singular vectors of (N, M) `weight`, by the smaller Gram matrix in float64.
+
+    A random matrix has no spectral gap, so power iteration from a random start would need hundreds
+    of steps to be as close.
+    """
+    matrix = weight.double()
+    tall = matrix.shape[0] >= matrix.shape[1]
+    gram = matrix.T @ matrix if tall else matrix @ matrix.T
+    top = torch.linalg.eigh(gram).eigenvectors[:, -1]
+    other = nn.functional.normalize(matrix @ top if tall else matrix.T @ top, dim=0)
+    u, v = (other, top) if tall else (top, other)
+    return u.to(weight.dtype), v.to(weight.dtype)
+
+
+def spectral_norm(weight: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """sigma(W) = u^T W v as a 0-d tensor, differentiable in W (its gradient is u v^T).
+
+    The division undoes rounding of u and v, whose norms are 1 only up to their dtype.
+    """
+    return torch.dot(u, weight @ v) / (u.norm() * v.norm())
+
+
+def _chunk_gradient(
+    logits: torch.Tensor, labels: torch.Tensor, lse: torch.Tensor, cap: float | None, z_loss: float
+) -> torch.Tensor:
+    """d(CE + z-loss)/d(uncapped logits) of each row, over `logits` in place where it can be.
+
+    (1 + 2 c log Z) softmax - onehot, times the cap's 1 - tanh^2; rows without a label are zero.
+    """
+    slope = None if cap is None else 1 - (logits / cap).square()
+    grad = logits.sub_(lse[:, None]).exp_()
+    grad *= (1 + 2 * z_loss * lse)[:, None]
+    labelled = labels >= 0
+    grad[torch.arange(len(labels), device=labels.device), labels.clamp(min=0)] -= 1
+    grad *= labelled[:, None]
+    return grad if slope is None else grad.mul_(slope)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Head, cap, cross entropy and z-loss in chunks of tokens; gradients are made on the way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        denominator: torch.Tensor,
+        options: tuple[float | None, float, int, torch.dtype, bool],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        cap, z_loss, rows, gemm_dtype, with_gradient = options
+        wide = statistics_dtype(hidden)
+        head = weight.to(gemm_dtype)
+        ce = torch.zeros((), dtype=wide, device=hidden.device)
+        squared_log_z = torch.zeros_like(ce)
+        grad_hidden = torch.empty_like(hidden) if with_gradient else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if with_gradient else None
+        scale = torch.where(denominator > 0, 1 / denominator, 0).to(wide)
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            tokens, targets = hidden[part].to(gemm_dtype), labels[part]
+            logits = softcap((tokens @ head.T).to(wide), cap)
+            lse = logits.logsumexp(-1)
+            labelled = targets >= 0
+            picked = logits.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
+            ce += torch.where(labelled, lse - picked, 0).sum()
+            squared_log_z += torch.where(labelled, lse.square(), 0).sum()
+            if grad_hidden is not None and grad_weight is not None:
+                grad = _chunk_gradient(logits, targets, lse, cap, z_loss).mul_(scale).to(gemm_dtype)
+                grad_hidden[part] = grad @ head
+                # fp32 sums over chunks: bf16 sums lose the rare tokens of a large vocabulary.
+                grad_weight += grad.T @ tokens
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        ce, z = ce / denominator, z_loss * squared_log_z / denominator
+        ctx.mark_non_differentiable(ce, z)
+        return ce + z, ce, z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
+        return grad_hidden, (grad_weight * grad_loss).to(ctx.weight_dtype), None, None, None
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    num_items: torch.Tensor | int | None = None,
+    cap: float | None = None,
+    z_loss: float = 0.0,
+    chunk_bytes: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cross entropy of `softcap(hidden @ weight.T)` plus `z_loss * log^2 Z`, never holding (T, V).
+
+    z-loss: PaLM (Chowdhery et al. 2022, section 5); Wortsman et al. 2023, section 3.1.2. It has the
+    positions and the denominator of the cross entropy. Logits, log Z and the weight's gradient are
+    held in at least fp32; the three GEMMs run in `hidden`'s dtype, or autocast's.
+
+    Args:
+        hidden: (T, C). weight: (V, C).
+        labels: (T,) int64; a negative label, such as -100, is no target.
+        num_items: denominator; None is the number of targets.
+        cap: tanh cap of the logits; None is off.
+        z_loss: coefficient; 0.0 is off.
+        chunk_bytes: bytes of one chunk of fp32 logits; None is `CHUNK_BYTES` of the device.
+
+    Returns:
+        loss (differentiable), its cross entropy and its z-loss (both not), 0-d, loss = CE + z-loss.
+        NaN when there is no target, as in `torch.nn.functional.cross_entropy`, with zero gradients.
+    """
+    device = hidden.device.type
+    budget = chunk_bytes or CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"])
+    rows = max(1, budget // (4 * weight.shape[0]))
+    gemm_dtype = hidden.dtype
+    if torch.is_autocast_enabled(device):
+        gemm_dtype = torch.get_autocast_dtype(device)
+    count = (labels >= 0).sum() if num_items is None else num_items
+    denominator = torch.as_tensor(count, device=hidden.device).to(statistics_dtype(hidden))
+    with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    with torch.autocast(device, enabled=False):
+        return _LinearCrossEntropy.apply(
+            hidden, weight, labels, denominator, (cap, z_loss, rows, gemm_dtype, with_gradient)
+        )

@@ -1,0 +1,479 @@
+"""StableGPT: a decoder whose techniques are slots filled at construction.
+
+Law of this file: no `forward` tests a technique's field. A field fills a slot (a module, or
+`nn.Identity`) or is an argument of a pure function of `functional_stable_gpt`.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_stable_gpt import StableGPTConfig
+from .functional_stable_gpt import attention_forward, rotate, squared_relu
+from .slots_stable_gpt import (
+    StableGPTEmbedding,
+    StableGPTHead,
+    StableGPTHeadNorm,
+    StableGPTLayerScale,
+    StableGPTLinear,
+    StableGPTNorm,
+    StableGPTRotaryEmbedding,
+    StableGPTSigmaLinear,
+    embedding_std,
+    init_matrix,
+    init_sigma,
+)
+
+
+@dataclass
+class StableGPTCausalLMOutput(CausalLMOutputWithPast):
+    """Output of [`StableGPTForCausalLM`]: `loss` is the sum of `ce_loss` and `z_loss`.
+
+    Args:
+        ce_loss: cross entropy in nats per target, 0-d, detached; for perplexity.
+        z_loss: `config.z_loss` times the mean of log^2 Z, 0-d, detached.
+    """
+
+    ce_loss: torch.Tensor | None = None
+    z_loss: torch.Tensor | None = None
+
+
+# score: q, k, v and what happens before V -----------------------------------------------------
+
+
+def _score_arguments(config: StableGPTConfig) -> dict[str, float | None]:
+    """What a backend must know of the score room beyond the scale; empty when all of it is off."""
+    arguments: dict[str, float | None] = {}
+    if config.attn_logit_softcapping is not None:
+        arguments["softcap"] = config.attn_logit_softcapping
+    if config.clips_attention:
+        arguments["clip_gamma"] = config.attention_clip_gamma
+        arguments["clip_zeta"] = config.attention_clip_zeta
+        arguments["clip_alpha"] = config.attention_clip_alpha
+    return arguments
+
+
+def _score_norm(config: StableGPTConfig, scope: str | None, num_heads: int) -> nn.Module:
+    if scope is None:
+        return nn.Identity()
+    if scope == "head":
+        return StableGPTHeadNorm(config, config.head_dim)
+    return StableGPTNorm(config, num_heads * config.head_dim)
+
+
+class StableGPTAttention(nn.Module):
+    """Causal self-attention; `qkv_proj` rows are all query, then all key, then all value heads."""
+
+    def __init__(self, config: StableGPTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.attention_multiplier / math.sqrt(config.head_dim)
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.score_arguments = _score_arguments(config)
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.widths = [heads * config.head_dim, *[kv_heads * config.head_dim] * 2]
+        self.qkv_proj = _linear(config, config.hidden_size, sum(self.widths))
+        self.o_proj = _linear(config, self.widths[0], config.hidden_size, closes_branch=True)
+        self.q_norm = _score_norm(config, config.qk_norm, heads)
+        self.k_norm = _score_norm(config, config.qk_norm, kv_heads)
+        self.v_norm = _score_norm(config, config.v_norm, kv_heads)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: Any = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query, key, value = self.qkv_proj(hidden_states).split(self.widths, dim=-1)
+        query = self._heads(self.q_norm(query))
+        key = self._heads(self.k_norm(key))
+        value = self._heads(self.v_norm(value))
+        query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, attention_forward
+        )
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **self.score_arguments,
+            **kwargs,
+        )
+        return self.o_proj(output.flatten(-2)), weights
+
+    def _heads(self, projected: torch.Tensor) -> torch.Tensor:
+        """(B, Q, H * D) to (B, H, Q, D)."""
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+# the block ------------------------------------------------------------------------------------
+
+
+def _linear(
+    config: StableGPTConfig, in_features: int, out_features: int, closes_branch: bool = False
+) -> StableGPTLinear:
+    depth_scaled = closes_branch and config.depth_scaled_init
+    init_scale = 1 / math.sqrt(2 * config.num_hidden_layers) if depth_scaled else 1.0
+    kind = StableGPTSigmaLinear if config.sigma_reparam else StableGPTLinear
+    return kind(in_features, out_features, init_scale)
+
+
+def _norm(config: StableGPTConfig, present: bool, gain: float = 1.0) -> nn.Module:
+    return StableGPTNorm(config, config.hidden_size, gain) if present else nn.Identity()
+
+
+def _layer_scale(config: StableGPTConfig) -> nn.Module:
+    return nn.Identity() if config.layer_scale is None else StableGPTLayerScale(config)
+
+
+class StableGPTMLP(nn.Module):
+    """FC2(act(FC1 x)), with squared ReLU unless the config says otherwise."""
+
+    def __init__(self, config: StableGPTConfig) -> None:
+        super().__init__()
+        self.up_proj = _linear(config, config.hidden_size, config.intermediate_size)
+        self.act_fn = squared_relu if config.hidden_act == "relu2" else ACT2FN[config.hidden_act]
+        self.down_proj = _linear(
+            config, config.intermediate_size, config.hidden_size, closes_branch=True
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class StableGPTDecoderLayer(GradientCheckpointingLayer):
+    """Two branches, each pre-norm, map, post-norm, LayerScale, and the residual add."""
+
+    def __init__(self, config: StableGPTConfig, layer_idx: int) -> None:
+        super().__init__()
+        gain = config.post_norm_gain
+        self.input_layernorm = _norm(config, config.attention_pre_norm)
+        self.self_attn = StableGPTAttention(config, layer_idx)
+        self.post_attention_layernorm = _norm(config, config.attention_post_norm, gain)
+        self.attention_scale = _layer_scale(config)
+        self.pre_feedforward_layernorm = _norm(config, config.mlp_pre_norm)
+        self.mlp = StableGPTMLP(config)
+        self.post_feedforward_layernorm = _norm(config, config.mlp_post_norm, gain)
+        self.mlp_scale = _layer_scale(config)
+
+    def forward(
+        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> torch.Tensor:
+        branch, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        branch = self.attention_scale(self.post_attention_layernorm(branch))
+        hidden_states = hidden_states + branch
+        branch = self.mlp(self.pre_feedforward_layernorm(hidden_states))
+        return hidden_states + self.mlp_scale(self.post_feedforward_layernorm(branch))
+
+
+# the model ------------------------------------------------------------------------------------
+
+
+class StableGPTPreTrainedModel(PreTrainedModel):
+    """What Transformers asks of a model family: backends, initialization, names."""
+
+    config: StableGPTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["StableGPTDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": StableGPTDecoderLayer,
+        "attentions": StableGPTAttention,
+    }
+
+    def _refuse(self, backend: str, *fields: str) -> None:
+        """Raise for a field that `backend` would ignore: Transformers then falls back or stops."""
+        reference = StableGPTConfig()
+        for field in fields:
+            value = getattr(self.config, field)
+            if value != getattr(reference, field):
+                raise ValueError(
+                    f'attn_implementation="{backend}" cannot do {field}={value!r}: use '
+                    'attn_implementation="eager", which does everything'
+                    + (', or "flex_attention".' if field == "attn_logit_softcapping" else ".")
+                )
+
+    _CLIP = ("attention_clip_gamma", "attention_clip_zeta", "attention_clip_alpha")
+
+    def _sdpa_can_dispatch(self, is_init_check: bool = False) -> bool:
+        self._refuse("sdpa", "attn_logit_softcapping", *self._CLIP)
+        return super()._sdpa_can_dispatch(is_init_check)
+
+    def _flex_attn_can_dispatch(self, is_init_check: bool = False) -> bool:
+        self._refuse("flex_attention", *self._CLIP, "attention_dropout")
+        return super()._flex_attn_can_dispatch(is_init_check)
+
+    def _flash_attn_can_dispatch(
+        self, flash_attn_version: int, is_init_check: bool = False
+    ) -> bool:
+        name = f"flash_attention_{flash_attn_version}"
+        self._refuse(name, *self._CLIP)
+        if self.config.attn_logit_softcapping is not None:
+            self._refuse(name, "attention_dropout")
+        return super()._flash_attn_can_dispatch(flash_attn_version, is_init_check)
+
+    def get_correct_attn_implementation(
+        self, requested_attention: str | None, is_init_check: bool = False
+    ) -> str:
+        if requested_attention == "paged|eager":
+            self._refuse(requested_attention, "attn_logit_softcapping", *self._CLIP)
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, StableGPTLinear):
+            init_matrix(self.config, module)
+            if isinstance(module, StableGPTSigmaLinear):
+                init_sigma(self.config, module)
+        elif isinstance(module, StableGPTEmbedding):
+            init.normal_(module.weight, std=embedding_std(self.config))
+        elif isinstance(module, StableGPTNorm):
+            init.constant_(module.weight, module.initial_gain - module.origin)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, StableGPTLayerScale):
+            init.constant_(module.weight, module.initial_gain)
+        else:
+            super()._init_weights(module)
+
+    def _sigma_linears(self) -> Iterator[tuple[str, StableGPTSigmaLinear]]:
+        for name, module in self.named_modules():
+            if isinstance(module, StableGPTSigmaLinear):
+                yield name, module
+
+    def power_iterate(self, steps: int) -> None:
+        """Advance the singular vectors of every sigma-Reparam layer by `steps` power iterations."""
+        for _, linear in self._sigma_linears():
+            linear.power_iterate(steps)
+
+    def fold_sigma_reparam(self) -> "StableGPTPreTrainedModel":
+        """Replace every sigma-Reparam layer, in place, by the plain linear layer that it equals."""
+        for name, linear in list(self._sigma_linears()):
+            parent, _, child = name.rpartition(".")
+            setattr(self.get_submodule(parent), child, linear.fold())
+        self.base_model.followers = []
+        self.config.sigma_reparam = False
+        self.config.sigma_gain_init = "one"
+        return self
+
+
+class StableGPTModel(StableGPTPreTrainedModel):
+    """The decoder without its head."""
+
+    def __init__(self, config: StableGPTConfig) -> None:
+        super().__init__(config)
+        # Fields set on a config after its construction are checked here at the latest.
+        config.check()
+        self.embed_tokens = StableGPTEmbedding(config)
+        self.embed_norm = _norm(config, config.embedding_norm)
+        self.layers = nn.ModuleList(
+            StableGPTDecoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.norm = _norm(config, present=True)
+        self.rotary_emb = StableGPTRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        # In a list of their own, so that a forward does not walk the whole model to find them.
+        self.followers = [linear for _, linear in self._sigma_linears()]
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of every token.
+
+        Args:
+            input_ids: (B, Q) int64, or `inputs_embeds`: (B, Q, C), of which exactly one.
+            attention_mask: (B, K), 1 for tokens and 0 for padding, or a ready-made 4-d mask.
+            position_ids: (B, Q) int64. Without a mask and a cache, positions that restart at 0
+                begin a new document, which does not attend to the one before it.
+            past_key_values: keys and values as the scores use them, after norms and RoPE.
+
+        Raises:
+            ValueError: for ids outside the vocabulary (checked on a CPU only: elsewhere it would
+                stall the device), no tokens, or more than `max_position_embeddings`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        for linear in self.followers:
+            linear.follow_weight()
+        if inputs_embeds is None:
+            self._check_ids(input_ids)
+            inputs_embeds = self.embed_tokens(input_ids)
+        self._check_length(inputs_embeds.shape)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+            position_ids = position_ids.unsqueeze(0)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        hidden_states = self.embed_norm(inputs_embeds)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        )
+
+    def _check_ids(self, input_ids: torch.Tensor) -> None:
+        if torch.compiler.is_compiling() or input_ids.device.type != "cpu" or not input_ids.numel():
+            return
+        low, high = input_ids.aminmax()
+        if low < 0 or high >= self.embed_tokens.num_embeddings:
+            wrong = low if low < 0 else high
+            raise ValueError(
+                f"input_ids contains {wrong.item()}, but the vocabulary has the ids 0 to "
+                f"{self.embed_tokens.num_embeddings - 1}: the tokenizer is not this model's."
+            )
+
+    def _check_length(self, shape: torch.Size) -> None:
+        longest = self.config.max_position_embeddings
+        if 0 in shape[:2]:
+            raise ValueError(f"The batch has no tokens: its shape is {tuple(shape[:2])}.")
+        if shape[1] > longest and self.rotary_emb.rope_type == "default":
+            raise ValueError(
+                f"The sequence has {shape[1]} tokens, but max_position_embeddings={longest}: "
+                "shorten it, or load the model with a larger max_position_embeddings or another "
+                "rope_type in rope_parameters."
+            )
+
+
+class StableGPTForCausalLM(StableGPTPreTrainedModel, GenerationMixin):
+    """The decoder with its head, which makes logits or the loss."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: StableGPTConfig) -> None:
+        super().__init__(config)
+        self.model = StableGPTModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = StableGPTHead(config)
+        self.post_init()
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Give the head another weight; a plain linear layer would lose the cap and the loss."""
+        if new_embeddings.bias is not None:
+            raise ValueError("lm_head has no bias, but the new output embedding has one.")
+        self.lm_head.weight = new_embeddings.weight
+        self.lm_head.out_features = new_embeddings.out_features
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        *,
+        shift_labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        skip_logits: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> StableGPTCausalLMOutput:
+        """Logits, and with labels the loss: cross entropy plus z-loss.
+
+        Args (beyond [`StableGPTModel.forward`]):
+            labels: (B, Q) int64, shifted here; -100 is no target.
+            logits_to_keep: how many last positions get logits, 0 for all, or their indices.
+            shift_labels: (B, Q) int64, already shifted; wins over `labels`.
+            num_items_in_batch: denominator of both losses, for gradient accumulation.
+            skip_logits: whether a call with labels leaves `logits` None, so that no tensor of
+                tokens times vocabulary exists; None skips them in training.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if shift_labels is None and labels is not None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+        loss = ce_loss = z_loss = None
+        if shift_labels is not None:
+            loss, ce_loss, z_loss = self.lm_head(hidden_states, shift_labels, num_items_in_batch)
+        skip = self.training if skip_logits is None else skip_logits
+        logits = None
+        if shift_labels is None or not skip:
+            kept = (
+                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            )
+            logits = self.lm_head(hidden_states[:, kept])
+        return StableGPTCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            ce_loss=ce_loss,
+            z_loss=z_loss,
+        )
+
+
+__all__ = ["StableGPTForCausalLM", "StableGPTModel", "StableGPTPreTrainedModel"]

@@ -1,0 +1,110 @@
+"""The files a run leaves behind: `run.json` (what was run) and `metrics.jsonl` (what happened).
+
+Reports, figures and model cards are made from these files alone, on a machine without torch.
+Standard library only.
+"""
+
+import json
+import math
+import os
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+PACKAGES = ("hf_stable", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
+
+
+def _finite(value: Any) -> Any:
+    """Non-finite floats by their names: JSON has none, and a diverged run is a result to keep."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically: a reader sees the old file or the new one, also after a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(_finite(content), file, indent=2, ensure_ascii=False, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class RunRecord:
+    """Writer of one run's folder. Only the main process of a run holds one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+
+    def write_run(self, content: dict[str, Any]) -> None:
+        """Write `run.json`: resolved recipe, versions, git revision, data fingerprint, device."""
+        write_json(self.folder / "run.json", {"schema": SCHEMA_VERSION, **content})
+
+    def append(self, event: str, step: int, **fields: Any) -> None:
+        """Append one line to `metrics.jsonl`; it is on disk for other readers when this returns."""
+        line = json.dumps(_finite({"event": event, "step": step, **fields}), allow_nan=False)
+        self._metrics.write(line + "\n")
+        self._metrics.flush()
+
+    def close(self) -> None:
+        self._metrics.close()
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Read `run.json` of a run's folder; FileNotFoundError when the folder holds no run."""
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+
+
+def read_metrics(folder: Path, event: str | None = None) -> list[dict[str, Any]]:
+    """Read `metrics.jsonl`, all events or one kind. A last line cut off by a crash is left out."""
+    rows = []
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{folder / 'metrics.jsonl'}:{number} is not JSON: {error}") from error
+    return [row for row in rows if event is None or row["event"] == event]
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of the packages that decide a run's numbers; None for one that is not installed."""
+    found: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def git_revision() -> str | None:
+    """Revision of the checkout this package is run from, with `-dirty`; None outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        answer = subprocess.run(
+            command,
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()

@@ -1,0 +1,254 @@
+"""The mathematics: each function against a direct float64 computation, and its memory."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_stable.model import functional_stable_gpt as F
+
+from ..techniques import relative_error
+
+
+def _scores(*shape: int, scale: float = 3.0, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+
+
+def _causal(length: int) -> torch.Tensor:
+    return torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+
+
+@given(cap=st.floats(0.1, 100.0), scale=st.floats(0.01, 1e4))
+@settings(max_examples=50, deadline=None)
+def test_softcap_bounds_and_keeps_order(cap: float, scale: float) -> None:
+    logits = torch.linspace(-scale, scale, 101, dtype=torch.float64)
+    capped = F.softcap(logits, cap)
+    assert (capped.abs() <= cap).all()
+    assert (capped.diff() >= 0).all()
+
+
+def test_softcap_is_the_identity_for_small_logits() -> None:
+    logits = torch.linspace(-0.01, 0.01, 11, dtype=torch.float64)
+    assert relative_error(F.softcap(logits, 50.0), logits) < 1e-7
+
+
+def test_capped_scores_still_hide_the_future() -> None:
+    probs = F.attention_probabilities(_scores(2, 3, 7, 7, scale=100.0), _causal(7), softcap=5.0)
+    assert (probs.triu(1) == 0).all()
+    torch.testing.assert_close(probs.sum(-1), torch.ones(2, 3, 7, dtype=torch.float64))
+
+
+def test_clip_reaches_exact_zero_and_one() -> None:
+    probs = F.attention_probabilities(
+        _scores(1, 2, 32, 32, scale=8.0), _causal(32), clip_gamma=-0.03, clip_zeta=1.03
+    )
+    visible = probs[_causal(32).expand_as(probs)]
+    assert (visible == 0).any() and (visible == 1).any() and (visible >= 0).all()
+    assert (visible <= 1).all()
+
+
+def test_clipped_entries_have_no_gradient() -> None:
+    probs = torch.tensor([[[[0.01, 0.5, 0.99]]]], dtype=torch.float64, requires_grad=True)
+    count = torch.tensor([[[[3]]]])
+    F.clip_probabilities(probs, count, -0.03, 1.03, None).sum().backward()
+    assert probs.grad.flatten().tolist() == [0.0, pytest.approx(1.06), 0.0]
+
+
+def test_alpha_is_gamma_for_each_row() -> None:
+    scores = _scores(1, 1, 9, 9)
+    by_alpha = F.attention_probabilities(scores, _causal(9), clip_alpha=0.4)
+    for row in range(9):
+        by_gamma = F.attention_probabilities(scores, _causal(9), clip_gamma=-0.4 / (row + 1))
+        torch.testing.assert_close(by_alpha[..., row, :], by_gamma[..., row, :])
+
+
+def test_rows_without_a_visible_key_are_zero() -> None:
+    mask = _causal(5).clone()
+    mask[..., 2, :] = False
+    for given_mask in (mask, torch.zeros(1, 1, 5, 5).masked_fill(~mask, torch.finfo().min)):
+        probs = F.attention_probabilities(_scores(2, 3, 5, 5), given_mask)
+        assert (probs[..., 2, :] == 0).all()
+        assert (probs.sum(-1)[..., [0, 1, 3, 4]] - 1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_probabilities_are_at_least_fp32(dtype: torch.dtype) -> None:
+    assert (
+        F.attention_probabilities(_scores(1, 1, 3, 3).to(dtype), _causal(3)).dtype == torch.float32
+    )
+    assert F.attention_probabilities(_scores(1, 1, 3, 3), _causal(3)).dtype == torch.float64
+
+
+def test_squared_relu_equals_its_formula_and_saves_one_tensor() -> None:
+    hidden = _scores(4, 9).requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        output = F.squared_relu(hidden)
+    output.square().sum().backward()
+    expected = hidden.detach().clone().requires_grad_()
+    torch.relu(expected).pow(2).square().sum().backward()
+    torch.testing.assert_close(output, torch.relu(hidden).pow(2))
+    torch.testing.assert_close(hidden.grad, expected.grad)
+    assert [tensor.data_ptr() for tensor in saved] == [output.data_ptr()]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_squared_relu_errs_no_more_than_twice_the_plain_formula(dtype: torch.dtype) -> None:
+    exact = _scores(256, 64, scale=1.0)
+    exact = exact.to(dtype).double().requires_grad_()
+    torch.relu(exact).pow(2).sum().backward()
+    errors = []
+    for function in (F.squared_relu, lambda x: torch.relu(x).pow(2)):
+        hidden = exact.detach().to(dtype).requires_grad_()
+        function(hidden).sum().backward()
+        errors.append((hidden.grad.double() - exact.grad).norm() / exact.grad.norm())
+    ulp = torch.finfo(dtype).eps
+    assert errors[0] <= 2 * max(errors[1].item(), ulp / 2)
+
+
+def test_scale_gradient_scales_only_the_gradient() -> None:
+    tensor = _scores(5, 5).requires_grad_()
+    output = F.scale_gradient(tensor, 0.1)
+    assert torch.equal(output, tensor)
+    output.sum().backward()
+    torch.testing.assert_close(tensor.grad, torch.full_like(tensor, 0.1))
+
+
+def test_rotation_keeps_norms_and_makes_scores_relative() -> None:
+    query, key = _scores(1, 2, 1, 8), _scores(1, 2, 1, 8, seed=1)
+    rates = 100.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
+
+    def at(tensor: torch.Tensor, position: float) -> torch.Tensor:
+        angles = torch.cat([rates * position] * 2)[None, None, None]
+        return F.rotate(tensor, angles.cos(), angles.sin())
+
+    torch.testing.assert_close(at(query, 7).norm(dim=-1), query.norm(dim=-1))
+    near = (at(query, 3) * at(key, 1)).sum(-1)
+    torch.testing.assert_close(near, (at(query, 12) * at(key, 10)).sum(-1))
+    assert not torch.allclose(near, (at(query, 3) * at(key, 0)).sum(-1))
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6)])
+def test_power_iteration_finds_the_largest_singular_value(shape: tuple[int, int]) -> None:
+    weight = _scores(*shape)
+    exact = torch.linalg.svdvals(weight)[0]
+    u, v = F.top_singular_vectors(weight)
+    assert relative_error(F.spectral_norm(weight, u, v), exact) < 1e-12
+    u, v = F.power_iteration(
+        weight, torch.ones(shape[0]).double(), torch.ones(shape[1]).double(), 200
+    )
+    assert relative_error(F.spectral_norm(weight, u, v), exact) < 1e-6
+
+
+def test_gradient_of_sigma_is_u_v() -> None:
+    weight = _scores(4, 6).requires_grad_()
+    u, v = F.top_singular_vectors(weight.detach())
+    F.spectral_norm(weight, u, v).backward()
+    torch.testing.assert_close(weight.grad, torch.outer(u, v))
+
+
+def _head(tokens: int, width: int = 8, vocab: int = 37) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.randint(0, vocab, (tokens,), generator=generator)
+    labels[::5] = -100
+    hidden, weight = _scores(tokens, width, scale=1.0), _scores(vocab, width, scale=1.0, seed=1)
+    return hidden.requires_grad_(), weight.requires_grad_(), labels
+
+
+def _direct_loss(hidden, weight, labels, cap, z_loss, items):
+    logits = hidden @ weight.T
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    log_z = logits.logsumexp(-1)
+    kept = labels >= 0
+    ce = (log_z - logits.gather(-1, labels.clamp(min=0)[:, None])[:, 0])[kept].sum() / items
+    return ce, z_loss * log_z[kept].square().sum() / items
+
+
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+@pytest.mark.parametrize("items", [None, 11])
+@pytest.mark.parametrize("rows", [1, 7, 100])
+def test_linear_cross_entropy_equals_the_direct_formula(cap, z_loss, items, rows) -> None:
+    hidden, weight, labels = _head(23)
+    count = items or int((labels >= 0).sum())
+    ce, z = _direct_loss(hidden, weight, labels, cap, z_loss, count)
+    expected = torch.autograd.grad(2.5 * (ce + z), (hidden, weight))
+    loss, got_ce, got_z = F.linear_cross_entropy(
+        hidden, weight, labels, num_items=items, cap=cap, z_loss=z_loss, chunk_bytes=4 * 37 * rows
+    )
+    actual = torch.autograd.grad(2.5 * loss, (hidden, weight))
+    for got, want in zip((loss, got_ce, got_z, *actual), (ce + z, ce, z, *expected), strict=True):
+        assert relative_error(got, want) < 1e-12 or (got == 0 and want == 0)
+    assert not got_ce.requires_grad and not got_z.requires_grad
+
+
+def test_linear_cross_entropy_without_targets_is_nan_with_zero_gradients() -> None:
+    hidden, weight, labels = _head(6)
+    loss, *_ = F.linear_cross_entropy(hidden, weight, torch.full_like(labels, -100))
+    assert math.isnan(loss.item())
+    gradients = torch.autograd.grad(loss, (hidden, weight))
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+def _mean_log_z_after(z_loss: float, steps: int) -> float:
+    hidden, weight, labels = _head(40)
+    hidden, labels = hidden.detach(), labels.clamp(min=0)
+    optimizer = torch.optim.Adam([weight], lr=0.05)
+    for _ in range(steps):
+        loss, *_ = F.linear_cross_entropy(hidden, weight, labels, z_loss=z_loss)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return (hidden @ weight.T).logsumexp(-1).abs().mean().item()
+
+
+def test_z_loss_pulls_log_z_to_zero() -> None:
+    pulled = _mean_log_z_after(z_loss=10.0, steps=300)
+    assert pulled < 0.5 * _mean_log_z_after(z_loss=10.0, steps=0)
+    assert pulled < 0.5 * _mean_log_z_after(z_loss=0.0, steps=300)
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Remembers the largest number of elements that any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_memory_is_flat_in_the_number_of_tokens(dtype: torch.dtype) -> None:
+    vocab, width, rows = 1000, 4, 16
+    largest = []
+    for tokens in (64, 256, 512):
+        hidden, weight, labels = (x.detach() for x in _head(tokens, width, vocab))
+        hidden, weight = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+        with _LargestTensor() as mode:
+            loss, *_ = F.linear_cross_entropy(
+                hidden, weight, labels, cap=30.0, z_loss=1e-4, chunk_bytes=4 * vocab * rows
+            )
+            loss.backward()
+        largest.append(mode.elements)
+    assert largest == [vocab * rows] * 3
+
+
+def test_linear_cross_entropy_follows_autocast() -> None:
+    hidden, weight, labels = (x.detach() for x in _head(20))
+    hidden, weight = hidden.float().requires_grad_(), weight.float().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, *_ = F.linear_cross_entropy(hidden, weight, labels, z_loss=1e-4)
+    plain, *_ = F.linear_cross_entropy(hidden, weight, labels, z_loss=1e-4)
+    assert loss.dtype == torch.float32 and 0 < abs(loss.item() - plain.item()) < 0.05
+    assert nn.functional.cross_entropy(hidden @ weight.T, labels).item() != loss.item()
