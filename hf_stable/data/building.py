@@ -1,0 +1,266 @@
+"""From text to a token file: resumable at any moment, with the same bytes as a build in one go."""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from hf_stable.data.blocks import FORMAT, TOKEN, TokenFile
+from hf_stable.data.identity import estimated_bytes, identify
+from hf_stable.data.progress import Progress
+from hf_stable.data.report import ReadReport
+from hf_stable.data.sources import Source, expand, read_documents
+from hf_stable.data.tokenizer import boundary_ids
+from hf_stable.errors import DataError
+from hf_stable.records import write_json
+
+# Text tokenized at once (bytes), and tokens between two points from which a killed build goes on.
+BATCH_BYTES = 2_000_000
+RECORD_TOKENS = 4_000_000
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All that decides the bytes of a token file."""
+
+    sources: list[Source]
+    identities: list[dict[str, Any]]
+    ignored_files: list[str]
+    backend: Tokenizer
+    prefix: list[int]
+    suffix: list[int]
+
+    def tokenizer_hash(self) -> str:
+        return hashlib.blake2b(self.backend.to_str().encode(), digest_size=16).hexdigest()
+
+    def fingerprint(self) -> str:
+        parts = [FORMAT, self.tokenizer_hash(), self.prefix, self.suffix]
+        parts.append([identity["content"] for identity in self.identities])
+        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+@dataclass
+class _State:
+    """Where a build stands: everything before this point is on disk.
+
+    `report` is what was counted before the current source, which is counted anew when it is read
+    again.
+    """
+
+    source: int = 0
+    source_documents: int = 0
+    documents: int = 0
+    tokens: int = 0
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def build_token_file(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    progress: bool,
+) -> TokenFile:
+    """Tokenize all documents into `folder/<fingerprint>/`, or reuse what is there.
+
+    The fingerprint is a pure function of the tokenizer and of the content of the sources (not of
+    their place or time). A build that was killed goes on from its last recorded point; a second
+    process that wants the same file waits for the first. Text that spells a special token stays
+    text. What was left out is in `meta["report"]` and is printed to stderr when it is found.
+
+    Raises:
+        DataError: a source is unusable, all of them together give no document, or the tokenizer has
+            no fast backend or no eos token.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = _plan(sources, tokenizer, folder)
+    place = folder / plan.fingerprint()[:16]
+    with _only_one(place):
+        if not (place / "meta.json").exists():
+            place.mkdir(exist_ok=True)
+            _build(plan, place, progress)
+        elif progress:
+            print(f"tokens: using {place}", file=sys.stderr, flush=True)
+    return TokenFile.open(place)
+
+
+def _plan(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, folder: Path) -> _Plan:
+    report = ReadReport()
+    files = expand(sources, report)
+    backend = _backend(tokenizer)
+    prefix, suffix = boundary_ids(tokenizer)
+    identities = identify(files, folder / "identities.json")
+    return _Plan(files, identities, report.ignored_files, backend, prefix, suffix)
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """A copy that neither cuts nor pads, and reads the names of special tokens as text."""
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise DataError(
+            f"tokenizer {tokenizer.name_or_path!r} is a {type(tokenizer).__name__} without a "
+            "tokenizer.json: save it as a fast tokenizer, or train one with `hf-stable tokenizer`"
+        )
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = True
+    return backend
+
+
+def _only_one(place: Path) -> FileLock:
+    """A held lock; it is freed by leaving it, or by the end of the process, however it ends."""
+    lock = FileLock(f"{place}.lock")
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        print(f"tokens: waiting for another process to build {place}", file=sys.stderr, flush=True)
+        lock.acquire()
+    return lock
+
+
+def _build(plan: _Plan, place: Path, progress: bool) -> None:
+    state = _resume(place)
+    report = ReadReport(**state.report)
+    totals = [estimated_bytes(source) for source in plan.sources]
+    total = sum(n for n in totals if n is not None) if None not in totals else None
+    with (
+        Progress("tokenizing", total, state.tokens, shown=progress) as shown,
+        _Writer(place, plan, state) as writer,
+    ):
+        for index in range(state.source, len(plan.sources)):
+            state.report = report.to_dict()
+            documents = read_documents(plan.sources[index], report, skip=state.source_documents)
+            for texts in _batches(documents):
+                writer.write(texts)
+                shown.update(report.text_bytes + report.other_part_bytes, state.tokens)
+            state.source, state.source_documents = index + 1, 0
+        state.report = report.to_dict()
+        writer.record()
+    report.ignored_files = plan.ignored_files
+    for line in report.lines() if progress else report.problem_lines():
+        print(f"tokens: {line}", file=sys.stderr, flush=True)
+    _finish(plan, place, state, report)
+
+
+def _resume(place: Path) -> _State:
+    """The last recorded point, or the start."""
+    path = place / "progress.json"
+    if not path.exists():
+        return _State()
+    state = _State(**json.loads(path.read_text(encoding="utf-8")))
+    print(
+        f"tokens: going on with {place} after {state.documents:,} documents",
+        file=sys.stderr,
+        flush=True,
+    )
+    return state
+
+
+def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
+    """Documents in order, as many at once as have about BATCH_BYTES characters."""
+    texts, size = [], 0
+    for text in documents:
+        texts.append(text)
+        size += len(text)
+        if size >= BATCH_BYTES:
+            yield texts
+            texts, size = [], 0
+    if texts:
+        yield texts
+
+
+class _Writer:
+    """Appends tokens and document starts; a record puts both and then the state on the disk."""
+
+    def __init__(self, place: Path, plan: _Plan, state: _State) -> None:
+        self._path = place / "progress.json"
+        self._plan = plan
+        self._state = state
+        self._recorded = state.tokens
+        self._tokens = _open_at(place / "tokens.bin", state.tokens * TOKEN.itemsize)
+        self._starts = _open_at(place / "documents.bin", state.documents * 8)
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tokens.close()
+        self._starts.close()
+
+    def write(self, texts: list[str]) -> None:
+        plan, state = self._plan, self._state
+        encodings = plan.backend.encode_batch_fast(texts, add_special_tokens=False)
+        documents = [plan.prefix + encoding.ids + plan.suffix for encoding in encodings]
+        lengths = np.array([len(ids) for ids in documents], dtype=np.int64)
+        ends = state.tokens + np.cumsum(lengths)
+        np.fromiter(chain.from_iterable(documents), TOKEN, count=lengths.sum()).tofile(self._tokens)
+        (ends - lengths).astype("<i8").tofile(self._starts)
+        state.tokens = int(ends[-1])
+        state.documents += len(texts)
+        state.source_documents += len(texts)
+        if state.tokens - self._recorded >= RECORD_TOKENS:
+            self.record()
+
+    def record(self) -> None:
+        for file in (self._tokens, self._starts):
+            file.flush()
+            os.fsync(file.fileno())
+        write_json(self._path, asdict(self._state))
+        self._recorded = self._state.tokens
+
+
+def _open_at(path: Path, size: int) -> Any:
+    """Open for appending at `size` bytes; what a killed build wrote behind that is cut off."""
+    file = path.open("r+b" if path.exists() else "w+b")
+    if file.seek(0, os.SEEK_END) < size:
+        file.close()
+        raise DataError(
+            f"{path} is shorter than recorded ({size} bytes): delete {path.parent}, run again"
+        )
+    file.truncate(size)
+    file.seek(size)
+    return file
+
+
+def _finish(plan: _Plan, place: Path, state: _State, report: ReadReport) -> None:
+    """Write the index and, last, meta.json, which makes the folder a finished token file."""
+    if not state.documents:
+        hint = ""
+        if report.other_part_documents:
+            hint = (
+                f"; all {report.other_part_documents} documents belong to the other part: change "
+                "`holdout` or give validation data of its own"
+            )
+        raise DataError(f"{[source.path for source in plan.sources]} give no document{hint}")
+    starts = np.fromfile(place / "documents.bin", "<i8")
+    with (place / "documents.npy").open("wb") as file:
+        np.save(file, starts)
+        file.flush()
+        os.fsync(file.fileno())
+    vocabulary = plan.backend.get_vocab(with_added_tokens=True)
+    meta = {
+        "format": FORMAT,
+        "fingerprint": plan.fingerprint(),
+        "tokens": state.tokens,
+        "documents": state.documents,
+        "vocab_size": max(vocabulary.values()) + 1,
+        "prefix": plan.prefix,
+        "suffix": plan.suffix,
+        "tokenizer": plan.tokenizer_hash(),
+        "sources": plan.identities,
+        "report": report.to_dict(),
+    }
+    write_json(place / "meta.json", meta)
+    (place / "documents.bin").unlink()
+    (place / "progress.json").unlink()

@@ -1,0 +1,106 @@
+"""What a source contains, wherever it lies: the part of a fingerprint that the data decide."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock
+
+from hf_stable.data.formats import file_format
+from hf_stable.data.sources import Source
+from hf_stable.errors import DataError
+from hf_stable.records import write_json
+
+
+def identify(sources: Sequence[Source], memory: Path) -> list[dict[str, Any]]:
+    """One mapping for each expanded source: its path, and as "content" what decides its documents.
+
+    Hashes of files are kept in `memory` (JSON) and used again while size and modification time are
+    the same.
+
+    Raises:
+        DataError: a file cannot be read or a dataset not be found.
+    """
+    with FileLock(f"{memory}.lock"):
+        known = _load(memory)
+        found = [_identify_one(source, known) for source in sources]
+        if known != _load(memory):
+            write_json(memory, known)
+    return found
+
+
+def _load(memory: Path) -> dict[str, Any]:
+    """Remembered hashes; a damaged file only costs the time to make them again."""
+    try:
+        return json.loads(memory.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _identify_one(source: Source, known: dict[str, Any]) -> dict[str, Any]:
+    path = Path(source.path)
+    choice = {"part": source.part, "holdout": source.holdout if source.part != "all" else 0.0}
+    if not path.is_file():
+        return {"path": source.path, "content": {**_identify_dataset(source), **choice}}
+    try:
+        status = path.stat()
+        stamp = {"bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+        place = str(path.resolve())
+        if place not in known or {**known[place], **stamp} != known[place]:
+            known[place] = {**stamp, "blake2b": _hash(path)}
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    kind = file_format(path)
+    detail = source.sample_by if kind == "text" else source.column
+    content = {"format": kind, "detail": detail, "blake2b": known[place]["blake2b"], **choice}
+    content["gzip"] = path.name.lower().endswith(".gz")
+    return {"path": source.path, **stamp, "content": content}
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _identify_dataset(source: Source) -> dict[str, Any]:
+    # Half a second that readers of files need not wait.
+    import datasets  # noqa: PLC0415
+    from datasets.exceptions import DatasetsError  # noqa: PLC0415
+
+    try:
+        builder = datasets.load_dataset_builder(source.path, source.name)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise DataError(
+            f"{source.path} is no file or folder here, and no dataset that can be loaded "
+            f"(name={source.name}): {error}"
+        ) from error
+    return {
+        "dataset": source.path,
+        "name": builder.config.name,
+        "version": str(builder.config.version),
+        # The commit of the repository on the Hub.
+        "hash": str(builder.hash),
+        "split": source.split,
+        "column": source.column,
+    }
+
+
+def estimated_bytes(source: Source) -> int | None:
+    """About how many bytes of text a source holds, for a progress bar; None when nobody knows."""
+    path = Path(source.path)
+    if not path.is_file() or path.name.lower().endswith(".gz"):
+        return None
+    if file_format(path) != "parquet":
+        return path.stat().st_size
+    try:
+        footer = pq.read_metadata(path)
+    except (pa.ArrowException, OSError):
+        # Reading it will say so, with what to do.
+        return None
+    groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
+    columns = [group.column(j) for group in groups for j in range(group.num_columns)]
+    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == source.column)

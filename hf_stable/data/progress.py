@@ -1,0 +1,50 @@
+"""Progress on stderr: a bar on a terminal, one plain line every ten seconds elsewhere."""
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Bytes of text done of `total` (None: unknown) and tokens made; silent unless `shown`.
+
+    `tokens` is how many there are at the begin, from an earlier run that was killed.
+    """
+
+    def __init__(self, title: str, total: int | None, tokens: int, *, shown: bool) -> None:
+        self._title = title
+        self._total = total
+        self._shown = shown
+        self._begin = self._last_line = time.monotonic()
+        self._tokens = tokens
+        self._bar: Bar | None = None
+        if shown and sys.stderr.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+            self._bar = Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+            self._task = self._bar.add_task(title, total=total)
+
+    def __enter__(self) -> "Progress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, done: int, tokens: int) -> None:
+        """Show that `done` bytes have become `tokens` tokens, those of earlier runs included."""
+        now = time.monotonic()
+        speed = (tokens - self._tokens) / max(now - self._begin, 1e-9)
+        state = f"{self._title} {done / 1e6:,.1f} MB, {tokens:,} tokens, {speed:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, description=state)
+        elif self._shown and now - self._last_line >= _SECONDS_BETWEEN_LINES:
+            share = f" ({min(done / self._total, 1.0):.0%})" if self._total else ""
+            print(state + share, file=sys.stderr, flush=True)
+            self._last_line = now

@@ -1,0 +1,303 @@
+"""Every readable kind gives the same documents; what is left out is counted by name."""
+
+import gzip
+import json
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hf_stable.data import ReadReport, Source, expand, read_documents
+from hf_stable.errors import DataError
+
+TEXTS = ["one\nline", "  zwei Wörter ", "三 🙂", "nul \0 byte", "\u2028 odd \r\n ends"]
+
+
+def read(source, skip=0):
+    report = ReadReport()
+    return list(read_documents(source, report, skip)), report
+
+
+def write_json_lines(path, texts, opener=open):
+    with opener(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def write_parquet(path, texts):
+    pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), path)
+
+
+def serve_dataset(monkeypatch, rows, streaming):
+    data = datasets.Dataset.from_list(rows)
+    found = data.to_iterable_dataset() if streaming else data
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: found)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "jsonl.gz", "parquet", "dataset", "streamed"])
+def test_every_kind_gives_the_same_documents(kind, tmp_path, monkeypatch):
+    path = tmp_path / f"data.{kind}"
+    if kind == "parquet":
+        write_parquet(path, TEXTS)
+    elif kind in ("dataset", "streamed"):
+        serve_dataset(monkeypatch, [{"text": text} for text in TEXTS], kind == "streamed")
+        path = "somebody/something"
+    else:
+        write_json_lines(path, TEXTS, gzip.open if kind.endswith("gz") else open)
+    documents, report = read(Source(str(path)))
+    assert documents == TEXTS
+    assert report.documents == len(TEXTS)
+    assert report.text_bytes == sum(len(text.encode()) for text in TEXTS)
+    assert report.bad_documents == report.empty_documents == 0
+
+
+@pytest.mark.parametrize("suffix", ["txt", "md", "text", "txt.gz"])
+def test_text_files_as_one_document(suffix, tmp_path):
+    path = tmp_path / f"a.{suffix}"
+    text = "first\n\n second \r\nthird"
+    with gzip.open(path, "wb") if suffix.endswith("gz") else path.open("wb") as file:
+        file.write(b"\xef\xbb\xbf" + text.encode())
+    assert read(Source(str(path)))[0] == [text]
+
+
+def test_lines_and_paragraphs(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\r\ntwo\n\n \nthree\n four")
+    assert read(Source(str(path), sample_by="line"))[0] == ["one", "two", "three", " four"]
+    assert read(Source(str(path), sample_by="paragraph"))[0] == ["one\ntwo", "three\n four"]
+    assert read(Source(str(path), sample_by="line"))[1].empty[str(path)] == ["line 3", "line 4"]
+
+
+def test_bad_json_lines_are_counted_with_their_place_and_reason(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [
+        b'{"text": "good"}',
+        b'{"text": "cut',
+        b'{"text": "\xff"}',
+        b'{"text": null}',
+        b'{"text": 3}',
+        b'{"body": "other"}',
+        b"[1]",
+        b'{"text": "\\ud800"}',
+        b"",
+        b'{"text": " \\n"}',
+        b"[" * 100_000,
+        b'{"text": "good too"}',
+    ]
+    path.write_bytes(b"\n".join(lines))
+    documents, report = read(Source(str(path)))
+    assert documents == ["good", "good too"]
+    assert report.bad_counts == {str(path): 8}
+    assert report.empty_counts == {str(path): 2}
+    assert report.empty[str(path)] == ["line 9", "line 10"]
+    for place, reason in zip(
+        report.bad[str(path)], ["JSON", "not UTF-8: 0xff", "null", "int", "'text'"], strict=True
+    ):
+        assert reason in place
+    assert [place.split(":")[0] for place in report.bad[str(path)]] == [
+        f"line {n}" for n in (2, 3, 4, 5, 6)
+    ]
+    assert f"{path}: 8 bad (line 2" in "\n".join(report.lines())
+
+
+def test_bad_parquet_rows_are_counted(tmp_path):
+    path = tmp_path / "a.parquet"
+    not_utf8 = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")]
+    )
+    column = pa.concat_arrays([pa.array(["good", None, ""]), not_utf8, pa.array(["too"])])
+    pq.write_table(pa.table({"text": column}), path)
+    documents, report = read(Source(str(path)))
+    assert documents == ["good", "too"]
+    assert [place[:5] for place in report.bad[str(path)]] == ["row 2", "row 4"]
+    assert report.empty[str(path)] == ["row 3"]
+
+
+def test_bad_text_lines_are_counted(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"good\n" * 2000 + b"caf\xe9\nnul \0\n\ngood")
+    documents, report = read(Source(str(path), sample_by="line"))
+    assert len(documents) == 2001
+    assert report.bad[str(path)] == [
+        "line 2001: not UTF-8: 0xe9 at byte 4",
+        "line 2002: NUL byte at byte 5",
+    ]
+    documents, report = read(Source(str(path), sample_by="paragraph"))
+    assert documents == ["good"]
+    assert report.bad[str(path)] == ["line 2001: not UTF-8: 0xe9 at byte 4"]
+
+
+def unusable_files(folder):
+    """File name -> (bytes, words the message must have), of files no document can come from."""
+    whole = folder / "whole"
+    write_parquet(whole, TEXTS * 50)
+    parquet = whole.read_bytes()
+    zipped = gzip.compress(b"some text\n" * 5000, mtime=0)
+    pq.write_table(pa.table({"body": ["a"]}), whole)
+    other = whole.read_bytes()
+    pq.write_table(pa.table({"text": [[1, 2]]}), whole)
+    lists = whole.read_bytes()
+    return {
+        "empty.txt": (b"", "0 bytes"),
+        "empty.jsonl": (b"", "0 bytes"),
+        "empty.parquet": (b"", "parquet"),
+        "blank.txt": (b" \n\n ", "white space"),
+        "binary.txt": (b"\x7fELF\0\0", "NUL"),
+        "utf16.txt": ("text".encode("utf-16"), "NUL"),
+        "latin.txt": ("caf\u00e9".encode("latin-1"), "UTF-8"),
+        "cut.txt.gz": (zipped[: len(zipped) // 2], "truncated"),
+        "no.txt.gz": (b"plain text", "gzip"),
+        "flipped.jsonl.gz": (zipped[:20] + b"\xff\xff\xff" + zipped[23:], "gzip"),
+        "array.json": (b'[{"text": "a"},\n{"text": "b"}]', "one JSON object a line"),
+        "bad.jsonl": (b'{"text": 1}\n{"text": 2}', "int"),
+        "cut.parquet": (parquet[: len(parquet) // 2], "parquet"),
+        "damaged.parquet": (parquet[:4] + b"\xff" * 40 + parquet[44:], "parquet"),
+        "column.parquet": (other, "['body']"),
+        "lists.parquet": (lists, "list"),
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "empty.txt",
+        "empty.jsonl",
+        "empty.parquet",
+        "blank.txt",
+        "binary.txt",
+        "utf16.txt",
+        "latin.txt",
+        "cut.txt.gz",
+        "no.txt.gz",
+        "flipped.jsonl.gz",
+        "array.json",
+        "bad.jsonl",
+        "cut.parquet",
+        "damaged.parquet",
+        "column.parquet",
+        "lists.parquet",
+    ],
+)
+def test_unusable_files_are_one_clear_error(name, tmp_path):
+    content, words = unusable_files(tmp_path)[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read(Source(str(path)))
+    assert str(path) in str(caught.value)
+    assert words in str(caught.value)
+
+
+def test_a_document_too_large_to_tokenize_at_once_is_refused_or_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_stable.data.formats.MAX_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr("hf_stable.data.sources.MAX_DOCUMENT_BYTES", 100)
+    path = tmp_path / "a.txt"
+    path.write_text("short\n" + "x" * 101 + "\n" + "y" * 100)
+    with pytest.raises(DataError, match=r"a\.txt.*paragraph"):
+        read(Source(str(path)))
+    documents, report = read(Source(str(path), sample_by="line"))
+    assert documents == ["short", "y" * 100]
+    assert report.bad[str(path)][0].startswith("line 2: 101 bytes")
+
+
+def test_expand_sorts_and_names_what_it_does_not_read(tmp_path):
+    for name in ("b.txt", "a/c.jsonl", "a/b.parquet", "picture.png", "a/notes.md.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    report = ReadReport()
+    found = expand([Source(str(tmp_path), column="body")], report)
+    names = ["a/b.parquet", "a/c.jsonl", "a/notes.md.gz", "b.txt"]
+    assert found == [Source(str(tmp_path / name), column="body") for name in names]
+    assert report.ignored_files == [str(tmp_path / "picture.png")]
+    assert "picture.png" in "\n".join(report.lines())
+    globbed = expand([Source(str(tmp_path / "**" / "*.txt")), Source("squad")])
+    assert globbed == [Source(str(tmp_path / "b.txt")), Source("squad")]
+
+
+@pytest.mark.parametrize(
+    "path", ["none.txt", "no/such/folder", "./none", "*.parquet", "picture.png", "bare", "a b"]
+)
+def test_a_path_that_matches_nothing_is_an_error(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(DataError, match=path.replace("*", ".")):
+        expand([Source(path)])
+
+
+def test_no_source_at_all_is_an_error():
+    with pytest.raises(DataError, match="no data sources"):
+        expand([])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"path": ""},
+        {"sample_by": "word"},
+        {"part": "test"},
+        {"holdout": 1.0},
+        {"holdout": -0.1},
+        {"holdout": float("nan")},
+        {"part": "validation"},
+    ],
+)
+def test_impossible_sources_are_refused(fields):
+    with pytest.raises(DataError):
+        Source(**{"path": "a.txt", **fields})
+
+
+def test_skip_continues_and_the_report_is_that_of_one_reading(tmp_path):
+    path = tmp_path / "a.jsonl"
+    texts = [f"text {i}" if i % 7 else "" for i in range(100)]
+    write_json_lines(path, texts)
+    path.write_text(path.read_text() + "broken\n")
+    source = Source(str(path), part="train", holdout=0.3)
+    whole, report = read(source)
+    for skip in (0, 1, len(whole) // 2, len(whole)):
+        rest, again = read(source, skip)
+        assert rest == whole[skip:]
+        assert again == report
+    with pytest.raises(DataError, match="changed"):
+        read(source, len(whole) + 1)
+
+
+def test_holdout_parts_a_set_without_overlap_wherever_documents_stand(tmp_path):
+    texts = [f"document number {i}" for i in range(2000)]
+    path, turned = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    write_json_lines(path, texts)
+    write_json_lines(turned, texts[::-1])
+    train, report = read(Source(str(path), part="train", holdout=0.2))
+    held_out, _ = read(Source(str(path), part="validation", holdout=0.2))
+    assert sorted(train + held_out) == sorted(texts)
+    assert report.other_part_documents == len(held_out)
+    assert 0.15 < len(held_out) / len(texts) < 0.25
+    assert set(read(Source(str(turned), part="validation", holdout=0.2))[0]) == set(held_out)
+
+
+def test_dataset_with_another_column_or_that_cannot_be_loaded_is_an_error(monkeypatch):
+    serve_dataset(monkeypatch, [{"body": "a"}], streaming=False)
+    with pytest.raises(DataError, match="body"):
+        read(Source("some/set"))
+
+    def fail(*_, **__):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(DataError, match=r"some/set.*offline"):
+        read(Source("some/set"))
+
+
+def test_report_survives_json():
+    report = ReadReport()
+    report.add_bad("a", "line 1: x")
+    report.add_empty("b", "row 2")
+    report.documents = 3
+    assert ReadReport(**json.loads(json.dumps(report.to_dict()))) == report
+
+
+def test_real_parquet_is_read_whole(real_data):
+    path = real_data / "english" / "modern_validation.parquet"
+    documents, report = read(Source(str(path)))
+    assert len(documents) == pq.read_metadata(path).num_rows
+    assert not report.problem_lines()
