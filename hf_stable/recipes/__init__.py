@@ -1,0 +1,29 @@
+"""Recipes: YAML, layered, unknown keys refused. `load_recipe` reads one, `dump` writes it whole."""
+
+from hf_stable.recipes.layers import load_recipe
+from hf_stable.recipes.schema import (
+    DataRecipe,
+    OptimizerRecipe,
+    Recipe,
+    ScheduleRecipe,
+    SourceRecipe,
+    TokenizerRecipe,
+    TrainingRecipe,
+    dump,
+    from_dict,
+    to_dict,
+)
+
+__all__ = [
+    "DataRecipe",
+    "OptimizerRecipe",
+    "Recipe",
+    "ScheduleRecipe",
+    "SourceRecipe",
+    "TokenizerRecipe",
+    "TrainingRecipe",
+    "dump",
+    "from_dict",
+    "load_recipe",
+    "to_dict",
+]

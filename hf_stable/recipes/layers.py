@@ -1,0 +1,183 @@
+"""From files to a recipe. Every layer keeps its name, so that an error names the file at fault."""
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from hf_stable.errors import RecipeError
+from hf_stable.recipes import schema, strict_yaml
+
+Location = tuple[str | int, ...]
+
+_SECTIONS: dict[Location, Any] = {
+    (): schema.Recipe,
+    ("tokenizer",): schema.TokenizerRecipe,
+    ("data",): schema.DataRecipe,
+    ("data", "train"): schema.SourceRecipe,
+    ("data", "validation"): schema.SourceRecipe,
+    ("optimizer",): schema.OptimizerRecipe,
+    ("schedule",): schema.ScheduleRecipe,
+    ("training",): schema.TrainingRecipe,
+}
+
+
+class Layer(NamedTuple):
+    """Part of a recipe, and the file or `--set` that it comes from."""
+
+    source: str
+    content: dict[str, Any]
+
+
+def load_recipe(
+    path: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()
+) -> schema.Recipe:
+    """Read a recipe.
+
+    Args:
+        path: a recipe file, or several, of which later ones win. What a file `extends` (paths
+            relative to its own folder) lies below the file itself. Mappings are merged, everything
+            else is replaced.
+        overrides: `key.path=value` with the value in YAML; they win over the files.
+
+    Raises:
+        RecipeError: names the file or override, the key, what was found, and what to do.
+    """
+    paths = [path] if isinstance(path, (str, Path)) else path
+    layers = [layer for each in paths for layer in _read(Path(each), ())]
+    layers += [_parse_override(override) for override in overrides]
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged = _merge(merged, layer.content)
+    try:
+        recipe = schema.ADAPTER.validate_json(json.dumps(merged))
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        raise RecipeError("\n".join(_describe(detail, layers) for detail in errors)) from error
+    _check_model(recipe, layers)
+    return recipe
+
+
+def _read(path: Path, chain: tuple[Path, ...]) -> list[Layer]:
+    """The layers of a file, lowest first: those that it extends, then its own."""
+    names = " -> ".join(str(each) for each in (*chain, path))
+    if path.resolve() in [each.resolve() for each in chain]:
+        raise RecipeError(f"{path}: extends itself: {names}; remove one extends of this circle")
+    if chain and not path.is_file():
+        raise RecipeError(f"{chain[-1]}: extends: there is no file {path} ({names})")
+    content = strict_yaml.load(path)
+    extends = content.pop("extends", [])
+    parents = [extends] if isinstance(extends, str) else extends
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise RecipeError(f"{path}: extends: found {extends!r}; give a path or a list of paths")
+    layers = [layer for parent in parents for layer in _read(path.parent / parent, (*chain, path))]
+    return [*layers, Layer(str(path), content)]
+
+
+def _parse_override(override: str) -> Layer:
+    keys, equals, value = override.partition("=")
+    source = f"--set {override}"
+    names = keys.strip().split(".")
+    if not equals or not all(names):
+        raise RecipeError(f"{source}: expected key=value, e.g. --set model.qk_norm=head")
+    content = strict_yaml.parse(value, source)
+    for name in reversed(names):
+        content = {name: content}
+    return Layer(source, content)
+
+
+def _merge(low: Any, high: Any) -> Any:
+    if not (isinstance(low, dict) and isinstance(high, dict)):
+        return high
+    return {**low, **{key: _merge(low.get(key), value) for key, value in high.items()}}
+
+
+def _check_model(recipe: schema.Recipe, layers: list[Layer]) -> None:
+    """Build the model's config: a wrong model field is found before anything is computed."""
+    from hf_stable.model.configuration_stable_gpt import StableGPTConfig  # noqa: PLC0415 (imports torch)
+
+    known = [*StableGPTConfig.__annotations__, "preset"]
+    for key in recipe.model:
+        if key not in known:
+            source = _source_of(("model", key), layers)
+            raise RecipeError(
+                f"{source}: model.{key} is not a field of the model; {_nearest(key, known)}"
+            )
+    try:
+        recipe.model_config()
+    except Exception as error:  # huggingface_hub's strict dataclasses raise classes of their own
+        problem = str(error.__cause__ or error)
+        named = [key for key in recipe.model if re.search(rf"\b{key}\b", problem)]
+        source = _source_of(("model", *named[:1]), layers)
+        raise RecipeError(f"{source}: model: {problem}") from error
+
+
+def _describe(error: ErrorDetails, layers: list[Layer]) -> str:
+    location = error["loc"]
+    source, key = _source_of(location, layers), ".".join(str(part) for part in location)
+    if error["type"] == "unexpected_keyword_argument":
+        return f"{source}: {key} is not a recipe key; {_nearest_key(location)}"
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{source}: {key} is missing{_meaning(location)}"
+    if error["type"] == "value_error":  # one of the schema's own checks, whose text says it all
+        return f"{source}: {key + ': ' if key else ''}{error.get('ctx', {}).get('error')}"
+    problem = error["msg"][:1].lower() + error["msg"][1:]
+    return f"{source}: {key}: found {error['input']!r}; {problem}{_meaning(location)}"
+
+
+def _source_of(location: Location, layers: list[Layer]) -> str:
+    """The last layer that sets the key, or the nearest key above it."""
+    for depth in range(len(location), 0, -1):
+        for layer in reversed(layers):
+            if _holds(layer.content, location[:depth]):
+                return layer.source
+    return layers[-1].source
+
+
+def _holds(content: dict[str, Any], location: Location) -> bool:
+    inside: Any = content
+    try:
+        for part in location:
+            inside = inside[part]
+    except (KeyError, IndexError, TypeError):
+        return False
+    return True
+
+
+def _section(location: Location) -> Location:
+    """The section that a key belongs to; the index of a source in its list does not count."""
+    return tuple(part for part in location[:-1] if isinstance(part, str))
+
+
+def _meaning(location: Location) -> str:
+    section, key = _SECTIONS.get(_section(location)), location[-1] if location else None
+    if section is None or key not in section.__pydantic_fields__:
+        return ""
+    return f" ({section.__pydantic_fields__[key].description})"
+
+
+def _all_keys() -> Iterator[str]:
+    for prefix, section in _SECTIONS.items():
+        for field in dataclasses.fields(section):
+            yield ".".join((*[str(part) for part in prefix], field.name))
+
+
+def _nearest_key(location: Location) -> str:
+    """The remedy for an unknown key: it may be misspelt, or stand in the wrong section."""
+    key, section = str(location[-1]), _section(location)
+    elsewhere = [known for known in _all_keys() if known.split(".")[-1] == key]
+    if elsewhere:
+        return f"did you mean {elsewhere[0]}?"
+    names = [field.name for field in dataclasses.fields(_SECTIONS[section])]
+    return _nearest(key, names, prefix="".join(f"{part}." for part in section))
+
+
+def _nearest(key: str, known: Sequence[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {prefix}{close[0]}?" if close else f"known are {', '.join(known)}"

@@ -1,0 +1,305 @@
+"""A recipe says everything about one training run; an unknown key is an error, never ignored.
+
+The dataclasses below are all keys that a recipe file may hold. The text under a field is its
+meaning, which error messages show. Lengths are in tokens, batches in sequences.
+"""
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic.dataclasses import dataclass
+
+from hf_stable.recipes import strict_yaml
+
+if TYPE_CHECKING:
+    from hf_stable.model.configuration_stable_gpt import StableGPTConfig
+
+_STRICT = ConfigDict(
+    extra="forbid", allow_inf_nan=False, strict=True, use_attribute_docstrings=True
+)
+# <|endoftext|>, <|padding|> and the 256 bytes that every tokenizer of ours falls back to.
+_SMALLEST_VOCABULARY = 258
+
+Count = Annotated[int, Field(ge=0)]
+PositiveCount = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SourceRecipe:
+    """Text to read. The fields are those of `hf_stable.data.Source`; a plain string is its path."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """A file, folder or glob (text, JSON lines, parquet), else the name of a `datasets` dataset."""
+    column: str = "text"
+    """The column of JSON lines, parquet or a dataset that holds the text."""
+    sample_by: Literal["document", "line", "paragraph"] = "document"
+    """What one document of a text file is."""
+    name: str | None = None
+    """The configuration of a `datasets` dataset."""
+    split: str = "train"
+    """The split of a `datasets` dataset."""
+    streaming: bool = True
+    """Read a `datasets` dataset as a stream, without a copy of all of it on the disk."""
+    part: Literal["all", "train", "validation"] = "all"
+    """Which side of the holdout split to read."""
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Fraction of the documents that are validation, chosen by a hash of their text."""
+
+
+def _source(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+SourceList = list[Annotated[SourceRecipe, BeforeValidator(_source)]]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TokenizerRecipe:
+    """The tokenizer: a finished one at `path`, else one trained on the training text."""
+
+    vocab_size: PositiveCount
+    """Rows of the embedding. A tokenizer at `path` may have fewer tokens, not more."""
+    path: str | None = None
+    """Folder or Hub name of a finished tokenizer; null trains one."""
+    kind: Literal["bpe", "sentencepiece"] = "bpe"
+    """What to train: byte-level BPE, or SentencePiece unigram with byte fallback."""
+    training_bytes: PositiveCount = 100_000_000
+    """How much text to train a tokenizer on, in bytes."""
+
+    @model_validator(mode="after")
+    def _room_for_bytes(self) -> "TokenizerRecipe":
+        smallest = _SMALLEST_VOCABULARY
+        if self.path is None and self.vocab_size < smallest:
+            raise ValueError(
+                f"vocab_size is {self.vocab_size}; a tokenizer to train needs at least {smallest}"
+            )
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DataRecipe:
+    """What to train and validate on."""
+
+    train: Annotated[SourceList, Field(min_length=1)]
+    """Training text: paths, or mappings with the keys of a source."""
+    sequence_length: Annotated[int, Field(ge=2)]
+    """Tokens of one training sequence."""
+    validation: SourceList = Field(default_factory=list)
+    """Validation text; empty holds out a part of the training text."""
+    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """Fraction of the training documents held out when `validation` is empty."""
+    separate_documents: bool = False
+    """Whether attention and positions start afresh at each document inside a sequence."""
+    cache: str = ".cache/hf_stable"
+    """Folder for token files and trained tokenizers, which runs share."""
+    num_workers: Count = 0
+    """Data loader processes beside each training process."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class OptimizerRecipe:
+    """AdamW as the papers use it."""
+
+    name: Literal["adamw"] = "adamw"
+    """The update rule."""
+    learning_rate: Positive = 3e-4
+    """Peak learning rate."""
+    beta1: Momentum = 0.9
+    """Decay of the gradient average, per step."""
+    beta2: Momentum = 0.95
+    """Decay of the squared-gradient average, per step."""
+    eps: Positive = 1e-8
+    """Added to the root of the squared-gradient average."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decay of matrices per step, times the learning rate (coupled) or its share of the peak."""
+    weight_decay_mode: Literal["coupled", "independent"] = "coupled"
+    """`coupled` is torch's AdamW; `independent` decay does not grow with the peak (Wortsman)."""
+    decay_embeddings: bool = True
+    """Whether the input embedding is decayed."""
+    decay_vectors: bool = False
+    """Whether 1-d parameters (norm gains, LayerScale, sigma gains) are decayed."""
+    max_grad_norm: Positive | None = 1.0
+    """Global norm that gradients are clipped to; null does not clip."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ScheduleRecipe:
+    """The learning rate over time, as a share of its peak: linear warm-up, then the named decay."""
+
+    name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """`wsd` is warm-up, stable, then a linear decay."""
+    warmup: Count = 0
+    """Length of the warm-up, in `warmup_unit`."""
+    warmup_unit: Literal["samples", "tokens", "steps"] = "steps"
+    """`samples` are sequences."""
+    min_ratio: Fraction = 0.1
+    """Learning rate at the end, as a share of the peak."""
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of the steps that `wsd` decays over; the other schedules have no use for it."""
+
+    @model_validator(mode="after")
+    def _decay_fraction_has_effect(self) -> "ScheduleRecipe":
+        if self.name != "wsd" and self.decay_fraction != 0.2:
+            raise ValueError(
+                f"decay_fraction has no effect on {self.name}; remove it, or set name to wsd"
+            )
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrainingRecipe:
+    """The loop: how long, in what batches and precision, and what to write when."""
+
+    global_batch_size: PositiveCount
+    """Sequences of one optimizer step, over all processes."""
+    micro_batch_size: PositiveCount
+    """Sequences that one process computes at once; it accumulates up to its share of a batch."""
+    steps: PositiveCount | None = None
+    """Optimizer steps; give either this or `tokens`."""
+    tokens: PositiveCount | None = None
+    """Training tokens, rounded down to whole steps; give either this or `steps`."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16` is autocast; weights and optimizer state stay fp32."""
+    sharding: Literal["auto", "ddp", "fsdp2"] = "auto"
+    """How several processes hold the model: whole copies (ddp) or shards (fsdp2)."""
+    gradient_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more time."""
+    attn_implementation: str | None = None
+    """Attention backend; null takes the fastest one that supports the model here."""
+    log_every: PositiveCount = 10
+    """Steps between log lines."""
+    evaluate_every: Count = 100
+    """Steps between validations; 0 validates at the end only."""
+    evaluate_blocks: PositiveCount = 64
+    """Sequences of one validation."""
+    checkpoint_every: Count = 0
+    """Steps between checkpoints; 0 writes one at the end only."""
+    keep_checkpoints: PositiveCount = 2
+    """How many of the newest checkpoints stay."""
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = Field(default_factory=list)
+    """Mirrors of metrics.jsonl."""
+    threads: PositiveCount | None = None
+    """CPU threads of each process; null leaves torch's choice."""
+
+    @model_validator(mode="after")
+    def _length_and_batches(self) -> "TrainingRecipe":
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError(
+                f"steps is {self.steps} and tokens is {self.tokens}; "
+                "give exactly one and set the other to null"
+            )
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
+                f"{self.micro_batch_size}; change one of them"
+            )
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Recipe:
+    """One training run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,80}$")]
+    """Name of the run: 1 to 80 letters, digits, dots, underscores or hyphens."""
+    tokenizer: TokenizerRecipe
+    """The vocabulary."""
+    data: DataRecipe
+    """The text."""
+    training: TrainingRecipe
+    """The loop."""
+    seed: Count = 0
+    """Decides the initial weights and the order of the data."""
+    output: str = ""
+    """Folder of the run; `runs/<name>` unless given."""
+    model: dict[str, Any] = Field(default_factory=dict)
+    """`preset` (a technique's name) and any field of StableGPTConfig."""
+    optimizer: OptimizerRecipe = Field(default_factory=OptimizerRecipe)
+    """The update."""
+    schedule: ScheduleRecipe = Field(default_factory=ScheduleRecipe)
+    """The learning rate over time."""
+
+    def __post_init__(self) -> None:
+        if not self.output:
+            object.__setattr__(self, "output", f"runs/{self.name}")
+
+    @model_validator(mode="after")
+    def _at_least_one_step(self) -> "Recipe":
+        if self.num_steps < 1:
+            raise ValueError(
+                f"training.tokens {self.training.tokens:,} is less than one step of "
+                f"{self.tokens_per_step:,} tokens; raise it, or lower training.global_batch_size"
+            )
+        if "vocab_size" in self.model:
+            raise ValueError(
+                "model.vocab_size is decided by tokenizer.vocab_size; set that and remove this"
+            )
+        longest = self.model.get("max_position_embeddings", self.data.sequence_length)
+        if isinstance(longest, int) and self.data.sequence_length > longest:
+            raise ValueError(
+                f"data.sequence_length {self.data.sequence_length} is beyond "
+                f"model.max_position_embeddings {longest}; raise it or shorten the sequences"
+            )
+        return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step over all processes."""
+        return self.training.global_batch_size * self.data.sequence_length
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run: `steps`, or the whole steps that fit in `tokens`."""
+        return self.training.steps or (self.training.tokens or 0) // self.tokens_per_step
+
+    @property
+    def warmup_steps(self) -> float:
+        """Length of the warm-up in optimizer steps, not rounded when given in samples or tokens."""
+        unit = {
+            "steps": 1,
+            "samples": self.training.global_batch_size,
+            "tokens": self.tokens_per_step,
+        }
+        return self.schedule.warmup / unit[self.schedule.warmup_unit]
+
+    def model_config(self, **fields: Any) -> "StableGPTConfig":
+        """Build the model's config.
+
+        Args:
+            fields: further config fields that only the tokenizer knows, such as `eos_token_id`.
+
+        Raises:
+            ValueError: a field that StableGPTConfig does not know or accept.
+        """
+        from hf_stable.model.configuration_stable_gpt import (  # noqa: PLC0415 (imports torch)
+            StableGPTConfig,
+        )
+
+        chosen = {
+            "vocab_size": self.tokenizer.vocab_size,
+            "max_position_embeddings": self.data.sequence_length,
+            **self.model,
+            **fields,
+        }
+        return StableGPTConfig.from_preset(chosen.pop("preset", "baseline"), **chosen)
+
+
+ADAPTER = TypeAdapter(Recipe)
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The whole recipe, defaults included, as plain JSON values."""
+    return ADAPTER.dump_python(recipe, mode="json")
+
+
+def from_dict(content: dict[str, Any]) -> Recipe:
+    """The recipe that `to_dict` wrote, e.g. into run.json."""
+    return ADAPTER.validate_python(content)
+
+
+def dump(recipe: Recipe) -> str:
+    """The whole recipe, defaults included, as YAML that loads back to an equal recipe."""
+    return strict_yaml.dump(to_dict(recipe))

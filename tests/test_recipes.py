@@ -1,0 +1,291 @@
+"""Laws of recipes: what is read is what was written, and everything else is refused by name."""
+
+import dataclasses
+import math
+import textwrap
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_stable.data import Source
+from hf_stable.errors import RecipeError
+from hf_stable.model.configuration_stable_gpt import PRESETS
+from hf_stable.recipes import Recipe, SourceRecipe, dump, layers, load_recipe, strict_yaml
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+BASES = sorted(RECIPES.glob("base/*.yaml"))
+TINY = RECIPES / "base" / "tiny.yaml"
+
+GOOD = """\
+name: good
+tokenizer: {vocab_size: 300}
+data: {train: [a.txt], sequence_length: 16}
+optimizer: {learning_rate: 1e-3}
+schedule: {warmup: 2}
+training: {steps: 10, global_batch_size: 4, micro_batch_size: 2}
+"""
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(textwrap.dedent(text), encoding="utf-8")
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    return str(caught.value)
+
+
+# What reliability.md 1.9 found parsers to accept in silence, and what it calls dangerous. Each is
+# laid over GOOD; the message must have the second text.
+BAD = {
+    "unknown key": ("nmae: x", "did you mean name?"),
+    "unknown nested key": (
+        "optimizer: {lerning_rate: 1.0}",
+        "did you mean optimizer.learning_rate?",
+    ),
+    "key of another section": ("learning_rate: 1.0", "did you mean optimizer.learning_rate?"),
+    "text for a number": (
+        "optimizer: {learning_rate: fast}",
+        "optimizer.learning_rate: found 'fast'",
+    ),
+    "quoted number": (
+        "optimizer: {learning_rate: '1e-3'}",
+        "optimizer.learning_rate: found '1e-3'",
+    ),
+    "fraction for a count": ("training: {steps: 1.5}", "training.steps: found 1.5"),
+    "not a number": ("optimizer: {learning_rate: .nan}", ".nan is not a finite number"),
+    "overflowing number": ("optimizer: {learning_rate: 1e999}", "1e999 is not a finite number"),
+    "negative": ("optimizer: {learning_rate: -1e-3}", "optimizer.learning_rate: found -0.001"),
+    "null": ("training: {global_batch_size: null}", "training.global_batch_size: found None"),
+    "empty section": ("optimizer:", "optimizer: found None"),
+    "duplicate key": ("seed: 1\nseed: 2", "key 'seed' stands twice"),
+    "quoted false": (
+        "training: {gradient_checkpointing: 'false'}",
+        "gradient_checkpointing: found",
+    ),
+    "no for false": (
+        "training: {gradient_checkpointing: no}",
+        "gradient_checkpointing: found 'no'",
+    ),
+    "octal": ("seed: 010", "seed: found '010'"),
+    "sexagesimal": ("seed: 1:30", "seed: found '1:30'"),
+    "number for a name": ("name: 17", "name: found 17"),
+    "path for a name": ("name: ../x", "name: found '../x'"),
+    "unknown choice": ("schedule: {name: cosin}", "schedule.name: found 'cosin'"),
+    "python object": ("name: !!python/name:os.system", "tag"),
+    "alias": ("name: &a x\noutput: *a", "alias *a"),
+    "merge key": ("<<: {name: x}", "<< is not a recipe key"),
+    "key that is no text": ("1: x", "key '1' is not text"),
+    "list": ("- name: x", "holds a list"),
+    "empty": ("# nothing", "is empty"),
+    "not YAML": ("name: [x", "cannot read YAML"),
+    "deep nesting": ("name: " + "[" * 5000, "cannot read YAML"),
+    "huge integer": ("seed: " + "9" * 5000, "cannot read YAML"),
+    "steps and tokens": ("training: {tokens: 9000}", "give exactly one"),
+    "neither steps nor tokens": ("training: {steps: null}", "give exactly one"),
+    "batches that do not divide": ("training: {micro_batch_size: 3}", "not a multiple"),
+    "less than one step": ("training: {steps: null, tokens: 5}", "less than one step"),
+    "field without effect": ("schedule: {decay_fraction: 0.5}", "has no effect on cosine"),
+    "vocabulary below bytes": ("tokenizer: {vocab_size: 100}", "at least 258"),
+    "second vocabulary": ("model: {vocab_size: 300}", "tokenizer.vocab_size"),
+    "beyond positions": ("model: {max_position_embeddings: 8}", "model.max_position_embeddings 8"),
+    "unknown model field": ("model: {qk_nrom: head}", "did you mean qk_norm?"),
+    "wrong model value": ("model: {qk_norm: haed}", "qk_norm"),
+    "impossible model": ("model: {head_dim: 63}", "head_dim=63"),
+    "unknown preset": ("model: {preset: qknorm}", "qk_norm"),
+    "unknown source key": ("data: {train: [{path: a, colum: x}]}", "data.train.colum"),
+    "no text": ("data: {train: []}", "data.train: found []"),
+    "extends that is no path": ("extends: 3", "extends: found 3"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_file_is_refused_with_its_name_and_the_reason(case: str, tmp_path: Path) -> None:
+    text, reason = BAD[case]
+    good, bad = write(tmp_path, "good.yaml", GOOD), write(tmp_path, "bad.yaml", text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe([good, bad])
+    assert reason.replace("data.train.colum", "data.train.0.colum") in str(caught.value)
+    assert str(bad) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (b"#" * 2_000_000, "2,000,000 bytes"),
+        (b"a: \0", "cannot read"),
+    ],
+)
+def test_what_is_no_text_of_recipe_size_is_refused(
+    content: bytes, reason: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    assert reason in refusal(path)
+    assert str(path) in refusal(path)
+
+
+def test_missing_files_and_keys_are_refused(tmp_path: Path) -> None:
+    assert "no such recipe file" in refusal(tmp_path / "none.yaml")
+    assert "data is missing" in refusal(write(tmp_path, "a.yaml", "name: a"))
+    lonely = write(tmp_path, "b.yaml", "extends: none.yaml")
+    assert f"there is no file {tmp_path / 'none.yaml'}" in refusal(lonely)
+
+
+def test_every_key_refuses_another_type_by_name() -> None:
+    keys = [key for key in layers._all_keys() if key.count(".") == 1]
+    assert len(keys) > 40
+    for key in (*keys, "name", "seed", "output"):
+        assert f"{key}: found {{'no': 'thing'}}" in refusal(TINY, f"{key}={{no: thing}}")
+
+
+@pytest.mark.parametrize("override", ["", "seed", "=3", "a..b=1", ".a=1"])
+def test_an_override_without_key_or_value_is_refused(override: str) -> None:
+    assert "expected key=value" in refusal(TINY, override)
+
+
+def test_overrides_are_validated_and_named_like_files() -> None:
+    message = refusal(TINY, "optimizer.learning_rate=-1", "training.stpes=3")
+    assert "--set optimizer.learning_rate=-1: optimizer.learning_rate: found -1" in message
+    assert "--set training.stpes=3: training.stpes is not a recipe key" in message
+    assert "training.steps" in message
+
+
+def test_the_last_layer_wins(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    write(tmp_path / "base", "low.yaml", GOOD + "model: {hidden_size: 768, num_hidden_layers: 2}")
+    write(tmp_path / "base", "high.yaml", "seed: 1\nmodel: {num_hidden_layers: 3}")
+    own = """\
+        extends: [base/low.yaml, base/high.yaml]
+        name: own
+        data: {train: [b.txt, c.txt]}
+        """
+    recipe = load_recipe(write(tmp_path, "own.yaml", own), ["seed=2"])
+    assert (recipe.name, recipe.seed, recipe.output) == ("own", 2, "runs/own")
+    assert recipe.model == {"hidden_size": 768, "num_hidden_layers": 3}
+    assert [source.path for source in recipe.data.train] == ["b.txt", "c.txt"]
+    assert recipe.data.sequence_length == 16
+    assert recipe == load_recipe(
+        [tmp_path / "base/low.yaml", tmp_path / "base/high.yaml", tmp_path / "own.yaml"], ["seed=2"]
+    )
+
+
+def test_an_error_names_the_file_that_set_the_value(tmp_path: Path) -> None:
+    low = write(tmp_path, "low.yaml", GOOD + "model: {head_dim: 63, num_hidden_layers: 2}")
+    own = write(tmp_path, "own.yaml", "extends: low.yaml\nname: own\nmodel: {hidden_size: 64}")
+    assert refusal(own).startswith(f"{low}: model: head_dim=63")
+
+
+def test_a_circle_of_extends_is_refused_with_its_chain(tmp_path: Path) -> None:
+    a = write(tmp_path, "a.yaml", "extends: b.yaml")
+    b = write(tmp_path, "b.yaml", "extends: [./a.yaml]")
+    message = refusal(a)
+    assert "extends itself" in message
+    assert f"{a} -> {b} -> " in message
+
+
+def test_the_same_file_may_be_extended_twice(tmp_path: Path) -> None:
+    write(tmp_path, "low.yaml", GOOD)
+    write(tmp_path, "b.yaml", "extends: low.yaml")
+    own = write(tmp_path, "own.yaml", "extends: [low.yaml, b.yaml]\nname: own")
+    assert load_recipe(own).name == "own"
+
+
+PLAIN = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text()
+    | st.sampled_from(
+        ["1e-4", "no", "on", "010", "1:30", "2026-11-22", "null", "~", "<<", "=", ".nan"]
+    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(), PLAIN, max_size=4))
+def test_yaml_reads_back_what_it_writes(content: dict) -> None:
+    read = strict_yaml.parse(strict_yaml.dump(content), "test")
+    assert read == content
+    assert repr(read) == repr(content)  # True is not 1, 1 is not 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1E+2", 100.0),
+        ("-.5", -0.5),
+        ("1_000_000", 1_000_000),
+        ("-7", -7),
+        ("true", True),
+        ("", None),
+        ("no", "no"),
+        ("2026-11-22", "2026-11-22"),
+        ("0x10", "0x10"),
+        ("1.2.3", "1.2.3"),
+    ],
+)
+def test_scalars_are_what_they_seem(text: str, value: object) -> None:
+    read = strict_yaml.parse(f"key: {text}", "test")["key"]
+    assert read == value
+    assert type(read) is type(value)
+
+
+@pytest.mark.parametrize("path", [*BASES, RECIPES / "quickstart.yaml"], ids=lambda path: path.stem)
+def test_every_recipe_is_read_back_from_its_dump(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    assert load_recipe(write(tmp_path, "dumped.yaml", dump(recipe))) == recipe
+
+
+def test_every_preset_is_one_technique_file() -> None:
+    files = {path.stem: path for path in RECIPES.glob("techniques/*.yaml")}
+    assert set(files) == set(PRESETS)
+    for preset, path in files.items():
+        recipe = load_recipe([TINY, path])
+        assert recipe.name == preset
+        config = recipe.model_config()
+        assert all(config.to_dict()[key] == value for key, value in PRESETS[preset].items())
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_say_what_they_are_in_their_first_line(path: Path) -> None:
+    assert path.read_text(encoding="utf-8").startswith("# ")
+
+
+def test_a_source_has_the_fields_and_defaults_of_data() -> None:
+    assert dataclasses.asdict(SourceRecipe("x")) == dataclasses.asdict(Source("x"))
+
+
+def test_every_field_says_what_it_means() -> None:
+    for section in layers._SECTIONS.values():
+        for name, field in section.__pydantic_fields__.items():
+            assert field.description, f"{section.__name__}.{name}"
+
+
+@pytest.mark.parametrize(
+    ("unit", "length"), [("steps", 5), ("samples", 5 * 8), ("tokens", 5 * 8 * 32)]
+)
+def test_warm_up_is_as_long_in_every_unit(unit: str, length: int) -> None:
+    recipe = load_recipe(TINY, [f"schedule.warmup={length}", f"schedule.warmup_unit={unit}"])
+    assert recipe.warmup_steps == 5
+
+
+def test_tokens_are_rounded_down_to_whole_steps() -> None:
+    recipe = load_recipe(TINY, ["training.steps=null", "training.tokens=1000"])
+    assert recipe.num_steps == math.floor(1000 / recipe.tokens_per_step) == 3
+
+
+def test_a_recipe_cannot_be_changed_after_its_checks() -> None:
+    recipe: Recipe = load_recipe(TINY)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.training.steps = 7  # pyright: ignore[reportAttributeAccessIssue]
