@@ -1,0 +1,219 @@
+"""Load any causal language model and its tokenizer, or say in one sentence why that cannot be done.
+
+Importing this module has imported `hf_stable`, which registers the StableGPT classes: they need no
+trust_remote_code.
+"""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hf_stable.errors import CheckpointError
+
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# What from_pretrained raises for damaged files, shapes that differ from those of config.json, code
+# that needs absent packages, and types of model that are no causal language model.
+_UNLOADABLE = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    ImportError,
+    EOFError,
+    UnpicklingError,
+    SafetensorError,
+)
+# In a config.json, but about the file rather than about the model.
+_BOOKKEEPING = {"model_type", "auto_map", "_name_or_path"}
+
+
+def load_model(
+    path: str | Path, *, trust_remote_code: bool = False, dtype: str | torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM in eval mode, on the accelerator where there is one, with its tokenizer.
+
+    `path` is a folder, or the id of a model on the Hub. `dtype` None keeps the checkpoint's. Code
+    of the checkpoint itself runs only with `trust_remote_code`.
+
+    Raises CheckpointError (a UserError) naming the folder or file: no such folder, no or broken
+    config.json, a model type or fields that the installed version does not know, no weights,
+    truncated or missing shards, parameters that the weights do not cover, no tokenizer.
+    """
+    source = str(path)
+    if _is_local(source):
+        _check_folder(Path(source))
+    config = _load_config(source, trust_remote_code)
+    if Path(source).is_dir():
+        _check_weights(Path(source))
+    tokenizer = _load_tokenizer(source, trust_remote_code)
+    model = _load_weights(source, config, trust_remote_code, dtype)
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    # Module.to, because a decorator hides the signature of the class's own `to` from pyright.
+    torch.nn.Module.to(model, device)
+    return model.eval(), tokenizer
+
+
+def _is_local(source: str) -> bool:
+    """Whether it can only be a place on this machine: Hub ids are `name` or `owner/name`."""
+    return Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        found = "a file" if folder.is_file() else "nothing"
+        raise CheckpointError(f"{folder}: found {found} there, expected the folder of a model")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder}: no config.json there; name the folder that save_pretrained or "
+            "`hf-stable export` wrote"
+        )
+
+
+def _load_config(source: str, trust_remote_code: bool) -> PreTrainedConfig:
+    try:
+        raw, _ = PreTrainedConfig.get_config_dict(source)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(_config_unreadable(source, error)) from error
+    version = str(raw.get("transformers_version", "an unknown version"))
+    written = f"it was written by transformers {version}, installed is {transformers.__version__}"
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except ImportError as error:
+        raise CheckpointError(f"{source}: its own code cannot be imported: {error}") from error
+    # Whatever else a config class raises is about what config.json says.
+    except Exception as error:
+        raise CheckpointError(
+            f"{source}/config.json: model_type {raw.get('model_type')!r} cannot be built "
+            f"({_first_line(error)}); {written}: upgrade, or pass trust_remote_code if the "
+            "checkpoint brings code that you trust"
+        ) from error
+    unknown = sorted(raw.keys() - _known_fields(config))
+    if unknown and _is_newer(version):
+        raise CheckpointError(
+            f"{source}/config.json: this version would ignore {', '.join(unknown)}, and {written}: "
+            "upgrade transformers (and hf_stable)"
+        )
+    return config
+
+
+def _config_unreadable(source: str, error: Exception) -> str:
+    if (Path(source) / "config.json").is_file():
+        return f"{source}/config.json: not readable as JSON ({_first_line(error)}); copy it again"
+    return (
+        f"{source}: neither a folder here nor a model that can be had from the Hub "
+        f"({_first_line(error)}); check the name and the connection"
+    )
+
+
+def _known_fields(config: PreTrainedConfig) -> set[str]:
+    return {field.name for field in fields(config)} | set(config.attribute_map) | _BOOKKEEPING
+
+
+def _is_newer(version: str) -> bool:
+    installed = Version(transformers.__version__)
+    return version[:1].isdigit() and Version(version).release > installed.release
+
+
+def _check_weights(folder: Path) -> None:
+    """See that all weight files are whole; a safetensors header says how long its file must be."""
+    for name in _INDEXES:
+        if (folder / name).is_file():
+            files = _shards(folder / name)
+            break
+    else:
+        files = [folder / name for name in _WEIGHTS if (folder / name).is_file()][:1]
+        if not files:
+            raise CheckpointError(
+                f"{folder}: has a config.json but no weights ({' or '.join(_WEIGHTS + _INDEXES)}); "
+                "copy or export the model again"
+            )
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing, though the index names it; copy it again")
+        if file.suffix == ".safetensors":
+            _check_safetensors(file)
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return [index.parent / name for name in sorted(set(weight_map.values()))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index}: not an index of weight files ({_first_line(error)}); copy it again"
+        ) from error
+
+
+def _check_safetensors(file: Path) -> None:
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file}: truncated or damaged, {file.stat().st_size:,} bytes "
+            f"({_first_line(error)}); copy or export it again"
+        ) from error
+
+
+def _load_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    # Transformers raises OSError, ValueError, TypeError or KeyError, by the kind of tokenizer that
+    # it expected.
+    except Exception as error:
+        raise CheckpointError(
+            f"{source}: no usable tokenizer ({_first_line(error)}); put the model's tokenizer.json "
+            "and tokenizer_config.json beside config.json"
+        ) from error
+    if len(tokenizer) == 0:
+        raise CheckpointError(f"{source}: its tokenizer has no tokens; add tokenizer.json")
+    return tokenizer
+
+
+def _load_weights(
+    source: str,
+    config: PreTrainedConfig,
+    trust_remote_code: bool,
+    dtype: str | torch.dtype | None,
+) -> PreTrainedModel:
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            trust_remote_code=trust_remote_code,
+            dtype="auto" if dtype is None else dtype,
+            output_loading_info=True,
+        )
+    except _UNLOADABLE as error:
+        raise CheckpointError(
+            f"{source}: cannot be loaded as a causal language model ({_first_line(error)})"
+        ) from error
+    model, info = loaded
+    # Transformers would fill these with random numbers and only warn.
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise CheckpointError(
+            f"{source}: its weights lack {len(missing)} parameters of a {type(model).__name__}, "
+            f"such as {missing[0]}; the checkpoint is incomplete or of another model"
+        )
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__

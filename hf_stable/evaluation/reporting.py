@@ -1,0 +1,48 @@
+"""Progress of an evaluation: a moving line on a terminal, a plain line every ten seconds
+elsewhere."""
+
+import math
+import sys
+import time
+from contextlib import AbstractContextManager
+
+from rich.console import Console
+from rich.status import Status
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Reporter(AbstractContextManager["Reporter"]):
+    """Writes to stderr only, so that stdout stays the result's; silent unless `on`."""
+
+    def __init__(self, on: bool) -> None:
+        console = Console(stderr=True)
+        self._on = on
+        self._status = Status("reading", console=console) if on and console.is_terminal else None
+        self._started = self._last = time.monotonic()
+
+    def __enter__(self) -> "Reporter":
+        if self._status:
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._status:
+            self._status.stop()
+
+    def update(self, *, documents: int, tokens: int, nll: float) -> None:
+        """Show the running perplexity; `nll` in nats over `tokens` tokens so far."""
+        if not self._on:
+            return
+        now = time.monotonic()
+        nats = nll / tokens
+        line = (
+            f"evaluating: {documents:,} documents, {tokens:,} tokens, "
+            f"{tokens / max(now - self._started, 1e-9):,.0f} tokens/s, "
+            f"perplexity per token so far {math.exp(min(nats, 700.0)):.3f}"
+        )
+        if self._status:
+            self._status.update(line)
+        elif now - self._last >= _SECONDS_BETWEEN_LINES:
+            self._last = now
+            print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,129 @@
+"""What an evaluation returns: values, intervals and everything that a reader needs to compare
+them."""
+
+import math
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+from .intervals import MIN_DOCUMENTS, ratio_intervals
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its bootstrap interval; `low` and `high` are None where there is no interval."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """What `perplexity` found.
+
+    `nll_nats` is a sum over `tokens` scored tokens; `unscored_tokens` are first tokens without a
+    bos or eos before them; `empty_documents` had nothing to score and are in no other count.
+    `interval_note` says why there is no interval. `document_sums` (float64, documents x 4: NLL in
+    nats, tokens, words, bytes; in the order of the documents, empty ones left out) allows a paired
+    comparison of two models over the same documents.
+    """
+
+    per_token: Estimate
+    per_word: Estimate
+    bits_per_byte: Estimate
+    nll_nats: float
+    tokens: int
+    words: int
+    bytes: int
+    documents: int
+    empty_documents: int
+    unscored_tokens: int
+    max_length: int
+    stride: int
+    confidence: float
+    interval_note: str | None
+    document_sums: np.ndarray = field(repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, object]:
+        """All fields but `document_sums`, as plain Python values for JSON."""
+        values = asdict(self)
+        del values["document_sums"]
+        return values
+
+    def table(self) -> str:
+        """The result as lines for a terminal."""
+        lines = [
+            _row("perplexity per token", self.per_token, self.confidence),
+            _row("perplexity per word", self.per_word, self.confidence),
+            _row("bits per byte", self.bits_per_byte, self.confidence),
+            f"{self.documents:,} documents, {self.tokens:,} tokens, {self.words:,} words, "
+            f"{self.bytes:,} bytes; {self.nll_nats / self.tokens:.4f} nats per token; "
+            f"windows of {self.max_length} tokens, stride {self.stride}",
+        ]
+        if self.empty_documents:
+            lines.append(f"{self.empty_documents:,} documents were empty: nothing to score")
+        if self.unscored_tokens:
+            lines.append(
+                f"{self.unscored_tokens:,} first tokens are not scored: "
+                "the tokenizer has no bos or eos token to predict them from"
+            )
+        if self.interval_note:
+            lines.append(f"no interval: {self.interval_note}")
+        return "\n".join(lines)
+
+
+def _row(label: str, estimate: Estimate, confidence: float) -> str:
+    row = f"{label:<22}{estimate.value:>12.4f}"
+    if estimate.low is None:
+        return row
+    return f"{row}   {100 * confidence:g} % interval {estimate.low:.4f} to {estimate.high:.4f}"
+
+
+def estimates(
+    document_sums: np.ndarray, *, confidence: float, samples: int, rng: np.random.Generator
+) -> tuple[list[Estimate], str | None]:
+    """Per token, per word, bits per byte, and a note when there is no interval.
+
+    `document_sums`: float64 (documents, 4) of NLL, tokens, words, bytes; NLL finite, tokens and
+    bytes positive.
+    """
+    totals = document_sums.sum(axis=0)
+    bounds: list[tuple[float | None, float | None]] = [(None, None)] * 3
+    note = _no_interval(len(document_sums), totals[2])
+    if note is None:
+        bounds = list(
+            ratio_intervals(
+                document_sums[:, 0],
+                document_sums[:, 1:].T,
+                confidence=confidence,
+                samples=samples,
+                rng=rng,
+            )
+        )
+    scales = (_exp, _exp, _bits)
+    with np.errstate(divide="ignore"):
+        ratios = totals[0] / totals[1:]
+    found = [
+        Estimate(scale(ratio), *(None if bound is None else scale(bound) for bound in pair))
+        for scale, ratio, pair in zip(scales, ratios, bounds, strict=True)
+    ]
+    return found, note
+
+
+def _no_interval(num_documents: int, words: float) -> str | None:
+    if num_documents < MIN_DOCUMENTS:
+        return (
+            f"{num_documents} document(s) do not show how much documents differ, at least "
+            f"{MIN_DOCUMENTS} are needed; pass the text in more pieces (paragraphs, lines)"
+        )
+    return "the text has no words" if words == 0 else None
+
+
+def _exp(nats: float) -> float:
+    # Text without spaces is one long word: more nats than exp() can take.
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+def _bits(nats: float) -> float:
+    return float(nats) / math.log(2)

@@ -1,0 +1,1 @@
+"""Folders that `evaluate.load` finds; each is one measurement of its own."""
