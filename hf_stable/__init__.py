@@ -1,22 +1,24 @@
 """Stable LLM pre-training on the HuggingFace stack: `import hf_stable` registers `stable_gpt`."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-from .model import (
-    StableGPTConfig,
-    StableGPTForCausalLM,
-    StableGPTModel,
-    StableGPTPreTrainedModel,
-)
+import sys
+from pathlib import Path
+from typing import Any
 
 __version__ = "0.1.0"
-__all__ = [
-    "StableGPTConfig",
-    "StableGPTForCausalLM",
-    "StableGPTModel",
-    "StableGPTPreTrainedModel",
-]
+# The names below come from __getattr__.
+# pyright: reportUnsupportedDunderAll=false
+__all__ = ["StableGPTConfig", "StableGPTForCausalLM", "StableGPTModel", "StableGPTPreTrainedModel"]
 
-AutoConfig.register("stable_gpt", StableGPTConfig, exist_ok=True)
-AutoModel.register(StableGPTConfig, StableGPTModel, exist_ok=True)
-AutoModelForCausalLM.register(StableGPTConfig, StableGPTForCausalLM, exist_ok=True)
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'hf_stable' has no attribute {name!r}")
+    from . import model, registration  # noqa: F401, PLC0415
+
+    return vars(model)[name]
+
+
+# The command line answers --help without torch (seconds); its subcommands register by themselves.
+# While Python looks for the module of `python -m`, argv[0] is "-m".
+if sys.argv[0] != "-m" and Path(sys.argv[0]).stem != "hf-stable":
+    from . import registration  # noqa: F401

@@ -4,6 +4,12 @@ Law of this file: a field that would be ignored is refused, so that no misspelt 
 setting ever trains the baseline in silence.
 """
 
+# Transformers types what a config resolves, and what a forward fills in, as Optional.
+# pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportTypedDictNotRequiredAccess=false, reportPrivateImportUsage=false
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
+
 import difflib
 import math
 import warnings

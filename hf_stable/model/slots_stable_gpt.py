@@ -3,6 +3,12 @@
 Law of this file: a module reads its fields at construction only.
 """
 
+# Transformers types what a config resolves, and what a forward fills in, as Optional.
+# pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportTypedDictNotRequiredAccess=false, reportPrivateImportUsage=false
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
+
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import initialization as init
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
@@ -101,6 +109,21 @@ class StableGPTLinear(nn.Linear):
         self.init_scale = init_scale
 
 
+# Optimizer steps taken on each weight that sigma-Reparam follows. In-place updates of a plain
+# tensor also count in its `_version`, but fused optimizers and sharded tensors do not move that.
+_optimizer_steps = WeakIdKeyDictionary()
+
+
+def _count_optimizer_steps(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter in _optimizer_steps:
+                _optimizer_steps[parameter] += 1
+
+
+register_optimizer_step_post_hook(_count_optimizer_steps)
+
+
 class StableGPTSigmaLinear(StableGPTLinear):
     """sigma-Reparam: y = gain / sigma(W) * W x (Zhai et al. 2023, section 3.2).
 
@@ -113,7 +136,7 @@ class StableGPTSigmaLinear(StableGPTLinear):
         self.gain = nn.Parameter(torch.empty(1))
         self.u = nn.Buffer(torch.empty(out_features))
         self.v = nn.Buffer(torch.empty(in_features))
-        self.seen_version: int | None = None
+        self.seen_age: tuple[int, int] | None = None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(hidden_states, self.effective_weight())
@@ -138,12 +161,16 @@ class StableGPTSigmaLinear(StableGPTLinear):
     def follow_weight(self) -> None:
         """One power step if the weight changed since the last one and the layer is training.
 
-        The weight's version counts its in-place updates, so that this is once an optimizer step,
-        whoever owns the loop, and neither accumulation nor checkpointing repeats it.
+        That is once an optimizer step, whoever owns the loop, by a torch optimizer or by hand;
+        neither accumulation nor checkpointing repeats it.
         """
-        if self.training and self.seen_version != self.weight._version:
+        if not self.training:
+            return
+        _optimizer_steps.setdefault(self.weight, 0)
+        age = (self.weight._version, _optimizer_steps[self.weight])
+        if age != self.seen_age:
             self.power_iterate(1)
-            self.seen_version = self.weight._version
+            self.seen_age = age
 
     @torch.no_grad()
     def fold(self) -> nn.Linear:

@@ -337,18 +337,19 @@ def _equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("own_loop", [False, True])
+@pytest.mark.parametrize("update", ["by hand", "foreach", "fused", "loop"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_one_power_step_an_optimizer_step(own_loop: bool, checkpointing: bool) -> None:
+def test_one_power_step_an_optimizer_step(update: str, checkpointing: bool) -> None:
     model = build(sigma_reparam=True).train()
     if checkpointing:
         model.gradient_checkpointing_enable()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    how = {"foreach": {"foreach": True}, "fused": {"fused": True}, "loop": {"foreach": False}}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, **how.get(update, {}))
     model(tokens(), labels=tokens()).loss.backward()
     for _ in range(3):
         before = _vectors(model)
         with torch.no_grad():
-            if own_loop:
+            if update == "by hand":
                 for parameter in model.parameters():
                     parameter.sub_(0.5 * parameter.grad)
             else:

@@ -1,0 +1,27 @@
+"""The command line `hf-stable`."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from hf_stable import __version__
+from hf_stable.cli.commands import COMMANDS
+from hf_stable.cli.parsers import build_parser
+from hf_stable.errors import DivergedError, UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code (listed in `--help`); errors go to stderr."""
+    parsed = build_parser(__version__).parse_args(arguments)
+    if not sys.stderr.isatty():  # a log gets plain lines, also from the libraries
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    try:
+        COMMANDS[parsed.subcommand](parsed[parsed.subcommand])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3 if isinstance(error, DivergedError) else 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,193 @@
+"""What each subcommand does. Heavy imports stand inside, so that help is instant."""
+
+# ruff: noqa: PLC0415
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import Namespace
+
+from hf_stable.errors import UserError
+
+if TYPE_CHECKING:
+    from hf_stable.data import Source
+    from hf_stable.recipes import Recipe
+
+
+def _recipe_of(arguments: Namespace) -> "Recipe":
+    from hf_stable.recipes import load_recipe
+
+    overrides = [override for group in arguments.set or [] for override in group]
+    if arguments.get("output") is not None:
+        overrides.append(f"output={json.dumps(arguments.output)}")
+    return load_recipe(arguments.recipe, overrides)
+
+
+def _sources_of(paths: Sequence[str], arguments: Namespace, **fields: Any) -> "list[Source]":
+    from hf_stable.data import Source, expand
+
+    shared = {"column": arguments.column, "sample_by": arguments.sample_by, **fields}
+    return expand([Source(path=path, **shared) for path in paths])
+
+
+def _train(arguments: Namespace) -> None:
+    recipe = _recipe_of(arguments)
+    if arguments.print_config:
+        return _print_recipe(recipe)
+    from hf_stable.training import train
+
+    result = train(recipe, resume=arguments.resume)
+    if os.environ.get("RANK", "0") == "0":
+        model = result.folder / "model"
+        print(
+            f"validation perplexity {result.validation_perplexity:.2f} after {result.steps} steps"
+        )
+        print(f"next: hf-stable evaluate {model} --data TEXT...")
+        print(f'      hf-stable generate {model} --prompt "..."')
+        print(f"      hf-stable export {result.folder} --output FOLDER")
+
+
+def _check(arguments: Namespace) -> None:
+    recipe = _recipe_of(arguments)
+    if arguments.print_config:
+        return _print_recipe(recipe)
+    from hf_stable.check import check
+
+    report = check(recipe, arguments.world)
+    for name, value in report.rows():
+        print(f"{name:<28}{value}")
+    for note in report.notes:
+        print(f"note: {note}")
+    print(f"{recipe.name}: this recipe works")
+
+
+def _print_recipe(recipe: "Recipe") -> None:
+    from hf_stable.recipes import dump
+
+    print(dump(recipe), end="")
+
+
+def _tokenizer(arguments: Namespace) -> None:
+    from hf_stable.data import ReadReport, read_documents, train_tokenizer
+
+    report = ReadReport()
+    sources = _sources_of(arguments.input, arguments)
+    texts = (text for source in sources for text in read_documents(source, report))
+    tokenizer = train_tokenizer(
+        texts,
+        kind=arguments.kind,
+        vocab_size=arguments.vocab_size,
+        folder=Path(arguments.output),
+    )
+    print("\n".join(report.lines()))
+    print(f"{arguments.kind} tokenizer of {len(tokenizer):,} tokens in {arguments.output}")
+
+
+def _evaluate(arguments: Namespace) -> None:
+    from itertools import islice
+
+    from hf_stable import StableGPTForCausalLM  # noqa: F401 (registers the Auto classes)
+    from hf_stable.corpus import sources_of
+    from hf_stable.data import ReadReport, expand, read_documents
+    from hf_stable.evaluation import load_model, perplexity
+    from hf_stable.recipes import from_dict
+    from hf_stable.records import read_run, write_json
+
+    report = ReadReport()
+    folder = Path(arguments.model)
+    run = read_run(folder) if (folder / "run.json").is_file() else None
+    place = str(folder / "model") if run is not None else arguments.model
+    if arguments.data is not None:
+        fields = {"name": arguments.name, "split": arguments.split}
+        sources = _sources_of(arguments.data, arguments, **fields)
+    elif run is not None:
+        sources = expand(sources_of(from_dict(run["recipe"]))[1])
+    else:
+        raise UserError(f"{folder} is no run, so what to evaluate it on is needed: give --data")
+    documents = (text for source in sources for text in read_documents(source, report))
+    model, tokenizer = load_model(place, trust_remote_code=arguments.trust_remote_code)
+    result = perplexity(
+        model,
+        tokenizer,
+        islice(documents, arguments.limit_documents),
+        max_length=arguments.max_length,
+        stride=arguments.stride,
+        batch_size=arguments.batch_size,
+        progress=True,
+    )
+    print("\n".join([*report.problem_lines(), result.table()]))
+    content = {"model": arguments.model, "data": arguments.data, **result.to_dict()}
+    if run is not None and arguments.data is None:
+        for name in ("bigram", "unigram"):
+            nats = content[f"{name}_nats_per_token"] = run["data"][f"{name}_nats_per_token"]
+            print(f"{name + ' table per token':<22}{math.exp(nats):>12.4f}   {nats:.4f} nats")
+    if arguments.output is not None:
+        write_json(Path(arguments.output), content)
+
+
+def _generate(arguments: Namespace) -> None:
+    import torch
+
+    from hf_stable import StableGPTForCausalLM  # noqa: F401 (registers the Auto classes)
+    from hf_stable.data import boundary_ids
+    from hf_stable.evaluation import load_model
+
+    loaded, tokenizer = load_model(arguments.model)
+    model: Any = loaded  # decorators hide the signature of generate
+    ids = (
+        boundary_ids(tokenizer)[0] + tokenizer(arguments.prompt, add_special_tokens=False).input_ids
+    )
+    longest = model.config.to_dict().get("max_position_embeddings")
+    if longest is not None and len(ids) + arguments.max_new_tokens > longest:
+        raise UserError(
+            f"the prompt's {len(ids)} tokens and --max-new-tokens {arguments.max_new_tokens} go "
+            f"beyond the model's {longest} positions; shorten one of them"
+        )
+    torch.manual_seed(arguments.seed)
+    prompt = torch.tensor([ids], device=model.device)
+    sampling = {"temperature": arguments.temperature, "top_k": arguments.top_k}
+    output = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=arguments.max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        **({"do_sample": True, **sampling} if arguments.temperature > 0 else {"do_sample": False}),
+    )
+    print(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def _export(arguments: Namespace) -> None:
+    from hf_stable import StableGPTForCausalLM  # noqa: F401 (registers the Auto classes)
+    from hf_stable.hub import check_export, export
+
+    folder = export(Path(arguments.run), Path(arguments.output))
+    checked = check_export(folder)
+    print(
+        "loads in a process without hf_stable, with bit-equal logits; it continues the empty text:"
+    )
+    print(f"\n{checked.text}\n")
+    print(f"exported to {folder}; load it without hf_stable:")
+    print(f'  AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)')
+
+
+def _sample_text(arguments: Namespace) -> None:
+    from hf_stable.data import write_sample_text
+
+    text = write_sample_text(Path(arguments.output))
+    print(f"{text.title}: {text.chapters:,} chapters, {text.bytes:,} bytes in {arguments.output}")
+    print(f"from {text.origin}; licence: {text.licence}; sha256 {text.sha256}")
+
+
+COMMANDS: dict[str, Callable[[Namespace], None]] = {
+    "train": _train,
+    "check": _check,
+    "tokenizer": _tokenizer,
+    "evaluate": _evaluate,
+    "generate": _generate,
+    "export": _export,
+    "sample-text": _sample_text,
+}

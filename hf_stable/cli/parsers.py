@@ -1,0 +1,205 @@
+"""Subcommands and their options; the surface is frozen by a test."""
+
+from argparse import RawDescriptionHelpFormatter
+from typing import Literal
+
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
+
+_DESCRIPTION = """\
+Stable language model pre-training on the HuggingFace stack.
+
+A recipe is a YAML file that says everything about a run: model, text, optimizer, length.
+A first run, minutes on a laptop:
+
+  hf-stable sample-text --output runs/quickstart-text.jsonl
+  hf-stable check recipes/quickstart.yaml
+  hf-stable train recipes/quickstart.yaml
+  hf-stable generate runs/quickstart/model --prompt "In the beginning"
+"""
+
+_EPILOG = """\
+hf-stable SUBCOMMAND --help tells more.
+
+exit codes:
+  0    done
+  1    unexpected failure, with a traceback: please report it
+  2    bad input: the message says what to change
+  3    training diverged
+  130  interrupted
+"""
+
+_RECIPES = """\
+Several recipes are layered, later ones win, so that a size and a technique combine:
+
+  hf-stable {command} recipes/base/10m.yaml recipes/techniques/qk_norm.yaml \\
+      --set optimizer.learning_rate=1e-2 training.steps=600
+"""
+
+
+def _parser(description: str, epilog: str | None = None) -> ArgumentParser:
+    return ArgumentParser(
+        description=description,
+        epilog=epilog,
+        formatter_class=RawDescriptionHelpFormatter,
+        print_config=None,  # jsonargparse's own prints the command line's options, ours the recipe
+    )
+
+
+def _recipe_parser(command: str, description: str) -> ArgumentParser:
+    parser = _parser(description, _RECIPES.format(command=command))
+    parser.add_argument("recipe", nargs="+", metavar="RECIPE", help="recipe file")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="append",
+        metavar="KEY=VALUE",
+        help="change a key of the recipe, e.g. model.qk_norm=head; after the recipes",
+    )
+    parser.add_argument(
+        "--print_config", action="store_true", help="print the whole resolved recipe and stop"
+    )
+    return parser
+
+
+def _add_text_options(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--column", default="text", help="column of jsonl, parquet or a dataset that holds the text"
+    )
+    parser.add_argument(
+        "--sample-by",
+        type=Literal["document", "line", "paragraph"],
+        default="document",
+        help="what one document of a text file is: document (the file), line or paragraph",
+    )
+
+
+def _train_parser() -> ArgumentParser:
+    parser = _recipe_parser(
+        "train", "Train a model as a recipe says; goes on where it was stopped."
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", help="folder of the run, instead of the recipe's"
+    )
+    parser.add_argument(
+        "--resume",
+        type=Literal["auto", "never"],
+        default="auto",
+        help="auto: go on from the newest checkpoint in the folder; never: refuse a used folder",
+    )
+    return parser
+
+
+def _check_parser() -> ArgumentParser:
+    parser = _recipe_parser("check", "Validate a recipe: sizes, steps, memory, without training.")
+    parser.add_argument(
+        "--world", type=PositiveInt, default=1, metavar="N", help="number of processes (GPUs)"
+    )
+    return parser
+
+
+def _tokenizer_parser() -> ArgumentParser:
+    parser = _parser("Train a tokenizer on text. Any text round-trips through it exactly.")
+    parser.add_argument(
+        "input", nargs="+", metavar="INPUT", help="text, jsonl or parquet file, folder, or glob"
+    )
+    parser.add_argument(
+        "--kind",
+        type=Literal["bpe", "sentencepiece"],
+        default="bpe",
+        help="bpe: byte-level BPE; sentencepiece: unigram with byte fallback",
+    )
+    parser.add_argument(
+        "--vocab-size", type=PositiveInt, required=True, metavar="N", help="tokens, e.g. 8192"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    _add_text_options(parser)
+    return parser
+
+
+def _evaluate_parser() -> ArgumentParser:
+    parser = _parser("Perplexity of any causal language model, with 95-percent intervals.")
+    parser.add_argument(
+        "model", metavar="MODEL", help="model folder or Hub id, ours or not, or a run's folder"
+    )
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="TEXT",
+        help="files, folders, globs or datasets; a run's folder has validation text of its own",
+    )
+    _add_text_options(parser)
+    parser.add_argument("--name", help="configuration of a dataset, e.g. wikitext-2-raw-v1")
+    parser.add_argument("--split", default="test", help="split of a dataset")
+    parser.add_argument("--max-length", type=PositiveInt, metavar="N", help="tokens of one window")
+    parser.add_argument(
+        "--stride",
+        type=PositiveInt,
+        metavar="N",
+        help="tokens that each window scores anew; smaller is slower and gives more context",
+    )
+    parser.add_argument(
+        "--batch-size", type=PositiveInt, default=8, metavar="N", help="windows at once"
+    )
+    parser.add_argument(
+        "--limit-documents", type=PositiveInt, metavar="N", help="read only the first N"
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that the model folder holds"
+    )
+    parser.add_argument("--output", metavar="FILE", help="write the numbers as JSON too")
+    return parser
+
+
+def _generate_parser() -> ArgumentParser:
+    parser = _parser("Let a model continue a text.")
+    parser.add_argument("model", metavar="MODEL", help="model folder or Hub id")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
+    parser.add_argument(
+        "--max-new-tokens", type=PositiveInt, default=100, metavar="N", help="tokens to add"
+    )
+    parser.add_argument(
+        "--temperature", type=NonNegativeFloat, default=0.8, metavar="T", help="0 is greedy"
+    )
+    parser.add_argument(
+        "--top-k", type=NonNegativeInt, default=50, metavar="K", help="likeliest tokens; 0 is all"
+    )
+    parser.add_argument("--seed", type=NonNegativeInt, default=0, metavar="N", help="of sampling")
+    return parser
+
+
+def _export_parser() -> ArgumentParser:
+    parser = _parser("Write a run's model as a folder that loads without hf_stable, ready to push.")
+    parser.add_argument("run", metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    return parser
+
+
+def _sample_text_parser() -> ArgumentParser:
+    parser = _parser("Write the quickstart's text: the King James Bible, from a Python package.")
+    parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines file to write")
+    return parser
+
+
+def build_parser(version: str) -> ArgumentParser:
+    """The whole command line."""
+    parser = ArgumentParser(
+        prog="hf-stable",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=RawDescriptionHelpFormatter,
+        version=version,
+        allow_abbrev=False,  # of the subcommands too: an abbreviation would freeze all its letters
+    )
+    subcommands = parser.add_subcommands(title="subcommands", metavar="SUBCOMMAND")
+    for name, subparser in (
+        ("train", _train_parser()),
+        ("check", _check_parser()),
+        ("tokenizer", _tokenizer_parser()),
+        ("evaluate", _evaluate_parser()),
+        ("generate", _generate_parser()),
+        ("export", _export_parser()),
+        ("sample-text", _sample_text_parser()),
+    ):
+        subcommands.add_subcommand(name, subparser, help=subparser.description)
+    return parser

@@ -1,0 +1,164 @@
+"""Export: a folder that loads with nothing but Transformers, checked by loading it so.
+
+The folder holds safetensors, config with `auto_map`, the flat model code, generation config,
+tokenizer and a short card; nothing that could run on loading but the code that is named.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from safetensors.torch import load_file
+
+from . import model as model_package
+from .data import load_tokenizer
+from .errors import CheckpointError
+from .evaluation import load_model
+from .model import StableGPTForCausalLM
+from .records import read_metrics, read_run, write_json
+
+_AUTO_MAP = {
+    "AutoConfig": "configuration_stable_gpt.StableGPTConfig",
+    "AutoModel": "modeling_stable_gpt.StableGPTModel",
+    "AutoModelForCausalLM": "modeling_stable_gpt.StableGPTForCausalLM",
+}
+
+# Runs where hf_stable cannot be imported, as on a user's machine: a None in sys.modules makes any
+# import of it fail.
+_CLEAN_PROCESS = """
+import sys
+sys.modules["hf_stable"] = None
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, answer, threads, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+torch.set_num_threads(threads)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
+with torch.no_grad():
+    logits = model(torch.arange(min(16, model.config.vocab_size))[None]).logits
+torch.manual_seed(0)
+start = torch.tensor([[tokenizer.bos_token_id or tokenizer.eos_token_id or 0]])
+tokens = model.generate(start, max_new_tokens=count, do_sample=True, top_k=50)
+save_file({"logits": logits, "tokens": tokens[:, 1:]}, answer)
+"""
+
+
+@dataclass(frozen=True)
+class ExportCheck:
+    """What a process without hf_stable made of an exported folder: sampled text."""
+
+    text: str
+
+
+def _model_folder(source: Path) -> Path:
+    """A run's newest weights, or the folder itself where it is a model's."""
+    for folder in (source / "model", source):
+        if (folder / "config.json").is_file():
+            return folder
+    raise CheckpointError(
+        f"{source} holds no model: give a finished run's folder (with model/config.json in it) or "
+        "a Transformers folder."
+    )
+
+
+def export(source: str | Path, output: str | Path) -> Path:
+    """Write a Hub-ready folder from a run or a saved StableGPT.
+
+    Args:
+        source: a run's folder, or a folder with a saved StableGPT and its tokenizer.
+        output: the folder to write; its files of the same names are replaced.
+
+    Raises:
+        CheckpointError: when `source` holds no StableGPT.
+    """
+    source, output = Path(source), Path(output)
+    folder = _model_folder(source)
+    model, tokenizer = load_model(folder)
+    if not isinstance(model, StableGPTForCausalLM):
+        raise CheckpointError(
+            f"{folder} holds a {type(model).__name__}; only a StableGPT is exported with its code, "
+            "any other model is Hub-ready as it is."
+        )
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    code = Path(model_package.__file__).parent
+    for file in sorted(code.glob("*_stable_gpt.py")):
+        shutil.copyfile(file, output / file.name)
+    config = json.loads((output / "config.json").read_text(encoding="utf-8"))
+    write_json(output / "config.json", {**config, "auto_map": _AUTO_MAP})
+    _write_card(source, output)
+    return output
+
+
+def _write_card(source: Path, output: Path) -> None:
+    """A short card from the run's records; no line is written that they do not hold."""
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["hf_stable", "stable_gpt"],
+    )
+    lines = ["# StableGPT", ""]
+    lines.append("Loads with `trust_remote_code=True`, or with `hf_stable` installed.")
+    if (source / "run.json").is_file():
+        lines += _run_lines(read_run(source), read_metrics(source, "validation"))
+    text = "\n".join(["---", data.to_yaml(), "---", "", *lines, ""])
+    ModelCard(text).save(output / "README.md")
+
+
+def _run_lines(run: dict[str, Any], validations: list[dict[str, Any]]) -> list[str]:
+    lines = ["", f"- recipe: {run['recipe']['name']}", f"- parameters: {run['parameters']:,}"]
+    if validations:
+        last = validations[-1]
+        value, steps = last["perplexity"], last["step"]
+        lines.append(f"- validation perplexity: {value:.2f} per token after {steps} steps")
+    lines.append(f"- data fingerprint: {run['data']['train']['fingerprint']}")
+    return [*lines, f"- hf_stable {run['versions']['hf_stable']}, {run['git_revision']}"]
+
+
+def check_export(folder: str | Path, *, new_tokens: int = 100) -> ExportCheck:
+    """Load an exported folder in a process that cannot import hf_stable, and compare.
+
+    Args:
+        new_tokens: how many tokens that process samples, with its seed fixed.
+
+    Raises:
+        CheckpointError: when it does not load there, or its logits are not bit-equal to ours.
+    """
+    folder = Path(folder).resolve()
+    model = StableGPTForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    with torch.no_grad():
+        expected = model(torch.arange(min(16, model.config.vocab_size))[None]).logits
+    with tempfile.TemporaryDirectory() as scratch:
+        answer = Path(scratch) / "answer.safetensors"
+        arguments = [str(folder), str(answer), str(torch.get_num_threads()), str(new_tokens)]
+        # A module cache of its own: the one in the home folder may hold an older export's code.
+        environment = {**os.environ, "HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
+        child = subprocess.run(
+            [sys.executable, "-c", _CLEAN_PROCESS, *arguments],
+            cwd=scratch,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if child.returncode != 0:
+            last = child.stderr.strip().splitlines()[-1:] or ["no message"]
+            raise CheckpointError(f"{folder} does not load without hf_stable: {last[0]}")
+        answers = load_file(answer)
+        if not torch.equal(answers["logits"], expected):
+            raise CheckpointError(
+                f"{folder} loads without hf_stable, but its logits differ from ours: the code in "
+                "the folder is not this version's. Export it again."
+            )
+    tokenizer = load_tokenizer(folder)
+    return ExportCheck(str(tokenizer.decode(answers["tokens"][0])))
