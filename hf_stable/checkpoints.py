@@ -53,7 +53,7 @@ def save_checkpoint(
     if accelerator.is_main_process and not folder.exists():
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        unwrap_model(model, accelerator).save_pretrained(temporary / "model", state_dict=weights)
+        unwrap_model(model).save_pretrained(temporary / "model", state_dict=weights)
         tensors = {
             f"{kind}/{name}": tensor.contiguous()
             for name, kinds in state["state"].items()
@@ -90,9 +90,6 @@ def load_checkpoint(folder: Path, model: Any, optimizer: Any, accelerator: Accel
             f"{folder}: the checkpoint cannot be read ({error}). Delete this folder to go on from "
             "the one before it, or give training a new output folder."
         ) from error
-    inner = unwrap_model(model, accelerator)
-    if inner.config.tie_word_embeddings:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     state: dict[str, Any] = {"state": {}, "param_groups": scalars["param_groups"]}
     for key, tensor in tensors.items():
         kind, name = key.split("/", 1)

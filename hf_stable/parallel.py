@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -45,6 +46,8 @@ def build_accelerator(
     Args:
         sharding: "auto" keeps what the launcher's config file says.
     """
+    # accelerate keeps one state a process; a second run in it may want another precision.
+    AcceleratorState._reset_state()
     plugin = None
     if sharding == "fsdp2" and torch.cuda.is_available():
         plugin = FullyShardedDataParallelPlugin(
@@ -104,9 +107,9 @@ def _shard_on_cpu(model: Any, accelerator: Accelerator) -> None:
     fully_shard(model, **options)
 
 
-def unwrap_model(model: Any, accelerator: Accelerator) -> Any:
-    """The Transformers model inside."""
-    return accelerator.unwrap_model(model, keep_fp32_wrapper=True)
+def unwrap_model(model: Any) -> Any:
+    """The Transformers model inside DDP, which is the only wrapper that is a module of its own."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 @contextlib.contextmanager
@@ -120,6 +123,12 @@ def gradient_sync(model: nn.Module, last: bool) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def end_processes() -> None:
+    """Leave the process group, as torch wants before a process exits."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -150,15 +159,23 @@ def all_sum(value: torch.Tensor) -> torch.Tensor:
 def full_state(
     model: Any, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Unsharded CPU state of model and optimizer, by parameter name; collective."""
+    """Unsharded CPU state of model and optimizer, by parameter name; collective.
+
+    A tied weight is there once, under its source's name, as Transformers saves it.
+    """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_state_dict(model, optimizer, options=options)
+    weights, state = get_state_dict(model, optimizer, options=options)
+    for name in unwrap_model(model).all_tied_weights_keys:
+        weights.pop(name, None)
+    return weights, state
 
 
 def load_full_state(
     model: Any, optimizer: torch.optim.Optimizer, weights: dict[str, Any], state: dict[str, Any]
 ) -> None:
     """Put back what `full_state` gave, whatever the number of processes; collective."""
+    for name, source in unwrap_model(model).all_tied_weights_keys.items():
+        weights[name] = weights[source]
     options = _FULL if dist.is_initialized() else StateDictOptions(full_state_dict=True)
     set_model_state_dict(model, weights, options=options)
     set_optimizer_state_dict(model, optimizer, state, options=options)

@@ -126,4 +126,6 @@ class Reporter:
             self._bar.stop()
         if self._record is not None:
             self._record.close()
-        self._accelerator.end_training()
+        # Not `end_training`, which would also end the process group that a next run may need.
+        for tracker in self._accelerator.trackers:
+            tracker.finish()

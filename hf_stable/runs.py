@@ -238,7 +238,7 @@ def save_model(run: Run) -> Path:
     target = run.folder / "model"
     weights, _ = parallel.full_state(run.model, run.optimizer)
     if run.accelerator.is_main_process:
-        inner = parallel.unwrap_model(run.model, run.accelerator)
+        inner = parallel.unwrap_model(run.model)
         inner.save_pretrained(target, state_dict=weights)
         run.tokenizer.save_pretrained(target)
     run.accelerator.wait_for_everyone()

@@ -1,5 +1,6 @@
 """Parameter groups and schedules."""
 
+import itertools
 import math
 
 import pytest
@@ -38,7 +39,9 @@ def test_vectors_are_not_decayed_unless_asked() -> None:
     for name, parameter in model.named_parameters():
         vector = any(part in name for part in ("norm", "scale", "gain"))
         group = next(
-            group for group in _groups(model).values() if any(p is parameter for p in group["params"])
+            group
+            for group in _groups(model).values()
+            if any(p is parameter for p in group["params"])
         )
         assert (group["weight_decay"] == 0) == vector, name
     assert _groups(model, decay_vectors=True)["vectors"]["weight_decay"] == 0.1
@@ -88,7 +91,11 @@ def test_any_transformers_model_has_groups() -> None:
         num_attention_heads=2,
     )  # fmt: skip
     groups = _groups(LlamaForCausalLM(config))
-    assert [len(groups[name]["params"]) for name in ("matrices", "embeddings", "vectors")] == [8, 1, 3]
+    assert [len(groups[name]["params"]) for name in ("matrices", "embeddings", "vectors")] == [
+        8,
+        1,
+        3,
+    ]
 
 
 def test_fused_adamw_is_adamw() -> None:
@@ -127,8 +134,8 @@ def test_schedules_rise_then_fall_to_their_floor(name, total, share, floor) -> N
     ]
     peak = math.ceil(warmup) - 1 if warmup > 1 else 0
     assert all(0 < factor <= 1 for factor in factors[: peak + 1])
-    assert all(a < b for a, b in zip(factors[:peak], factors[1 : peak + 1], strict=True))
-    assert all(a >= b for a, b in zip(factors[peak:], factors[peak + 1 :], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(factors[: peak + 1]))
+    assert all(a >= b for a, b in itertools.pairwise(factors[peak:]))
     if name == "constant":
         assert factors[-1] == 1
     else:

@@ -38,9 +38,11 @@ def _train(arguments: Namespace) -> None:
     recipe = _recipe_of(arguments)
     if arguments.print_config:
         return _print_recipe(recipe)
+    from hf_stable.parallel import end_processes
     from hf_stable.training import train
 
     result = train(recipe, resume=arguments.resume)
+    end_processes()
     if os.environ.get("RANK", "0") == "0":
         model = result.folder / "model"
         print(

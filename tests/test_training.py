@@ -1,0 +1,289 @@
+"""The loop: what it records, that it resumes exactly, and what it refuses."""
+
+import json
+import math
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from hf_stable import StableGPTForCausalLM, records, runs, training
+from hf_stable.checkpoints import list_checkpoints
+from hf_stable.cli import main
+from hf_stable.errors import CheckpointError, DataError, DivergedError
+from hf_stable.recipes import dump
+from hf_stable.training import train
+
+from .techniques import build
+from .training import tiny_recipe
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def _assert_same_weights(one: Path, other: Path) -> None:
+    left, right = _weights(one), _weights(other)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_run_learns_and_leaves_its_records(tmp_path: Path) -> None:
+    result = train(tiny_recipe(tmp_path))
+    rows = records.read_metrics(result.folder, "train")
+    assert [row["step"] for row in rows] == [5, 10, 15, 20]
+    assert rows[-1]["loss"] < rows[0]["loss"] < math.log(512) + 0.5
+    assert all(row["tokens_per_second"] > 0 and row["grad_norm"] > 0 for row in rows)
+    validation = records.read_metrics(result.folder, "validation")
+    assert [row["step"] for row in validation] == [10, 20]
+    assert validation[-1]["perplexity"] == result.validation_perplexity < 512
+    run = records.read_run(result.folder)
+    assert run["recipe"]["name"] == "tiny" and run["versions"]["torch"] == torch.__version__
+    assert run["attn_implementation"] == "sdpa" and run["processes"] == 1
+    assert len(run["data"]["train"]["fingerprint"]) >= 16
+    assert run["data"]["bigram_nats_per_token"] < run["data"]["unigram_nats_per_token"]
+    model = AutoModelForCausalLM.from_pretrained(result.folder / "model")
+    assert isinstance(model, StableGPTForCausalLM)
+    assert model.num_parameters() == run["parameters"]
+    tokenizer = AutoTokenizer.from_pretrained(result.folder / "model")
+    assert tokenizer.eos_token_id == model.config.eos_token_id is not None
+
+
+def test_validation_is_the_cross_entropy_of_the_validation_blocks(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, **{"model.z_loss": 0.1})
+    result = train(recipe)
+    model = AutoModelForCausalLM.from_pretrained(result.folder / "model").eval()
+    _, corpus = runs.prepare_corpus(recipe, progress=False)
+    losses = []
+    for index in range(min(8, len(corpus.validation))):
+        block = corpus.validation[index]
+        logits = model(block["input_ids"][None]).logits[0]
+        losses.append(torch.nn.functional.cross_entropy(logits, block["shift_labels"]).item())
+    assert math.log(result.validation_perplexity) == pytest.approx(sum(losses) / len(losses))
+
+
+@pytest.mark.parametrize(
+    "model", ["{preset: sigma_reparam, attention_dropout: 0.1}", "{preset: qk_norm_cap}"]
+)
+def test_resuming_is_bit_exact(tmp_path: Path, model: str) -> None:
+    model = model[:-1] + ", hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2}"
+    options = {"model": model, "training__checkpoint_every": 7, "training__keep_checkpoints": 9}
+    whole = train(tiny_recipe(tmp_path, **options))
+    assert [int(path.name[5:]) for path in list_checkpoints(whole.folder)] == [7, 14, 20]
+    for step in (7, 14):
+        again = tiny_recipe(tmp_path, **options, output=tmp_path / f"from-{step}")
+        shutil.copytree(whole.folder, again.output)
+        shutil.rmtree(Path(again.output) / "model")
+        for checkpoint in list_checkpoints(Path(again.output)):
+            if int(checkpoint.name[5:]) > step:
+                shutil.rmtree(checkpoint)
+        resumed = train(again)
+        assert records.read_metrics(resumed.folder, "resumed")[0]["step"] == step
+        _assert_same_weights(whole.folder / "model", resumed.folder / "model")
+        for name in ("optimizer.safetensors", "random.safetensors"):
+            files = [list_checkpoints(run.folder)[-1] / name for run in (whole, resumed)]
+            assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    first, second = train(recipe), train(recipe)
+    assert first == second
+    assert len(records.read_metrics(first.folder, "train")) == 4
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
+    result = train(tiny_recipe(tmp_path, training__checkpoint_every=4))
+    assert [path.name for path in list_checkpoints(result.folder)] == [
+        "step-00000016",
+        "step-00000020",
+    ]
+
+
+def test_another_recipe_or_never_refuses_the_folder(tmp_path: Path) -> None:
+    train(tiny_recipe(tmp_path))
+    with pytest.raises(CheckpointError, match=r"optimizer\.learning_rate: 0\.01 there, 0\.02 here"):
+        train(tiny_recipe(tmp_path, optimizer__learning_rate=0.02))
+    with pytest.raises(CheckpointError, match="holds a run already"):
+        train(tiny_recipe(tmp_path), resume="never")
+    train(tiny_recipe(tmp_path, training__log_every=1))  # changes no number
+
+
+@pytest.mark.parametrize("file", ["optimizer.safetensors", "state.json", "model/model.safetensors"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, file: str) -> None:
+    recipe = tiny_recipe(tmp_path)
+    folder = list_checkpoints(train(recipe).folder)[-1]
+    content = (folder / file).read_bytes()
+    (folder / file).write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=f"{folder.name}.*cannot be read"):
+        train(recipe)
+
+
+def _poison(monkeypatch, steps: range) -> list[dict[str, torch.Tensor]]:
+    """Make gradients NaN at the given steps; returns the weights seen before each step."""
+    seen: list[dict[str, torch.Tensor]] = []
+    clip = training.parallel.clip_gradients
+
+    def poisoned(model, max_norm):
+        seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        if len(seen) - 1 in steps:
+            next(model.parameters()).grad.view(-1)[0] = math.nan
+        return clip(model, max_norm)
+
+    monkeypatch.setattr(training.parallel, "clip_gradients", poisoned)
+    return seen
+
+
+def test_a_non_finite_gradient_never_reaches_the_weights(tmp_path: Path, monkeypatch) -> None:
+    seen = _poison(monkeypatch, range(3, 5))
+    result = train(tiny_recipe(tmp_path))
+    events = records.read_metrics(result.folder, "non_finite")
+    assert [(row["step"], row["grad_norm"]) for row in events] == [(4, "nan"), (5, "nan")]
+    changed = [
+        any(not torch.equal(seen[step][name], seen[step + 1][name]) for name in seen[0])
+        for step in range(6)
+    ]
+    assert changed == [True, True, True, False, False, True]
+    assert all(tensor.isfinite().all() for tensor in _weights(result.folder / "model").values())
+
+
+def test_many_non_finite_steps_end_the_run_with_its_records(tmp_path: Path, monkeypatch) -> None:
+    _poison(monkeypatch, range(10**6))
+    recipe = tiny_recipe(tmp_path, training__steps=40)
+    with pytest.raises(DivergedError, match=r"learning_rate.*qk_norm"):
+        train(recipe)
+    assert len(records.read_metrics(Path(recipe.output), "non_finite")) == 20
+
+
+def test_batches_of_any_split_give_the_same_run(tmp_path: Path) -> None:
+    results = [
+        train(tiny_recipe(tmp_path, training__micro_batch_size=size, output=tmp_path / str(size)))
+        for size in (1, 8)
+    ]
+    losses = [[row["loss"] for row in records.read_metrics(r.folder, "train")] for r in results]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_bf16_keeps_fp32_weights_and_learns(tmp_path: Path) -> None:
+    result = train(tiny_recipe(tmp_path, training__precision="bf16"))
+    assert all(t.dtype == torch.float32 for t in _weights(result.folder / "model").values())
+    rows = records.read_metrics(result.folder, "train")
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_separate_documents_and_checkpointing_train(tmp_path: Path) -> None:
+    options = {"data__separate_documents": "true", "output": tmp_path / "plain"}
+    plain = train(tiny_recipe(tmp_path, **options))
+    checked = train(
+        tiny_recipe(
+            tmp_path,
+            **{**options, "training__gradient_checkpointing": "true", "output": tmp_path / "b"},
+        )
+    )
+    _assert_same_weights(plain.folder / "model", checked.folder / "model")
+
+
+def test_trackers_mirror_the_records(tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    pytest.importorskip("trackio")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump(tiny_recipe(tmp_path, training__trackers="[tensorboard, trackio]")))
+    subprocess.run(
+        [sys.executable, "-m", "hf_stable", "train", str(recipe)],
+        env={**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")},
+        check=True,
+        capture_output=True,
+    )
+    run = tmp_path / "run"
+    folder = next((run / "trackers").rglob("events.out.tfevents*")).parent
+    board = events.EventAccumulator(str(folder)).Reload()
+    mirrored = {event.step: event.value for event in board.Scalars("train/loss")}
+    rows = {row["step"]: row["loss"] for row in records.read_metrics(run, "train")}
+    assert mirrored == pytest.approx(rows, rel=1e-6)
+    assert [event.step for event in board.Scalars("validation/perplexity")] == [10, 20]
+    (database,) = (tmp_path / "trackio").glob("hf_stable*.db")
+    with sqlite3.connect(database) as connection:
+        logged = [json.loads(row[0]) for row in connection.execute("select metrics from metrics")]
+    losses = [entry["train/loss"] for entry in logged if "train/loss" in entry]
+    assert losses == pytest.approx(list(rows.values()))
+
+
+def test_too_little_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Too short.\n" * 3, encoding="utf-8")
+    with pytest.raises(DataError):
+        train(tiny_recipe(tmp_path, data__train=f"[{tmp_path / 'short.txt'}]"))
+
+
+def test_records_survive_infinities_and_torn_lines(tmp_path: Path) -> None:
+    record = records.RunRecord(tmp_path)
+    record.append("train", 1, loss=math.inf, grad_norm=math.nan)
+    record.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "train", "st')
+    (row,) = records.read_metrics(tmp_path)
+    assert row == {"event": "train", "step": 1, "loss": "inf", "grad_norm": "nan"}
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"event": "x", "step": 2}) + "\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is not JSON"):
+        records.read_metrics(tmp_path)
+
+
+def test_transformers_trainer_trains_it(tmp_path: Path) -> None:
+    model = build(sigma_reparam=True, z_loss=1e-4).float()
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 61, (8, 16), generator=generator)
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=12,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        gradient_checkpointing=True,
+        learning_rate=1e-2,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=12,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < 0.8 * losses[0]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-12")
+    assert torch.equal(loaded(rows).logits, model.eval()(rows).logits)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data here")
+def test_200_steps_on_english_beat_bigrams_of_wikitext(tmp_path: Path) -> None:
+    recipe = tiny_recipe(
+        tmp_path,
+        data__train=f"[{SHARED / 'english' / 'modern_validation.parquet'}]",
+        data__sequence_length=64,
+        training__steps=200,
+        training__log_every=100,
+        training__evaluate_every=0,
+    )
+    result = train(recipe)
+    run = records.read_run(result.folder)
+    bigram = run["data"]["bigram_nats_per_token"]
+    unigram = run["data"]["unigram_nats_per_token"]
+    assert math.log(result.validation_perplexity) < (bigram + unigram) / 2
+    report = tmp_path / "wikitext.json"
+    wikitext = str(SHARED / "wikitext2" / "test.txt")
+    arguments = ["--data", wikitext, "--sample-by", "line", "--limit-documents", "400"]
+    assert main(["evaluate", str(result.folder), *arguments, "--output", str(report)]) == 0
+    measured = json.loads(report.read_text())
+    assert measured["documents"] >= 100 and measured["tokens"] > 10_000
+    estimate = measured["per_token"]
+    assert estimate["low"] < estimate["value"] < estimate["high"] < 512
