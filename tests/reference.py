@@ -70,7 +70,7 @@ def attention(x: Tensor, positions: Tensor, visible: Tensor, weights: Any, name:
         probs = probs / probs.sum(-1, keepdim=True)
         gamma, zeta = config.attention_clip_gamma or 0.0, config.attention_clip_zeta
         if config.attention_clip_alpha is not None:
-            gamma = -config.attention_clip_alpha / visible.sum(-1, keepdim=True)
+            gamma = -config.attention_clip_alpha / visible.sum(-1, keepdim=True).double()
         probs = torch.clip((zeta - gamma) * probs + gamma, 0.0, 1.0)
         outputs.append(probs @ v[:, group])
     return _linear(torch.cat(outputs, -1), weights, f"{name}.o_proj", config)

@@ -54,8 +54,10 @@ def clip_probabilities(
     """
     if gamma is None and alpha is None and zeta == 1.0:
         return probs
-    lower = -alpha / visible_keys.clamp(min=1) if alpha is not None else gamma or 0.0
-    return ((zeta - lower) * probs + lower).clamp(0.0, 1.0)
+    lower = probs.new_tensor(gamma or 0.0)
+    if alpha is not None:
+        lower = -alpha / visible_keys.clamp(min=1).to(probs.dtype)
+    return torch.lerp(lower, probs.new_tensor(zeta), probs).clamp(0.0, 1.0)
 
 
 def _causal_mask(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -73,30 +75,33 @@ def attention_probabilities(
     clip_gamma: float | None = None,
     clip_zeta: float = 1.0,
     clip_alpha: float | None = None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """From scaled scores to what multiplies the values: cap, mask, softmax, clip, in this order.
 
-    Capping after masking would lift masked keys from -inf to -cap (techniques.md, Softcap).
+    Capping after masking would lift masked keys from -inf to -cap.
 
     Args:
-        scores: (B, H, Q, K), already scaled.
+        scores: (B, H, Q, K), already scaled; overwritten, since on a CPU the time of this function
+            is the time to touch memory.
         attention_mask: (B or 1, 1, Q, K), boolean (True is visible) or additive.
 
     Returns:
-        (B, H, Q, K) in at least fp32. A row that may see no key at all is zero.
+        (B, H, Q, K) in at least fp32, and the number of visible keys (B or 1, 1, Q, 1). A row that
+        may see no key at all is uniform here and must not be used.
     """
     scores = scores.to(statistics_dtype(scores))
     if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+        scores = scores.div_(softcap).tanh_() * softcap
     if attention_mask.dtype == torch.bool:
         visible = attention_mask
-        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+        scores = scores.masked_fill_(~visible, torch.finfo(scores.dtype).min)
     else:
         visible = attention_mask > torch.finfo(attention_mask.dtype).min
-        scores = scores + attention_mask
+        scores = scores.add_(attention_mask)
     visible_keys = visible.sum(dim=-1, keepdim=True)
-    probs = clip_probabilities(scores.softmax(-1), visible_keys, clip_gamma, clip_zeta, clip_alpha)
-    return probs * (visible_keys > 0)
+    probs = scores.softmax(dim=-1)
+    probs = clip_probabilities(probs, visible_keys, clip_gamma, clip_zeta, clip_alpha)
+    return probs, visible_keys
 
 
 def attention_forward(
@@ -125,23 +130,27 @@ def attention_forward(
         clip_gamma, clip_zeta, clip_alpha: clipped softmax, see `clip_probabilities`.
 
     Returns:
-        Output (B, Q, H, D) in the query's dtype, and the weights (B, H, Q, K).
+        Output (B, Q, H, D) in the query's dtype, zero for a row that may see no key, and the
+        weights (B, H, Q, K).
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     if attention_mask is None:
         attention_mask = _causal_mask(query, key)
-    probs = attention_probabilities(
+    probs, visible_keys = attention_probabilities(
         torch.matmul(query * scaling, key.transpose(-1, -2)),
         attention_mask,
         softcap=softcap,
         clip_gamma=clip_gamma,
         clip_zeta=clip_zeta,
         clip_alpha=clip_alpha,
-    ).to(query.dtype)
-    probs = nn.functional.dropout(probs, p=dropout, training=module.training)
-    return torch.matmul(probs, value).transpose(1, 2).contiguous(), probs
+    )
+    probs = probs.to(query.dtype)
+    if dropout > 0.0:
+        probs = nn.functional.dropout(probs, p=dropout, training=module.training)
+    output = torch.matmul(probs, value).masked_fill(visible_keys == 0, 0.0)
+    return output.transpose(1, 2).contiguous(), probs
 
 
 class _SquaredReLU(torch.autograd.Function):

@@ -38,13 +38,13 @@ def test_softcap_is_the_identity_for_small_logits() -> None:
 
 
 def test_capped_scores_still_hide_the_future() -> None:
-    probs = F.attention_probabilities(_scores(2, 3, 7, 7, scale=100.0), _causal(7), softcap=5.0)
+    probs, _ = F.attention_probabilities(_scores(2, 3, 7, 7, scale=100.0), _causal(7), softcap=5.0)
     assert (probs.triu(1) == 0).all()
     torch.testing.assert_close(probs.sum(-1), torch.ones(2, 3, 7, dtype=torch.float64))
 
 
 def test_clip_reaches_exact_zero_and_one() -> None:
-    probs = F.attention_probabilities(
+    probs, _ = F.attention_probabilities(
         _scores(1, 2, 32, 32, scale=8.0), _causal(32), clip_gamma=-0.03, clip_zeta=1.03
     )
     visible = probs[_causal(32).expand_as(probs)]
@@ -61,27 +61,30 @@ def test_clipped_entries_have_no_gradient() -> None:
 
 def test_alpha_is_gamma_for_each_row() -> None:
     scores = _scores(1, 1, 9, 9)
-    by_alpha = F.attention_probabilities(scores, _causal(9), clip_alpha=0.4)
+    by_alpha, _ = F.attention_probabilities(scores.clone(), _causal(9), clip_alpha=0.4)
     for row in range(9):
-        by_gamma = F.attention_probabilities(scores, _causal(9), clip_gamma=-0.4 / (row + 1))
+        gamma = -0.4 / (row + 1)
+        by_gamma, _ = F.attention_probabilities(scores.clone(), _causal(9), clip_gamma=gamma)
         torch.testing.assert_close(by_alpha[..., row, :], by_gamma[..., row, :])
 
 
 def test_rows_without_a_visible_key_are_zero() -> None:
     mask = _causal(5).clone()
     mask[..., 2, :] = False
+    query, key, value = (_scores(2, 3, 5, 4, seed=seed) for seed in range(3))
+    module = nn.Module()
+    whole, _ = F.attention_forward(module, query, key, value, _causal(5), 0.5)
     for given_mask in (mask, torch.zeros(1, 1, 5, 5).masked_fill(~mask, torch.finfo().min)):
-        probs = F.attention_probabilities(_scores(2, 3, 5, 5), given_mask)
-        assert (probs[..., 2, :] == 0).all()
-        assert (probs.sum(-1)[..., [0, 1, 3, 4]] - 1).abs().max() < 1e-6
+        output, _ = F.attention_forward(module, query, key, value, given_mask, 0.5)
+        assert (output[:, 2] == 0).all()
+        torch.testing.assert_close(output[:, [0, 1, 3, 4]], whole[:, [0, 1, 3, 4]])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_probabilities_are_at_least_fp32(dtype: torch.dtype) -> None:
-    assert (
-        F.attention_probabilities(_scores(1, 1, 3, 3).to(dtype), _causal(3)).dtype == torch.float32
-    )
-    assert F.attention_probabilities(_scores(1, 1, 3, 3), _causal(3)).dtype == torch.float64
+    scores = _scores(1, 1, 3, 3)
+    assert F.attention_probabilities(scores.to(dtype), _causal(3))[0].dtype == torch.float32
+    assert F.attention_probabilities(scores, _causal(3))[0].dtype == torch.float64
 
 
 def test_squared_relu_equals_its_formula_and_saves_one_tensor() -> None:
