@@ -47,7 +47,9 @@ with torch.no_grad():
     logits = model(torch.arange(min(16, model.config.vocab_size))[None]).logits
 torch.manual_seed(0)
 start = torch.tensor([[tokenizer.bos_token_id or tokenizer.eos_token_id or 0]])
-tokens = model.generate(start, max_new_tokens=count, do_sample=True, top_k=50)
+tokens = model.generate(
+    start, max_new_tokens=count, min_new_tokens=count, do_sample=True, top_k=50
+)
 save_file({"logits": logits, "tokens": tokens[:, 1:]}, answer)
 """
 

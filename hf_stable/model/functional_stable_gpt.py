@@ -14,7 +14,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 # Bytes of one chunk of fp32 logits. A CPU wants them near its caches, a GPU few, large GEMMs.
-CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**31}
+CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**31}
+# Fewer rows would read and write the whole weight gradient too often.
+CHUNK_ROWS = 128
 
 
 def statistics_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -244,18 +246,21 @@ def spectral_norm(weight: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> tor
 
 
 def _chunk_gradient(
-    logits: torch.Tensor, labels: torch.Tensor, lse: torch.Tensor, cap: float | None, z_loss: float
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    lse: torch.Tensor,
+    scale: torch.Tensor,
+    cap: float | None,
+    z_loss: float,
 ) -> torch.Tensor:
-    """d(CE + z-loss)/d(uncapped logits) of each row, over `logits` in place where it can be.
+    """scale * d(CE + z-loss)/d(uncapped logits) of each row, written over `logits`.
 
     (1 + 2 c log Z) softmax - onehot, times the cap's 1 - tanh^2; rows without a label are zero.
     """
     slope = None if cap is None else 1 - (logits / cap).square()
-    grad = logits.sub_(lse[:, None]).exp_()
-    grad *= (1 + 2 * z_loss * lse)[:, None]
-    labelled = labels >= 0
-    grad[torch.arange(len(labels), device=labels.device), labels.clamp(min=0)] -= 1
-    grad *= labelled[:, None]
+    weight = scale * (labels >= 0)
+    grad = logits.sub_(lse[:, None]).exp_().mul_((weight * (1 + 2 * z_loss * lse))[:, None])
+    grad[torch.arange(len(labels), device=labels.device), labels.clamp(min=0)] -= weight
     return grad if slope is None else grad.mul_(slope)
 
 
@@ -289,7 +294,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             ce += torch.where(labelled, lse - picked, 0).sum()
             squared_log_z += torch.where(labelled, lse.square(), 0).sum()
             if grad_hidden is not None and grad_weight is not None:
-                grad = _chunk_gradient(logits, targets, lse, cap, z_loss).mul_(scale).to(gemm_dtype)
+                grad = _chunk_gradient(logits, targets, lse, scale, cap, z_loss).to(gemm_dtype)
                 grad_hidden[part] = grad @ head
                 # fp32 sums over chunks: bf16 sums lose the rare tokens of a large vocabulary.
                 grad_weight += grad.T @ tokens
@@ -329,7 +334,8 @@ def linear_cross_entropy(
         num_items: denominator; None is the number of targets.
         cap: tanh cap of the logits; None is off.
         z_loss: coefficient; 0.0 is off.
-        chunk_bytes: bytes of one chunk of fp32 logits; None is `CHUNK_BYTES` of the device.
+        chunk_bytes: bytes of one chunk of fp32 logits; None is `CHUNK_BYTES` of the device, and at
+            least `CHUNK_ROWS` tokens.
 
     Returns:
         loss (differentiable), its cross entropy and its z-loss (both not), 0-d, loss = CE + z-loss.
@@ -337,7 +343,7 @@ def linear_cross_entropy(
     """
     device = hidden.device.type
     budget = chunk_bytes or CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"])
-    rows = max(1, budget // (4 * weight.shape[0]))
+    rows = max(1 if chunk_bytes else CHUNK_ROWS, budget // (4 * weight.shape[0]))
     gemm_dtype = hidden.dtype
     if torch.is_autocast_enabled(device):
         gemm_dtype = torch.get_autocast_dtype(device)

@@ -4,6 +4,7 @@ The dataclasses below are all keys that a recipe file may hold. The text under a
 meaning, which error messages show. Lengths are in tokens, batches in sequences.
 """
 
+import json
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
@@ -297,7 +298,7 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 def from_dict(content: dict[str, Any]) -> Recipe:
     """The recipe that `to_dict` wrote, e.g. into run.json."""
-    return ADAPTER.validate_python(content)
+    return ADAPTER.validate_json(json.dumps(content))
 
 
 def dump(recipe: Recipe) -> str:
