@@ -1,6 +1,7 @@
 """Laws of recipes: what is read is what was written, and everything else is refused by name."""
 
 import dataclasses
+import json
 import math
 import textwrap
 from pathlib import Path
@@ -12,7 +13,16 @@ from hypothesis import strategies as st
 from hf_stable.data import Source
 from hf_stable.errors import RecipeError
 from hf_stable.model.configuration_stable_gpt import PRESETS
-from hf_stable.recipes import Recipe, SourceRecipe, dump, layers, load_recipe, strict_yaml
+from hf_stable.recipes import (
+    Recipe,
+    SourceRecipe,
+    dump,
+    from_dict,
+    layers,
+    load_recipe,
+    strict_yaml,
+    to_dict,
+)
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 BASES = sorted(RECIPES.glob("base/*.yaml"))
@@ -245,6 +255,7 @@ def test_every_recipe_is_read_back_from_its_dump(path: Path, tmp_path: Path) -> 
     recipe = load_recipe(path)
     assert recipe.name == path.stem
     assert load_recipe(write(tmp_path, "dumped.yaml", dump(recipe))) == recipe
+    assert from_dict(json.loads(json.dumps(to_dict(recipe)))) == recipe
 
 
 def test_every_preset_is_one_technique_file() -> None:

@@ -71,6 +71,27 @@ def test_validation_is_the_cross_entropy_of_the_validation_blocks(tmp_path: Path
     assert math.log(result.validation_perplexity) == pytest.approx(sum(losses) / len(losses))
 
 
+def test_a_run_is_evaluated_on_its_own_held_out_text(tmp_path: Path, capsys) -> None:
+    recipe = tiny_recipe(tmp_path, training__evaluate_blocks=10_000)
+    result = train(recipe)
+    report = tmp_path / "report.json"
+    assert main(["evaluate", str(result.folder), "--output", str(report)]) == 0
+    measured = json.loads(report.read_text())
+    run = records.read_run(result.folder)
+    assert measured["documents"] == run["data"]["validation"]["documents"]
+    shown = capsys.readouterr().out
+    for name in ("unigram", "bigram"):
+        assert measured[f"{name}_nats_per_token"] == run["data"][f"{name}_nats_per_token"]
+        assert f"{name} table per token" in shown
+    # Windows begin at documents there and at blocks here, so the two are near, not equal.
+    assert measured["per_token"]["value"] == pytest.approx(result.validation_perplexity, rel=0.1)
+
+
+def test_evaluating_a_model_needs_a_text(tmp_path: Path, capsys) -> None:
+    assert main(["evaluate", str(tmp_path)]) == 2
+    assert "give --data" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "model", ["{preset: sigma_reparam, attention_dropout: 0.1}", "{preset: qk_norm_cap}"]
 )
