@@ -29,8 +29,8 @@ def _linear(x: Tensor, weights: dict[str, Tensor], name: str, config: Any) -> Te
 def _rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """Each pair (i, i + D/2) is a complex number, turned by position * theta^(-2i/D)."""
     half = x.shape[-1] // 2
-    rates = theta ** (-torch.arange(half, dtype=torch.float32) * 2 / x.shape[-1])
-    angle = positions[:, None, :, None].to(x.dtype) * rates.to(x.dtype)
+    rates = theta ** (-torch.arange(half, dtype=x.dtype) * 2 / x.shape[-1])
+    angle = positions[:, None, :, None].to(x.dtype) * rates
     turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(
         torch.ones_like(angle), angle
     )

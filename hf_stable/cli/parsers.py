@@ -43,6 +43,7 @@ def _parser(description: str, epilog: str | None = None) -> ArgumentParser:
         epilog=epilog,
         formatter_class=RawDescriptionHelpFormatter,
         print_config=None,  # jsonargparse's own prints the command line's options, ours the recipe
+        allow_abbrev=False,
     )
 
 

@@ -39,7 +39,7 @@ _UNLOADABLE = (
     SafetensorError,
 )
 # In a config.json, but about the file rather than about the model.
-_BOOKKEEPING = {"model_type", "auto_map", "_name_or_path"}
+_BOOKKEEPING = {"model_type", "auto_map", "_name_or_path", "_commit_hash"}
 
 
 def load_model(

@@ -11,12 +11,14 @@ setting ever trains the baseline in silence.
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 
 import difflib
+import functools
 import math
 import warnings
 from dataclasses import fields
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import GenerationConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
@@ -57,6 +59,19 @@ _HOST_KEYWORDS = {
     "torch_dtype",
     "use_return_dict",
 }
+
+_LEGACY_ROPE = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
+
+# Configs that models were built from.
+_frozen = WeakIdKeyDictionary()
+
+
+@functools.cache
+def _technique_fields() -> frozenset[str]:
+    """The fields of the five rooms, which stand below `norm` in the class."""
+    own = [field.name for field in fields(StableGPTConfig)]
+    return frozenset(own[own.index("norm") :])
+
 
 # A clipped row keeps only keys whose probability exceeds -gamma / (zeta - gamma). At initialization
 # rows are near uniform, and beyond this product hardly any row keeps one (Bondarenko et al. 2023
@@ -212,6 +227,7 @@ class StableGPTConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
         self.check()
+        self._warn_of_dead_rows()
 
     def check(self) -> None:
         """Check all fields together; a model does it once more when it is built.
@@ -246,9 +262,33 @@ class StableGPTConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        for key in _LEGACY_ROPE & kwargs.keys():
+            raise ValueError(
+                f"{key}={kwargs[key]!r} would be ignored here: give rope_parameters="
+                '{"rope_theta": ...} with all its keys.'
+            )
         if not kwargs.get("return_unused_kwargs", False):
             cls._refuse_unknown({key: value for key, value in kwargs.items() if key[0] != "_"})
         return super().from_dict(config_dict, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse what would have no effect: a misspelt field, or one that a model has read."""
+        if name in _technique_fields() and self in _frozen and value != getattr(self, name):
+            raise ValueError(
+                f"{name}={value!r} would be ignored: a model was built from this config with "
+                f"{getattr(self, name)!r}. Change a copy (copy.deepcopy) and build a model from it."
+            )
+        if not name.startswith("_") and name not in _technique_fields():
+            close = difflib.get_close_matches(name, _technique_fields(), n=1, cutoff=0.85)
+            if close and name not in {field.name for field in fields(self)}:
+                raise ValueError(
+                    f"StableGPTConfig has no field {name!r}; did you mean {close[0]!r}?"
+                )
+        super().__setattr__(name, value)
+
+    def freeze(self) -> None:
+        """Called by a model that has read the techniques' fields; a copy is not frozen."""
+        _frozen[self] = True
 
     @property
     def embedding_multiplier(self) -> float:
@@ -310,15 +350,29 @@ class StableGPTConfig(PreTrainedConfig):
                 f"head_dim={self.head_dim} is odd, but RoPE rotates pairs: make it even."
             )
         self._require("attention_dropout", 0.0 <= self.attention_dropout < 1.0, "in [0, 1)")
-        if self.hidden_act not in ACT2FN:
+        if self.hidden_act not in ACT2FN or any(True for _ in ACT2FN[self.hidden_act].parameters()):
             raise ValueError(
-                f"hidden_act={self.hidden_act!r} is no activation of Transformers"
-                f"{_nearest(self.hidden_act, ACT2FN)}."
+                f"hidden_act={self.hidden_act!r} is no activation of Transformers without "
+                f"parameters{_nearest(self.hidden_act, ACT2FN)}."
             )
-        theta = self.rope_parameters["rope_theta"]
+        pad = self.pad_token_id
+        self._require("pad_token_id", pad is None or 0 <= pad < self.vocab_size, "an id or None")
+        self._check_rope()
+
+    def _check_rope(self) -> None:
+        rope = self.rope_parameters
+        rope.setdefault("rope_type", "default")
+        theta, share = rope.get("rope_theta"), rope.get("partial_rotary_factor", 1.0)
         if not (isinstance(theta, (int, float)) and math.isfinite(theta) and theta > 0):
             raise ValueError(
                 f"rope_parameters: rope_theta={theta!r} must be greater than 0 and finite."
+            )
+        if not (
+            0 < share <= 1 and int(self.head_dim * share) % 2 == 0 < int(self.head_dim * share)
+        ):
+            raise ValueError(
+                f"rope_parameters: partial_rotary_factor={share!r} must leave an even number of "
+                f"head_dim={self.head_dim} channels to rotate, at least 2."
             )
 
     def _check_branch(self) -> None:
@@ -334,6 +388,11 @@ class StableGPTConfig(PreTrainedConfig):
         else:
             self._require_positive("embedding_scale")
         self._require("embedding_detach", 0.0 <= self.embedding_detach <= 1.0, "in [0, 1]")
+        if self.embedding_norm and self.embedding_scale != 1.0:
+            raise ValueError(
+                f"embedding_scale={self.embedding_scale!r} would be undone by embedding_norm=True: "
+                "leave one of them off."
+            )
         if self.post_norm_gain != 1.0 and not (self.attention_post_norm or self.mlp_post_norm):
             raise ValueError(
                 f"post_norm_gain={self.post_norm_gain} would be ignored: set attention_post_norm "
@@ -368,6 +427,9 @@ class StableGPTConfig(PreTrainedConfig):
         self._require("attention_clip_gamma", gamma is None or gamma <= 0, "<= 0")
         self._require("attention_clip_zeta", zeta >= 1, ">= 1")
         self._require("attention_clip_alpha", alpha is None or alpha > 0, "> 0")
+
+    def _warn_of_dead_rows(self) -> None:
+        gamma = self.attention_clip_gamma
         if gamma is not None and -gamma * self.max_position_embeddings > _DEAD_ROWS_PRODUCT:
             warnings.warn(
                 f"attention_clip_gamma={gamma} with max_position_embeddings="

@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 
 # Bytes of one chunk of fp32 logits. A CPU wants them near its caches, a GPU few, large GEMMs.
 CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**31}
+# Additive masks hide a key by -inf, by the smallest number of their dtype, by -1e9 or by -1e4.
+_HIDDEN = -9999.0
 # Fewer rows would read and write the whole weight gradient too often.
 CHUNK_ROWS = 128
 
@@ -98,7 +100,7 @@ def attention_probabilities(
         visible = attention_mask
         scores = scores.masked_fill_(~visible, torch.finfo(scores.dtype).min)
     else:
-        visible = attention_mask > torch.finfo(attention_mask.dtype).min
+        visible = attention_mask > _HIDDEN
         scores = scores.add_(attention_mask)
     visible_keys = visible.sum(dim=-1, keepdim=True)
     probs = scores.softmax(dim=-1)
@@ -133,7 +135,7 @@ def attention_forward(
 
     Returns:
         Output (B, Q, H, D) in the query's dtype, zero for a row that may see no key, and the
-        weights (B, H, Q, K).
+        weights (B, H, Q, K), uniform for such a row.
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -249,16 +251,15 @@ def _chunk_gradient(
     logits: torch.Tensor,
     labels: torch.Tensor,
     lse: torch.Tensor,
-    scale: torch.Tensor,
     cap: float | None,
     z_loss: float,
 ) -> torch.Tensor:
-    """scale * d(CE + z-loss)/d(uncapped logits) of each row, written over `logits`.
+    """d(CE + z-loss)/d(uncapped logits) of each row, not averaged, written over `logits`.
 
     (1 + 2 c log Z) softmax - onehot, times the cap's 1 - tanh^2; rows without a label are zero.
     """
     slope = None if cap is None else 1 - (logits / cap).square()
-    weight = scale * (labels >= 0)
+    weight = (labels >= 0).to(logits.dtype)
     grad = logits.sub_(lse[:, None]).exp_().mul_((weight * (1 + 2 * z_loss * lse))[:, None])
     grad[torch.arange(len(labels), device=labels.device), labels.clamp(min=0)] -= weight
     return grad if slope is None else grad.mul_(slope)
@@ -283,7 +284,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         squared_log_z = torch.zeros_like(ce)
         grad_hidden = torch.empty_like(hidden) if with_gradient else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if with_gradient else None
-        scale = torch.where(denominator > 0, 1 / denominator, 0).to(wide)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             tokens, targets = hidden[part].to(gemm_dtype), labels[part]
@@ -294,11 +294,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             ce += torch.where(labelled, lse - picked, 0).sum()
             squared_log_z += torch.where(labelled, lse.square(), 0).sum()
             if grad_hidden is not None and grad_weight is not None:
-                grad = _chunk_gradient(logits, targets, lse, scale, cap, z_loss).to(gemm_dtype)
+                grad = _chunk_gradient(logits, targets, lse, cap, z_loss).to(gemm_dtype)
                 grad_hidden[part] = grad @ head
                 # fp32 sums over chunks: bf16 sums lose the rare tokens of a large vocabulary.
                 grad_weight += grad.T @ tokens
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight, denominator)
         ctx.weight_dtype = weight.dtype
         ce, z = ce / denominator, z_loss * squared_log_z / denominator
         ctx.mark_non_differentiable(ce, z)
@@ -307,9 +307,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
-        return grad_hidden, (grad_weight * grad_loss).to(ctx.weight_dtype), None, None, None
+        grad_hidden, grad_weight, denominator = ctx.saved_tensors
+        # Averaging and the scale of a GradScaler meet here, in fp32: 1 / tokens before the GEMMs
+        # would make the gradients of rare ids vanish in fp16, and a scale of 65536 is inf in it.
+        factor = torch.where(denominator > 0, grad_loss / denominator, 0)
+        hidden_dtype = grad_hidden.dtype
+        grad_hidden = (grad_hidden.to(factor.dtype) * factor).to(hidden_dtype)
+        return grad_hidden, (grad_weight * factor).to(ctx.weight_dtype), None, None, None
 
 
 def linear_cross_entropy(
@@ -325,8 +329,8 @@ def linear_cross_entropy(
     """Cross entropy of `softcap(hidden @ weight.T)` plus `z_loss * log^2 Z`, never holding (T, V).
 
     z-loss: PaLM (Chowdhery et al. 2022, section 5); Wortsman et al. 2023, section 3.1.2. It has the
-    positions and the denominator of the cross entropy. Logits, log Z and the weight's gradient are
-    held in at least fp32; the three GEMMs run in `hidden`'s dtype, or autocast's.
+    positions and the denominator of the cross entropy. The three GEMMs run in `hidden`'s dtype, or
+    autocast's; everything else (cap, log Z, sums over chunks) is in at least fp32.
 
     Args:
         hidden: (T, C). weight: (V, C).

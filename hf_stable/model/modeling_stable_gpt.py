@@ -10,6 +10,7 @@ Law of this file: no `forward` tests a technique's field. A field fills a slot (
 # pyright: reportTypedDictNotRequiredAccess=false, reportPrivateImportUsage=false
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -243,21 +244,24 @@ class StableGPTPreTrainedModel(PreTrainedModel):
         self._refuse("flex_attention", *self._CLIP, "attention_dropout")
         return super()._flex_attn_can_dispatch(is_init_check)
 
-    def _flash_attn_can_dispatch(
-        self, flash_attn_version: int, is_init_check: bool = False
-    ) -> bool:
-        name = f"flash_attention_{flash_attn_version}"
-        self._refuse(name, *self._CLIP)
-        if self.config.attn_logit_softcapping is not None:
-            self._refuse(name, "attention_dropout")
-        return super()._flash_attn_can_dispatch(flash_attn_version, is_init_check)
-
-    def get_correct_attn_implementation(
-        self, requested_attention: str | None, is_init_check: bool = False
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, *args: Any, **kwargs: Any
     ) -> str:
-        if requested_attention == "paged|eager":
-            self._refuse(requested_attention, "attn_logit_softcapping", *self._CLIP)
-        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+        """Refuse what never reaches the hooks above: kernels, which flash names may become."""
+        name = attn_implementation or ""
+        if name == "paged|eager":
+            self._refuse(name, "attn_logit_softcapping", *self._CLIP)
+        if "flash" in name or "/" in name:
+            self._refuse(name, *self._CLIP)
+            if self.config.attn_logit_softcapping is not None:
+                self._refuse(name, "attention_dropout")
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Give the embedding another weight; a plain embedding would lose scale and detach."""
+        embedding = self.base_model.embed_tokens
+        embedding.weight = value.weight
+        embedding.num_embeddings = value.weight.shape[0]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -281,6 +285,11 @@ class StableGPTPreTrainedModel(PreTrainedModel):
             if isinstance(module, StableGPTSigmaLinear):
                 yield name, module
 
+    def _follow_weights(self) -> None:
+        if self.training:
+            for _, linear in self._sigma_linears():
+                linear.follow_weight()
+
     def power_iterate(self, steps: int) -> None:
         """Advance the singular vectors of every sigma-Reparam layer by `steps` power iterations."""
         for _, linear in self._sigma_linears():
@@ -291,10 +300,26 @@ class StableGPTPreTrainedModel(PreTrainedModel):
         for name, linear in list(self._sigma_linears()):
             parent, _, child = name.rpartition(".")
             setattr(self.get_submodule(parent), child, linear.fold())
-        self.base_model.followers = []  # pyright: ignore[reportAttributeAccessIssue]
-        self.config.sigma_reparam = False
-        self.config.sigma_gain_init = "one"
+        # A config of its own, since other models may have been built from the same one.
+        shared, folded = self.config, copy.deepcopy(self.config)
+        folded.sigma_reparam, folded.sigma_gain_init = False, "one"
+        folded.freeze()
+        for module in self.modules():
+            if vars(module).get("config") is shared:
+                module.config = folded
         return self
+
+
+def check_ids(name: str, ids: torch.Tensor, vocab_size: int) -> None:
+    """Raise for ids outside the vocabulary; on a CPU only, elsewhere it would stall the device."""
+    if torch.compiler.is_compiling() or ids.device.type != "cpu" or not ids.numel():
+        return
+    low, high = (extreme.item() for extreme in ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"{name} contains {low if low < 0 else high}, but the vocabulary has the ids 0 to "
+            f"{vocab_size - 1}: the tokenizer is not this model's."
+        )
 
 
 class StableGPTModel(StableGPTPreTrainedModel):
@@ -312,9 +337,8 @@ class StableGPTModel(StableGPTPreTrainedModel):
         self.norm = _norm(config, present=True)
         self.rotary_emb = StableGPTRotaryEmbedding(config)
         self.gradient_checkpointing = False
-        # In a list of their own, so that a forward does not walk the whole model to find them.
-        self.followers = [linear for _, linear in self._sigma_linears()]
         self.post_init()
+        config.freeze()
 
     @merge_with_config_defaults
     @capture_outputs
@@ -333,35 +357,36 @@ class StableGPTModel(StableGPTPreTrainedModel):
         Args:
             input_ids: (B, Q) int64, or `inputs_embeds`: (B, Q, C), of which exactly one.
             attention_mask: (B, K), 1 for tokens and 0 for padding, or a ready-made 4-d mask.
-            position_ids: (B, Q) int64. Without a mask and a cache, positions that restart at 0
-                begin a new document, which does not attend to the one before it.
+            position_ids: (B, Q) int64. Given without a mask and a cache, positions that restart at
+                0 begin a new document, which does not attend to the one before it.
             past_key_values: keys and values as the scores use them, after norms and RoPE.
 
         Raises:
-            ValueError: for ids outside the vocabulary (checked on a CPU only: elsewhere it would
-                stall the device), no tokens, or more than `max_position_embeddings`.
+            ValueError: for no tokens. On a CPU only, since elsewhere it would stall the device: for
+                ids outside the vocabulary and positions beyond `max_position_embeddings`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        for linear in self.followers:
-            linear.follow_weight()
+        self._follow_weights()
         if inputs_embeds is None:
-            self._check_ids(input_ids)
+            check_ids("input_ids", input_ids, self.config.vocab_size)
             inputs_embeds = self.embed_tokens(input_ids)
-        self._check_length(inputs_embeds.shape)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        given_positions = position_ids
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
             position_ids = position_ids.unsqueeze(0)
+        self._check_inputs(inputs_embeds.shape, position_ids, attention_mask)
+        # Before a cache is made: with one, Transformers would not look for packed documents.
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            position_ids=position_ids,
+            position_ids=given_positions,
         )
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
         hidden_states = self.embed_norm(inputs_embeds)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for layer in self.layers:
@@ -377,24 +402,23 @@ class StableGPTModel(StableGPTPreTrainedModel):
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
         )
 
-    def _check_ids(self, input_ids: torch.Tensor) -> None:
-        if torch.compiler.is_compiling() or input_ids.device.type != "cpu" or not input_ids.numel():
-            return
-        low, high = input_ids.aminmax()
-        if low < 0 or high >= self.embed_tokens.num_embeddings:
-            wrong = low if low < 0 else high
-            raise ValueError(
-                f"input_ids contains {wrong.item()}, but the vocabulary has the ids 0 to "
-                f"{self.embed_tokens.num_embeddings - 1}: the tokenizer is not this model's."
-            )
-
-    def _check_length(self, shape: torch.Size) -> None:
-        longest = self.config.max_position_embeddings
+    def _check_inputs(
+        self, shape: torch.Size, position_ids: torch.Tensor, attention_mask: Any
+    ) -> None:
         if 0 in shape[:2]:
             raise ValueError(f"The batch has no tokens: its shape is {tuple(shape[:2])}.")
-        if shape[1] > longest and self.rotary_emb.rope_type == "default":
+        dense = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4
+        if dense and self.config._attn_implementation == "flex_attention":
             raise ValueError(
-                f"The sequence has {shape[1]} tokens, but max_position_embeddings={longest}: "
+                'attn_implementation="flex_attention" takes a (batch, keys) mask or a BlockMask, '
+                'not a 4-d tensor: use "eager" or "sdpa" for it.'
+            )
+        if torch.compiler.is_compiling() or position_ids.device.type != "cpu":
+            return
+        length, longest = int(position_ids.max()) + 1, self.config.max_position_embeddings
+        if length > longest and self.rotary_emb.rope_type == "default":
+            raise ValueError(
+                f"The sequence has {length} tokens, but max_position_embeddings={longest}: "
                 "shorten it, or load the model with a larger max_position_embeddings or another "
                 "rope_type in rope_parameters."
             )
@@ -436,6 +460,7 @@ class StableGPTForCausalLM(StableGPTPreTrainedModel, GenerationMixin):
         *,
         shift_labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        ignore_index: int = -100,
         skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> StableGPTCausalLMOutput:
@@ -446,6 +471,7 @@ class StableGPTForCausalLM(StableGPTPreTrainedModel, GenerationMixin):
             logits_to_keep: how many last positions get logits, 0 for all, or their indices.
             shift_labels: (B, Q) int64, already shifted; wins over `labels`.
             num_items_in_batch: denominator of both losses, for gradient accumulation.
+            ignore_index: the label that is no target.
             skip_logits: whether a call with labels leaves `logits` None, so that no tensor of
                 tokens times vocabulary exists; None skips them in training.
         """
@@ -460,10 +486,11 @@ class StableGPTForCausalLM(StableGPTPreTrainedModel, GenerationMixin):
         )
         hidden_states = outputs.last_hidden_state
         if shift_labels is None and labels is not None:
-            shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         loss = ce_loss = z_loss = None
         if shift_labels is not None:
-            loss, ce_loss, z_loss = self.lm_head(hidden_states, shift_labels, num_items_in_batch)
+            targets = self._targets(shift_labels, hidden_states.shape[:2], ignore_index)
+            loss, ce_loss, z_loss = self.lm_head(hidden_states, targets, num_items_in_batch)
         skip = self.training if skip_logits is None else skip_logits
         logits = None
         if shift_labels is None or not skip:
@@ -480,6 +507,18 @@ class StableGPTForCausalLM(StableGPTPreTrainedModel, GenerationMixin):
             ce_loss=ce_loss,
             z_loss=z_loss,
         )
+
+    def _targets(
+        self, shift_labels: torch.Tensor, shape: torch.Size, ignore_index: int
+    ) -> torch.Tensor:
+        """Labels with -100 for no target, checked where that does not stall a device."""
+        if shift_labels.shape != shape:
+            raise ValueError(
+                f"labels have the shape {tuple(shift_labels.shape)}, the tokens {tuple(shape)}."
+            )
+        targets = shift_labels.masked_fill(shift_labels == ignore_index, -100)
+        check_ids("labels", targets.masked_fill(targets == -100, 0), self.config.vocab_size)
+        return targets
 
 
 __all__ = ["StableGPTForCausalLM", "StableGPTModel", "StableGPTPreTrainedModel"]

@@ -43,9 +43,15 @@ class StableGPTEmbedding(nn.Embedding):
     """Embedding whose output is scaled (Scaled Embed) and whose gradient is (Embed Detach)."""
 
     def __init__(self, config: StableGPTConfig) -> None:
-        super().__init__(config.vocab_size, config.hidden_size, config.pad_token_id)
+        # No padding index: a tokenizer that pads with its end of text would never train that row.
+        super().__init__(config.vocab_size, config.hidden_size)
         self.multiplier = config.embedding_multiplier
         self.gradient_factor = config.embedding_detach
+
+    @property
+    def embed_scale(self) -> torch.Tensor:
+        """The multiplier under the name by which PEFT scales an adapter of this layer."""
+        return self.weight.new_tensor(self.multiplier)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         embedded = scale_gradient(super().forward(input_ids), self.gradient_factor)
@@ -162,7 +168,8 @@ class StableGPTSigmaLinear(StableGPTLinear):
         """One power step if the weight changed since the last one and the layer is training.
 
         That is once an optimizer step, whoever owns the loop, by a torch optimizer or by hand;
-        neither accumulation nor checkpointing repeats it.
+        neither accumulation nor checkpointing repeats it. Only writes through `weight.data` cannot
+        be seen: whoever updates so must call `power_iterate(1)`.
         """
         if not self.training:
             return
@@ -210,12 +217,15 @@ class StableGPTRotaryEmbedding(nn.Module):
 
     @staticmethod
     def compute_default_rope_parameters(
-        config: StableGPTConfig, device: Any = None, **kwargs: Any
+        config: StableGPTConfig,
+        device: Any = None,
+        dtype: torch.dtype = torch.float32,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, float]:
         """Inverse frequencies theta^(-2i / R), with R the rotated share of `head_dim`."""
         share = config.rope_parameters.get("partial_rotary_factor", 1.0)
         width = int(config.head_dim * share)
-        exponents = torch.arange(0, width, 2, dtype=torch.float, device=device) / width
+        exponents = torch.arange(0, width, 2, dtype=dtype, device=device) / width
         return config.rope_parameters["rope_theta"] ** -exponents, 1.0
 
     @torch.no_grad()
@@ -226,10 +236,16 @@ class StableGPTRotaryEmbedding(nn.Module):
         """(B or 1, 1, Q, R) each, in the dtype of `hidden_states`, computed in at least fp32."""
         wide = statistics_dtype(hidden_states)
         with torch.autocast(hidden_states.device.type, enabled=False):
-            angles = position_ids[..., None].to(wide) * self.inv_freq.to(hidden_states.device, wide)
+            angles = position_ids[..., None].to(wide) * self._rates(hidden_states.device, wide)
             angles = torch.cat((angles, angles), dim=-1)[:, None]
             cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
+
+    def _rates(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """Inverse frequencies, made anew where possible: `model.to(bf16)` rounds buffers."""
+        if self.rope_type != "default":
+            return self.inv_freq.to(device, dtype)
+        return self.compute_default_rope_parameters(self.config, device, dtype)[0]
 
 
 # head: logits and loss ------------------------------------------------------------------------

@@ -81,6 +81,11 @@ def test_json_round_trip_is_exact(preset: str, tmp_path: Path) -> None:
         ({"sigma_gain_init": "spectral"}, ["sigma_gain_init", "ignored"]),
         ({"initializer": "small", "initializer_range": 0.1}, ["initializer_range=0.1", "ignored"]),
         ({"mup_base_width": 0}, ["mup_base_width=0"]),
+        ({"embedding_norm": True, "embedding_scale": 2.0}, ["embedding_scale=2.0", "undone"]),
+        ({"pad_token_id": 61}, ["pad_token_id=61"]),
+        ({"rope_parameters": {"rope_theta": -1.0}}, ["rope_theta=-1.0"]),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 2.0}}, ["2.0", "even"]),
+        ({"hidden_act": "prelu"}, ["hidden_act='prelu'", "without parameters"]),
         ({"hidden_size": "32"}, ["hidden_size", "int", "str"]),
         ({"hidden_act": "relu_2"}, ["hidden_act='relu_2'", "relu2"]),
     ],
@@ -101,6 +106,22 @@ def test_misspelt_override_at_load_is_refused(tmp_path: Path) -> None:
     StableGPTConfig(**GEOMETRY).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="did you mean 'qk_norm'"):
         StableGPTConfig.from_pretrained(tmp_path, qk_nrom="head")
+
+
+def test_legacy_rope_overrides_at_load_are_refused_or_honoured(tmp_path: Path) -> None:
+    StableGPTConfig(**GEOMETRY).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"rope_theta=100\.0 would be ignored"):
+        AutoConfig.from_pretrained(tmp_path, rope_theta=100.0)
+    loaded = AutoConfig.from_pretrained(tmp_path, rope_parameters={"rope_theta": 100.0})
+    loaded.check()
+    assert loaded.rope_parameters == {"rope_theta": 100.0, "rope_type": "default"}
+
+
+def test_a_misspelt_attribute_is_refused() -> None:
+    config = StableGPTConfig(**GEOMETRY)
+    with pytest.raises(ValueError, match="did you mean 'qk_norm'"):
+        config.qk_nrom = "head"
+    config.note = "anything else is the user's own"
 
 
 def test_a_clip_that_starts_dead_warns() -> None:

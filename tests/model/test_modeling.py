@@ -1,6 +1,7 @@
 """The model as Transformers sees it: backends, masks, caches, checkpointing, saving, bad input."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     StaticCache,
+    modeling_utils,
 )
 
 from hf_stable import StableGPTConfig, StableGPTForCausalLM, StableGPTModel
 from hf_stable.model.configuration_stable_gpt import PRESETS
+from hf_stable.model.functional_stable_gpt import linear_cross_entropy
 
 from .. import reference
 from ..techniques import GEOMETRY, build, from_config, relative_error, tokens
@@ -70,7 +73,7 @@ def test_every_backend_and_mask_equals_the_reference_or_refuses(attn, score, mas
     if mask == "causal":
         positions, visible = plain_positions, causal.expand(2, -1, -1)
     elif mask == "packed":
-        arguments = {"position_ids": positions, "use_cache": False}
+        arguments = {"position_ids": positions}
     elif mask == "4d":
         if attn == "flex_attention":
             pytest.skip("flex takes block masks, not 4-d masks")
@@ -104,11 +107,19 @@ def test_backends_refuse_the_clip_by_name(fields: dict, attn: str) -> None:
         model.set_attn_implementation(attn)
 
 
-@pytest.mark.parametrize("version", [2, 3, 4])
-def test_flash_attention_refuses_what_it_would_ignore(version: int) -> None:
+@pytest.mark.parametrize(
+    "attn", ["flash_attention_2", "flash_attention_3", "paged|flash_attention_2", "org/kernel"]
+)
+@pytest.mark.parametrize("kernels", [False, True])
+def test_flash_refuses_what_it_would_ignore(attn: str, kernels: bool, monkeypatch) -> None:
+    """With `kernels` installed, Transformers turns flash names into Hub kernels by another way."""
+    monkeypatch.setattr(modeling_utils, "is_kernels_available", lambda *a, **k: kernels)
+    monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", lambda *a, **k: None)
     for fields in (*CLIPS, {**CAP, "attention_dropout": 0.1}):
-        with pytest.raises(ValueError, match=f"flash_attention_{version}.* cannot do attention_"):
-            build(**fields)._flash_attn_can_dispatch(version)
+        with pytest.raises(ValueError, match=f"{re.escape(attn)}.* cannot do attention_"):
+            build(attn=attn, **fields)
+        with pytest.raises(ValueError, match="cannot do attention_"):
+            build(**fields).set_attn_implementation(attn)
 
 
 def test_default_backend_is_the_fastest_that_can() -> None:
@@ -385,6 +396,90 @@ def test_sigma_follows_moving_weights() -> None:
         assert relative_error(largest[None], linear.gain.abs()) < 0.02, name
 
 
+def test_a_copy_that_an_adapter_trains_is_followed() -> None:
+    """PEFT's modules_to_save trains a deep copy in the layer's place."""
+    model = build(sigma_reparam=True).train()
+    layer = model.model.layers[0].mlp
+    layer.up_proj = copy.deepcopy(layer.up_proj)
+    model(tokens(), labels=tokens())
+    before = layer.up_proj.u.clone()
+    with torch.no_grad():
+        layer.up_proj.weight.add_(torch.randn_like(layer.up_proj.weight))
+    model(tokens(), labels=tokens())
+    assert not torch.equal(before, layer.up_proj.u)
+
+
+def test_folding_one_model_leaves_another_of_the_same_config(tmp_path) -> None:
+    config = StableGPTConfig(**GEOMETRY, sigma_reparam=True)
+    one, other = StableGPTForCausalLM(config), StableGPTForCausalLM(config)
+    one.fold_sigma_reparam()
+    other.save_pretrained(tmp_path)
+    loaded = StableGPTForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.eval()(tokens()).logits, other.eval()(tokens()).logits)
+    assert loaded.config.sigma_reparam and not one.config.sigma_reparam
+
+
+# precision ------------------------------------------------------------------------------------
+
+
+def test_casting_a_model_keeps_its_rotations() -> None:
+    model = build().float()
+    ids = torch.zeros(1, 64, dtype=torch.long)
+    cast = copy.deepcopy(model).to(torch.bfloat16).float()
+    rotary, again = model.model.rotary_emb, cast.model.rotary_emb
+    hidden, positions = torch.zeros(1), torch.arange(64)[None]
+    for one, other in zip(rotary(hidden, positions), again(hidden, positions), strict=True):
+        assert torch.equal(one, other)
+    assert model(ids).logits.shape == cast(ids).logits.shape
+
+
+@pytest.mark.parametrize("scale", [1.0, 65536.0])
+def test_fp16_gradients_survive_a_loss_scale(scale: float) -> None:
+    """Rows of the head that are never a target have gradients near 1 / (tokens * vocabulary)."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2048, 16, generator=generator)
+    weight = torch.randn(2000, 16, generator=generator) * 0.02
+    labels = torch.randint(0, 200, (2048,), generator=generator)
+    gradients = []
+    for dtype in (torch.float64, torch.float32):
+        leaf = weight.to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.float16, enabled=dtype == torch.float32):
+            loss, *_ = linear_cross_entropy(hidden.to(dtype), leaf, labels)
+        (loss * scale).backward()
+        gradients.append(leaf.grad.double())
+    assert relative_error(gradients[1][200:], gradients[0][200:]) < 2e-3
+    half = build().half()
+    (half(tokens(), labels=tokens()).loss * scale).backward()
+    assert half.lm_head.weight.grad.isfinite().all()
+
+
+# embeddings -----------------------------------------------------------------------------------
+
+
+def test_another_input_embedding_keeps_scale_and_detach() -> None:
+    model = build(embedding_scale="sqrt_hidden", embedding_detach=0.1)
+    before = model(tokens()).logits
+    plain = torch.nn.Embedding(61, 32).double()
+    plain.weight = torch.nn.Parameter(model.get_input_embeddings().weight.detach().clone())
+    model.set_input_embeddings(plain)
+    assert torch.equal(model(tokens()).logits, before)
+    assert model.get_input_embeddings().weight is plain.weight
+
+
+def test_adapters_train_and_merge() -> None:
+    peft = pytest.importorskip("peft")
+    model = build(embedding_scale="sqrt_hidden", qk_norm="head").float()
+    targets = ["embed_tokens", "qkv_proj", "o_proj", "up_proj", "down_proj"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, r=2))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora" in name:
+                parameter.normal_(std=0.3)
+    adapted(tokens(), labels=tokens()).loss.backward()
+    expected = adapted.eval()(tokens()).logits
+    assert relative_error(adapted.merge_and_unload()(tokens()).logits, expected) < 1e-4
+
+
 # compile --------------------------------------------------------------------------------------
 
 
@@ -411,9 +506,40 @@ def test_ids_outside_the_vocabulary_are_named(wrong: int) -> None:
         build()(ids)
 
 
-def test_too_long_a_sequence_is_named() -> None:
-    with pytest.raises(ValueError, match="65 tokens, but max_position_embeddings=64"):
-        build()(tokens(length=65))
+def test_too_long_a_sequence_is_named_by_every_route() -> None:
+    model, message = build(), "65 tokens, but max_position_embeddings=64"
+    with pytest.raises(ValueError, match=message):
+        model(tokens(length=65))
+    with pytest.raises(ValueError, match=message):
+        model(tokens(length=2), position_ids=torch.tensor([[63, 64]]))
+    past = model(tokens(length=60)).past_key_values
+    with pytest.raises(ValueError, match=message):
+        model(tokens(length=5), past_key_values=past)
+    packed = torch.arange(40).repeat(2)[None].expand(2, -1)
+    assert model(tokens(length=80), position_ids=packed).logits.shape[1] == 80
+
+
+@pytest.mark.parametrize("wrong", [61, -1])
+def test_labels_outside_the_vocabulary_are_named(wrong: int) -> None:
+    labels = tokens()
+    labels[0, 3] = wrong
+    with pytest.raises(ValueError, match=f"labels contains {wrong}"):
+        build()(tokens(), labels=labels)
+    with pytest.raises(ValueError, match=r"labels have the shape \(13, 2\)"):
+        build()(tokens(), labels=tokens().T)
+
+
+def test_ignore_index_is_honoured() -> None:
+    model, ids = build(), tokens()
+    ignored = ids.masked_fill(ids == 7, -100)
+    assert torch.equal(model(ids, labels=ids, ignore_index=7).loss, model(ids, labels=ignored).loss)
+
+
+def test_flex_refuses_a_dense_mask() -> None:
+    with pytest.raises(ValueError, match="not a 4-d tensor"):
+        build(attn="flex_attention").float()(
+            tokens(), attention_mask=torch.ones(2, 1, 13, 13, dtype=torch.bool)
+        )
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
@@ -428,6 +554,17 @@ def test_both_or_neither_input_is_refused() -> None:
         model()
     with pytest.raises(ValueError, match="exactly one of input_ids"):
         model(tokens(), inputs_embeds=model.get_input_embeddings()(tokens()))
+
+
+@pytest.mark.parametrize("field, value", [("z_loss", 0.1), ("qk_norm", "head"), ("layer_scale", 1)])
+def test_a_built_models_config_refuses_what_it_would_ignore(field: str, value) -> None:
+    model = build()
+    with pytest.raises(ValueError, match=f"{field}={value!r} would be ignored"):
+        setattr(model.config, field, value)
+    changed = copy.deepcopy(model.config)
+    setattr(changed, field, value)
+    assert getattr(from_config(changed).config, field) == value
+    model.config.use_cache = False  # what the model reads at every call stays free
 
 
 def test_fields_set_after_the_config_was_made_are_checked() -> None:

@@ -18,6 +18,7 @@ IDS = [row.name for row in TECHNIQUES]
 EXCLUSIVE = [
     {"attention_clip_gamma", "attention_clip_alpha"},
     {"initializer", "initializer_range"},
+    {"embedding_scale", "embedding_norm"},
 ]
 
 
