@@ -257,9 +257,9 @@ class StableGPTPreTrainedModel(PreTrainedModel):
                 self._refuse(name, "attention_dropout")
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         """Give the embedding another weight; a plain embedding would lose scale and detach."""
-        embedding = self.base_model.embed_tokens
+        embedding: Any = self.base_model.embed_tokens
         embedding.weight = value.weight
         embedding.num_embeddings = value.weight.shape[0]
 
