@@ -49,7 +49,7 @@ def build_accelerator(
     # accelerate keeps one state a process; a second run in it may want another precision.
     AcceleratorState._reset_state()
     plugin = None
-    if sharding == "fsdp2" and torch.cuda.is_available():
+    if sharding == "fsdp2":
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
@@ -85,7 +85,7 @@ def wrap(
         The model itself (one process, or FSDP2, which works in place) or DDP around it, and the
         plain torch optimizer.
     """
-    if sharding == "fsdp2" and accelerator.device.type == "cpu":
+    if sharding == "fsdp2" and not accelerator.is_fsdp2:
         _shard_on_cpu(model, accelerator)
         return model, make_optimizer(model)
     model, optimizer = accelerator.prepare(model, make_optimizer(model))

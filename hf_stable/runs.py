@@ -100,27 +100,10 @@ def prepare_run(recipe: Recipe, resume: str) -> Run:
     )
     with accelerator.main_process_first():
         tokenizer, corpus = prepare_corpus(recipe, progress=accelerator.is_main_process)
-    config = recipe.model_config(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    torch.manual_seed(recipe.seed)
-    model = StableGPTForCausalLM._from_config(
-        config, attn_implementation=settings.attn_implementation
-    )
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    about = {
-        "parameters": model.num_parameters(),
-        "parameters_without_embeddings": sum(
-            parameter.numel() for parameter in model.model.layers.parameters()
-        ),
-        "flops_per_token": flops_per_token(model, recipe.data.sequence_length),
-        "attn_implementation": model.config._attn_implementation,
-    }
+    inner = _build_model(recipe, tokenizer)
+    about = _describe(inner, recipe)
     model, optimizer = parallel.wrap(
-        model, lambda inner: _optimizer(recipe, inner), accelerator, settings.sharding
+        inner, lambda wrapped: _optimizer(recipe, wrapped), accelerator, settings.sharding
     )
     # The weights were drawn alike on all processes; dropout must not be.
     torch.manual_seed(recipe.seed + 1 + accelerator.process_index)
@@ -128,22 +111,48 @@ def prepare_run(recipe: Recipe, resume: str) -> Run:
     checkpoints = list_checkpoints(folder)
     if checkpoints:
         first_step = load_checkpoint(checkpoints[-1], model, optimizer, accelerator)
-    reporter = Reporter(folder, accelerator, recipe.num_steps, first_step)
     run = Run(
         recipe=recipe,
         folder=folder,
         accelerator=accelerator,
         tokenizer=tokenizer,
         corpus=corpus,
-        config=config,
+        config=inner.config,
         model=model,
         optimizer=optimizer,
         first_step=first_step,
         flops_per_token=about["flops_per_token"],
-        reporter=reporter,
+        reporter=Reporter(folder, accelerator, recipe.num_steps, first_step),
     )
     _record_start(run, about)
     return run
+
+
+def _build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> StableGPTForCausalLM:
+    """The recipe's model with weights drawn from its seed."""
+    config = recipe.model_config(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(recipe.seed)
+    model = StableGPTForCausalLM._from_config(
+        config, attn_implementation=recipe.training.attn_implementation
+    )
+    if recipe.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def _describe(model: StableGPTForCausalLM, recipe: Recipe) -> dict[str, Any]:
+    """What run.json says of the model; taken before it is sharded."""
+    blocks = sum(parameter.numel() for parameter in model.model.layers.parameters())
+    return {
+        "parameters": model.num_parameters(),
+        "parameters_of_blocks": blocks,
+        "flops_per_token": flops_per_token(model, recipe.data.sequence_length),
+        "attn_implementation": model.config._attn_implementation,
+    }
 
 
 def _optimizer(recipe: Recipe, model: Any) -> torch.optim.Optimizer:
@@ -222,6 +231,7 @@ def _record_start(run: Run, about: dict[str, Any]) -> None:
             "git_revision": records.git_revision(),
             "device": device,
             "processes": accelerator.num_processes,
+            "distributed_type": accelerator.distributed_type.value,
         }
     )
     blocks, length = len(corpus.train), run.recipe.data.sequence_length

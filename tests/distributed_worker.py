@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
+from accelerate.state import DistributedType, PartialState
 
 from hf_stable.training import train
 from tests.training import tiny_recipe
@@ -15,7 +16,13 @@ from tests.training import tiny_recipe
 
 def main() -> None:
     folder = Path(sys.argv[1])
+    state = PartialState(cpu=True)
     for settings in json.loads(Path(sys.argv[2]).read_text()):
+        # accelerate shards by its plugin on accelerators only. Told that these CPUs are some, it
+        # takes the way that it takes on GPUs.
+        by_plugin = settings.pop("by_plugin", False)
+        kind = DistributedType.MULTI_XPU if by_plugin else DistributedType.MULTI_CPU
+        state._shared_state["distributed_type"] = kind
         train(tiny_recipe(folder, **settings))
     dist.destroy_process_group()
 

@@ -68,6 +68,11 @@ def runs(tmp_path_factory) -> dict[str, str]:
         _settings(folder, name, sharding) for name in MODELS for sharding in ("ddp", "fsdp2")
     ]
     bf16 = {"training__precision": "bf16"}
+    plugged = [_settings(folder, name, "fsdp2") for name in MODELS]
+    plugged.append(_settings(folder, "baseline", "fsdp2", **bf16))
+    for item in plugged:
+        item.update(output=item["output"].replace("fsdp2", "plugin"), by_plugin="yes")
+    parallel += plugged
     parallel += [_settings(folder, "baseline", sharding, **bf16) for sharding in ("ddp", "fsdp2")]
     alone = [_settings(folder, name, "auto") for name in MODELS]
     alone += [_settings(folder, "baseline", "auto", **bf16)]
@@ -78,10 +83,12 @@ def runs(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2", "plugin"])
 def test_two_processes_are_one(runs: dict[str, str], name: str, sharding: str) -> None:
     run, alone = runs[f"{name}-{sharding}-fp32"], runs[f"{name}-auto-fp32"]
-    assert records.read_run(Path(run))["processes"] == 2
+    record = records.read_run(Path(run))
+    assert record["processes"] == 2
+    assert record["distributed_type"] == ("FSDP" if sharding == "plugin" else "MULTI_CPU")
     assert len(_losses(run)) == 20
     assert _losses(run) == pytest.approx(_losses(alone), rel=2e-5)
     weights = [load_file(Path(folder) / "model" / "model.safetensors") for folder in (run, alone)]
@@ -90,7 +97,7 @@ def test_two_processes_are_one(runs: dict[str, str], name: str, sharding: str) -
         torch.testing.assert_close(weight, weights[1][key], rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2", "plugin"])
 def test_bf16_stays_near(runs: dict[str, str], sharding: str) -> None:
     run, alone = runs[f"baseline-{sharding}-bf16"], runs["baseline-auto-bf16"]
     assert _losses(run) == pytest.approx(_losses(alone), rel=5e-3)
