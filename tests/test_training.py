@@ -287,10 +287,11 @@ def test_transformers_trainer_trains_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data here")
-def test_200_steps_on_english_beat_bigrams_of_wikitext(tmp_path: Path) -> None:
+def test_200_steps_on_english_then_perplexity_on_wikitext(tmp_path: Path) -> None:
+    text = SHARED / "english" / "tiny_shakespeare.txt"
     recipe = tiny_recipe(
         tmp_path,
-        data__train=f"[{SHARED / 'english' / 'modern_validation.parquet'}]",
+        data__train=f"[{{path: {text}, sample_by: paragraph}}]",
         data__sequence_length=64,
         training__steps=200,
         training__log_every=100,
