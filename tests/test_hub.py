@@ -38,7 +38,8 @@ def test_export_is_bit_equal_without_hf_stable(preset: str, tmp_path: Path) -> N
     files = {path.name for path in folder.iterdir()}
     assert files == {
         "README.md", "config.json", "generation_config.json", "model.safetensors",
-        "configuration_stable_gpt.py", "functional_stable_gpt.py", "modeling_stable_gpt.py",
+        "blocks_stable_gpt.py", "configuration_stable_gpt.py", "functional_stable_gpt.py",
+        "modeling_stable_gpt.py",
         "slots_stable_gpt.py", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert set(json.loads((folder / "config.json").read_text())["auto_map"]) == {
@@ -58,7 +59,7 @@ def test_a_run_exports_with_a_card_from_its_records(tmp_path: Path) -> None:
 
 def test_tampered_code_is_noticed(tmp_path: Path) -> None:
     folder = export(_saved(tmp_path / "model", "baseline"), tmp_path / "export")
-    code = folder / "modeling_stable_gpt.py"
+    code = folder / "blocks_stable_gpt.py"
     code.write_text(code.read_text().replace("self.scaling = ", "self.scaling = 2 * "))
     with pytest.raises(CheckpointError, match="logits differ from ours"):
         check_export(folder, new_tokens=1)
