@@ -19,6 +19,8 @@ def __getattr__(name: str) -> Any:
 
 
 # The command line answers --help without torch (seconds); its subcommands register by themselves.
-# While Python looks for the module of `python -m`, argv[0] is "-m".
-if sys.argv[0] != "-m" and Path(sys.argv[0]).stem != "hf-stable":
+if Path(sys.argv[0]).stem != "hf-stable" and sys.orig_argv[-len(sys.argv) - 1 :][:2] != [
+    "-m",
+    "hf_stable",
+]:
     from . import registration  # noqa: F401

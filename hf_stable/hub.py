@@ -43,8 +43,10 @@ folder, answer, threads, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int
 torch.set_num_threads(threads)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
+longest = model.config.max_position_embeddings
 with torch.no_grad():
-    logits = model(torch.arange(min(16, model.config.vocab_size))[None]).logits
+    logits = model(torch.arange(min(16, longest, model.config.vocab_size))[None]).logits
+count = min(count, longest - 1)
 torch.manual_seed(0)
 start = torch.tensor([[tokenizer.bos_token_id or tokenizer.eos_token_id or 0]])
 tokens = model.generate(
@@ -138,7 +140,8 @@ def check_export(folder: str | Path, *, new_tokens: int = 100) -> ExportCheck:
     folder = Path(folder).resolve()
     model = StableGPTForCausalLM.from_pretrained(folder, dtype="auto").eval()
     with torch.no_grad():
-        expected = model(torch.arange(min(16, model.config.vocab_size))[None]).logits
+        shortest = min(16, model.config.max_position_embeddings, model.config.vocab_size)
+        expected = model(torch.arange(shortest)[None]).logits
     with tempfile.TemporaryDirectory() as scratch:
         answer = Path(scratch) / "answer.safetensors"
         arguments = [str(folder), str(answer), str(torch.get_num_threads()), str(new_tokens)]

@@ -5,6 +5,8 @@ the same policy (every block a unit, the head its own) is applied by `fully_shar
 """
 
 import contextlib
+import importlib.util
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -46,6 +48,12 @@ def build_accelerator(
     Args:
         sharding: "auto" keeps what the launcher's config file says.
     """
+    for tracker in trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise RecipeError(
+                f"training.trackers names {tracker}, which is not installed: "
+                f"pip install {tracker}, or take it out."
+            )
     # accelerate keeps one state a process; a second run in it may want another precision.
     AcceleratorState._reset_state()
     plugin = None
@@ -57,11 +65,19 @@ def build_accelerator(
             cpu_ram_efficient_loading=False,
         )
     accelerator = Accelerator(
+        # Without this word accelerate takes the processes of a launcher for single ones on a CPU.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision="bf16" if precision == "bf16" else "no",
         fsdp_plugin=plugin,
         log_with=list(trackers) or None,
         project_dir=project_dir,
     )
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != processes:
+        raise RecipeError(
+            f"the launcher started {processes} processes, but accelerate sees "
+            f"{accelerator.num_processes}: start them with torchrun --nproc_per_node {processes}."
+        )
     if sharding == "ddp" and accelerator.is_fsdp2:
         raise RecipeError(
             "training.sharding is ddp, but the launcher's config file asks for FSDP: "

@@ -9,12 +9,12 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from . import optim, parallel, records
+from . import optim, parallel, records, registration  # noqa: F401 (AutoTokenizer reads configs)
 from .check import flops_per_token
 from .checkpoints import list_checkpoints, load_checkpoint
 from .corpus import Corpus, prepare_corpus
 from .data import DataOrder, boundary_ids, data_loader, ngram_cross_entropy
-from .errors import CheckpointError
+from .errors import CheckpointError, RecipeError
 from .model import StableGPTConfig, StableGPTForCausalLM
 from .recipes import Recipe, to_dict
 from .reporting import Reporter, Throughput, describe_device
@@ -135,10 +135,17 @@ def _build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> StableGP
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    backend = recipe.training.attn_implementation
+    if backend == "flex_attention" and not torch.accelerator.is_available():
+        raise RecipeError(
+            "training.attn_implementation is flex_attention, which PyTorch cannot train with on a "
+            "CPU: leave it null."
+        )
     torch.manual_seed(recipe.seed)
-    model = StableGPTForCausalLM._from_config(
-        config, attn_implementation=recipe.training.attn_implementation
-    )
+    try:
+        model = StableGPTForCausalLM._from_config(config, attn_implementation=backend)
+    except (ImportError, ValueError) as error:
+        raise RecipeError(f"training.attn_implementation is {backend}: {error}") from error
     if recipe.training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model

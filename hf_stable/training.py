@@ -149,7 +149,7 @@ def _validate(run: Run, done: int) -> float:
     total, targets = parallel.all_sum(sums).tolist()
     loss = total / targets
     # exp overflows beyond 709 nats, which only a run that has diverged reaches.
-    perplexity = math.exp(loss) if loss < 700 else math.inf
+    perplexity = math.inf if loss > 700 else math.exp(loss)
     text = f"validation loss {loss:.4f}, perplexity {perplexity:.2f}"
     run.reporter.event("validation", done, text, loss=loss, perplexity=perplexity)
     return perplexity

@@ -115,7 +115,9 @@ def phases(install: list[str], extra: str, torch_index: str, *, uv: bool) -> lis
     torch_only = ["--no-deps", "--default-index" if uv else "--index-url", torch_index, "torch"]
     chosen = [("torch from HF_STABLE_TORCH_INDEX", [*constrained, *torch_only])]
     # setuptools builds the project, in .venv itself: an isolated build would not be constrained.
-    project = ["--no-build-isolation", "-e", f"{ROOT}[{extra}]"]
+    # By path, not by setuptools' finder: next to a checkout named hf_stable, the finder loses
+    # against that folder, which Python takes for a namespace package.
+    project = ["--no-build-isolation", "-C", "editable_mode=compat", "-e", f"{ROOT}[{extra}]"]
     return [
         *(chosen if torch_index else []),
         ("torch and what it needs, the longest part", [*constrained, "torch", "setuptools"]),

@@ -90,7 +90,12 @@ def test_help_tells_a_newcomer_what_to_type(capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.parametrize(
     ("raised", "code"),
-    [(DataError("bad text"), 2), (DivergedError("no finite loss"), 3), (KeyboardInterrupt(), 130)],
+    [
+        (DataError("bad text"), 2),
+        (DivergedError("no finite loss"), 3),
+        (FileExistsError(17, "File exists", "x"), 2),
+        (KeyboardInterrupt(), 130),
+    ],
 )
 def test_each_failure_has_its_exit_code_and_one_line(
     raised: BaseException,
@@ -105,7 +110,9 @@ def test_each_failure_has_its_exit_code_and_one_line(
     assert cli.main(["sample-text", "--output", "x"]) == code
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == (f"error: {raised}\n" if str(raised) else "interrupted\n")
+    assert len(captured.err.splitlines()) == 1
+    words = {KeyboardInterrupt: "interrupted; ", FileExistsError: "error: x: File exists"}
+    assert captured.err.startswith(words.get(type(raised), f"error: {raised}"))
 
 
 def test_an_unexpected_failure_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,6 @@ def _launch(folder: Path, processes: int, settings: list[dict[str, str]]) -> Non
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",
-            "ACCELERATE_USE_CPU": "true",
             "PYTHONPATH": str(worker.parents[1]),
         },
         capture_output=True,

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from hf_stable import StableGPTForCausalLM, records, runs, training
 from hf_stable.checkpoints import list_checkpoints
 from hf_stable.cli import main
-from hf_stable.errors import CheckpointError, DataError, DivergedError
+from hf_stable.errors import CheckpointError, DataError, DivergedError, RecipeError
 from hf_stable.recipes import dump
 from hf_stable.training import train
 
@@ -237,6 +237,17 @@ def test_trackers_mirror_the_records(tmp_path: Path) -> None:
         logged = [json.loads(row[0]) for row in connection.execute("select metrics from metrics")]
     losses = [entry["train/loss"] for entry in logged if "train/loss" in entry]
     assert losses == pytest.approx(list(rows.values()))
+
+
+def test_what_cannot_be_used_here_is_named(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match="wandb, which is not installed: pip install wandb"):
+        train(tiny_recipe(tmp_path, training__trackers="[wandb]"))
+    monkeypatch.undo()
+    for backend in ("flex_attention", "flash_attention_2", "flsh"):
+        recipe = tiny_recipe(tmp_path, training__attn_implementation=backend)
+        with pytest.raises(RecipeError, match=f"attn_implementation is {backend}"):
+            train(recipe)
 
 
 def test_too_little_text_is_named(tmp_path: Path) -> None:

@@ -34,6 +34,18 @@ def _sources_of(paths: Sequence[str], arguments: Namespace, **fields: Any) -> "l
     return expand([Source(path=path, **shared) for path in paths])
 
 
+def _model_of(place: str) -> str:
+    """The model's folder where `place` is a run's, else `place` itself."""
+    folder = Path(place)
+    if not (folder / "run.json").is_file():
+        return place
+    if not (folder / "model").is_dir():
+        raise UserError(
+            f"{folder} is a run that has not finished: the same train command continues it"
+        )
+    return str(folder / "model")
+
+
 def _train(arguments: Namespace) -> None:
     recipe = _recipe_of(arguments)
     if arguments.print_config:
@@ -44,12 +56,11 @@ def _train(arguments: Namespace) -> None:
     result = train(recipe, resume=arguments.resume)
     end_processes()
     if os.environ.get("RANK", "0") == "0":
-        model = result.folder / "model"
         print(
             f"validation perplexity {result.validation_perplexity:.2f} after {result.steps} steps"
         )
-        print(f"next: hf-stable evaluate {model} --data TEXT...")
-        print(f'      hf-stable generate {model} --prompt "..."')
+        print(f"next: hf-stable evaluate {result.folder}")
+        print(f'      hf-stable generate {result.folder} --prompt "..."')
         print(f"      hf-stable export {result.folder} --output FOLDER")
 
 
@@ -102,7 +113,6 @@ def _evaluate(arguments: Namespace) -> None:
     report = ReadReport()
     folder = Path(arguments.model)
     run = read_run(folder) if (folder / "run.json").is_file() else None
-    place = str(folder / "model") if run is not None else arguments.model
     if arguments.data is not None:
         fields = {"name": arguments.name, "split": arguments.split}
         sources = _sources_of(arguments.data, arguments, **fields)
@@ -111,7 +121,9 @@ def _evaluate(arguments: Namespace) -> None:
     else:
         raise UserError(f"{folder} is no run, so what to evaluate it on is needed: give --data")
     documents = (text for source in sources for text in read_documents(source, report))
-    model, tokenizer = load_model(place, trust_remote_code=arguments.trust_remote_code)
+    model, tokenizer = load_model(
+        _model_of(arguments.model), trust_remote_code=arguments.trust_remote_code
+    )
     result = perplexity(
         model,
         tokenizer,
@@ -138,7 +150,7 @@ def _generate(arguments: Namespace) -> None:
     from hf_stable.data import boundary_ids
     from hf_stable.evaluation import load_model
 
-    loaded, tokenizer = load_model(arguments.model)
+    loaded, tokenizer = load_model(_model_of(arguments.model))
     model: Any = loaded  # decorators hide the signature of generate
     ids = (
         boundary_ids(tokenizer)[0] + tokenizer(arguments.prompt, add_special_tokens=False).input_ids
@@ -173,7 +185,8 @@ def _export(arguments: Namespace) -> None:
     )
     print(f"\n{checked.text}\n")
     print(f"exported to {folder}; load it without hf_stable:")
-    print(f'  AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)')
+    for auto in ("AutoModelForCausalLM", "AutoTokenizer"):
+        print(f'  {auto}.from_pretrained("{folder}", trust_remote_code=True)')
 
 
 def _sample_text(arguments: Namespace) -> None:

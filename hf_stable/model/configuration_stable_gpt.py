@@ -255,7 +255,7 @@ class StableGPTConfig(PreTrainedConfig):
         """
         if name not in PRESETS:
             raise ValueError(
-                f"preset {name!r} is unknown{_nearest(name, PRESETS)}. "
+                f"preset {name!r} is unknown{_nearest(name, PRESETS)} "
                 f"Known presets: {', '.join(PRESETS)}."
             )
         return cls(**{**PRESETS[name], **overrides})
@@ -324,7 +324,7 @@ class StableGPTConfig(PreTrainedConfig):
                 )
             if key not in allowed and key != "per_layer_config" and not key.startswith("_"):
                 raise ValueError(
-                    f"StableGPTConfig has no field {key!r} (given {value!r}){_nearest(key, known)}."
+                    f"StableGPTConfig has no field {key!r} (given {value!r}){_nearest(key, known)}"
                 )
 
     def _check_geometry(self) -> None:
@@ -353,7 +353,7 @@ class StableGPTConfig(PreTrainedConfig):
         if self.hidden_act not in ACT2FN or any(True for _ in ACT2FN[self.hidden_act].parameters()):
             raise ValueError(
                 f"hidden_act={self.hidden_act!r} is no activation of Transformers without "
-                f"parameters{_nearest(self.hidden_act, ACT2FN)}."
+                f"parameters{_nearest(self.hidden_act, ACT2FN)}"
             )
         pad = self.pad_token_id
         self._require("pad_token_id", pad is None or 0 <= pad < self.vocab_size, "an id or None")
@@ -480,7 +480,7 @@ class StableGPTConfig(PreTrainedConfig):
 def _nearest(name: str, known: Any) -> str:
     """The words that suggest the known name nearest to a misspelt one, or none."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {close[0]!r}?" if close else "."
 
 
 __all__ = ["PRESETS", "StableGPTConfig"]
