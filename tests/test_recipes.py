@@ -50,7 +50,7 @@ def refusal(path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-# What reliability.md 1.9 found parsers to accept in silence, and what it calls dangerous. Each is
+# What YAML and option parsers were found to accept in silence, or to read wrongly. Each is
 # laid over GOOD; the message must have the second text.
 BAD = {
     "unknown key": ("nmae: x", "did you mean name?"),

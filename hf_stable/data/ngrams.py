@@ -30,8 +30,7 @@ def ngram_cross_entropy(
     """Cross entropy of counted unigrams (add-1) and bigrams (add-0.1) on the same tokens.
 
     Both are averaged over the validation tokens that have a predecessor. Memory
-    goes with the number of tokens, not with the square of the vocabulary. (techniques.md section
-    13: H1 and H2.)
+    goes with the number of tokens, not with the square of the vocabulary.
 
     Args:
         train, validation: ids, (n,) of an integer type; only the first `max_tokens` of each are
