@@ -424,13 +424,11 @@ def test_folding_one_model_leaves_another_of_the_same_config(tmp_path) -> None:
 
 def test_casting_a_model_keeps_its_rotations() -> None:
     model = build().float()
-    ids = torch.zeros(1, 64, dtype=torch.long)
     cast = copy.deepcopy(model).to(torch.bfloat16).float()
     rotary, again = model.model.rotary_emb, cast.model.rotary_emb
     hidden, positions = torch.zeros(1), torch.arange(64)[None]
     for one, other in zip(rotary(hidden, positions), again(hidden, positions), strict=True):
         assert torch.equal(one, other)
-    assert model(ids).logits.shape == cast(ids).logits.shape
 
 
 @pytest.mark.parametrize("scale", [1.0, 65536.0])
