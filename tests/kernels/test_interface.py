@@ -1,0 +1,268 @@
+"""Laws of the backend "stable_triton": whatever Transformers asks of it, it equals eager."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
+
+from hf_stable import StableGPTConfig, StableGPTForCausalLM
+from hf_stable.kernels import BACKEND, FAST_TANH_BACKEND
+from hf_stable.kernels.interface import attention_backend, record_statistics
+from hf_stable.kernels.tiles import INTERPRETED
+from hf_stable.model.configuration_stable_gpt import PRESETS
+
+from .reference import DEVICE
+
+VOCAB_SIZE = 61
+
+
+def _twins(preset: str = "baseline", **fields: Any) -> list[StableGPTForCausalLM]:
+    """The same fp32 weights with the eager function and with the kernels."""
+    twins = []
+    for backend in ("eager", BACKEND):
+        torch.manual_seed(0)
+        # Weights so large that what a query sees matters.
+        scale = {} if "initializer" in PRESETS[preset] else {"initializer_range": 0.2}
+        config = StableGPTConfig.from_preset(
+            preset,
+            vocab_size=VOCAB_SIZE,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            **scale,
+            **fields,
+        )
+        model = StableGPTForCausalLM._from_config(config, attn_implementation=backend)
+        twins.append(model.to(DEVICE).eval())
+    return twins
+
+
+def _tokens(batch_size: int = 2, length: int = 23) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(1, VOCAB_SIZE, (batch_size, length), generator=generator).to(DEVICE)
+
+
+def _assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", [BACKEND, FAST_TANH_BACKEND])
+def test_names_are_in_both_registries(name: str) -> None:
+    """A backend without a mask function would get no mask, and see padding and other documents."""
+    assert name in AttentionInterface() and name in AttentionMaskInterface()
+    assert "flash" not in name
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_training_and_evaluation_equal_eager(preset: str) -> None:
+    eager, ours = _twins(preset)
+    ids = _tokens()
+    for model in (eager, ours):
+        model.train()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    gradients = dict(ours.named_parameters())
+    for name, parameter in eager.named_parameters():
+        if parameter.grad is not None:
+            _assert_equal(gradients[name].grad, parameter.grad)
+    with torch.no_grad():
+        _assert_equal(ours.eval()(ids).logits, eager.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("preset", ["qk_norm_cap", "soft_clip", "soft_cap"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generation_equals_eager(preset: str, cache: str) -> None:
+    eager, ours = _twins(preset)
+    ids = _tokens(length=9)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    found = [
+        model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=6,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            cache_implementation=cache,
+        )
+        for model in (ours, eager)
+    ]
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    for logits, expected in zip(found[0].logits, found[1].logits, strict=True):
+        _assert_equal(logits, expected)
+
+
+@pytest.mark.parametrize("fields", [{}, {"attention_clip_alpha": 0.9}], ids=str)
+@pytest.mark.parametrize("hidden", ["left", "right", "holes"])
+def test_padding_equals_eager(hidden: str, fields: dict[str, Any]) -> None:
+    eager, ours = _twins(attn_logit_softcapping=5.0, **fields)
+    ids = _tokens()
+    mask = torch.ones_like(ids)
+    mask[0, {"left": slice(0, 7), "right": slice(15, 23), "holes": slice(5, 12)}[hidden]] = 0
+    expected = eager(ids, attention_mask=mask).logits
+    # What a padding query itself attends to is Transformers' affair; nobody reads it.
+    rows = mask.bool()
+    _assert_equal(ours(ids, attention_mask=mask).logits[rows], expected[rows])
+
+
+def test_packed_documents_do_not_see_each_other() -> None:
+    eager, ours = _twins("soft_clip", attn_logit_softcapping=5.0)
+    ids = _tokens(1, 24)
+    positions = torch.cat([torch.arange(10), torch.arange(1), torch.arange(13)])[None].to(DEVICE)
+    packed = ours(ids, position_ids=positions, use_cache=False).logits
+    _assert_equal(packed, eager(ids, position_ids=positions, use_cache=False).logits)
+    _assert_equal(packed[:, 11:], eager(ids[:, 11:], use_cache=False).logits)
+    lengths = torch.tensor([0, 10, 11, 24], dtype=torch.int32, device=DEVICE)
+    flattened = ours(ids, position_ids=positions, use_cache=False, cu_seq_lens_q=lengths).logits
+    assert torch.equal(flattened, packed)
+
+
+def test_cumulative_lengths_alone_and_beside_padding() -> None:
+    eager, ours = _twins()
+    ids = _tokens(1, 20)
+    lengths = torch.tensor([0, 8, 20], dtype=torch.int32, device=DEVICE)
+    mask = torch.ones_like(ids)
+    mask[0, 14:16] = 0
+    places = torch.arange(20, device=DEVICE)
+    document = (places >= 8).int()
+    dense = (places[None, :] <= places[:, None]) & (document[None, :] == document[:, None])
+    for padding in (torch.ones_like(mask), mask):
+        both = (dense & padding.bool())[None, None]
+        expected = eager(ids, attention_mask=both, use_cache=False).logits
+        given = {} if padding.all() else {"attention_mask": padding}
+        found = ours(ids, cu_seq_lens_q=lengths, use_cache=False, **given).logits
+        rows = padding.bool()
+        _assert_equal(found[rows], expected[rows])
+    with pytest.raises(ValueError, match="batch of 1, found 2"):
+        ours(_tokens(2, 20), cu_seq_lens_q=lengths, use_cache=False)
+
+
+def test_a_dense_mask_is_computed_by_eager() -> None:
+    eager, ours = _twins("soft_cap")
+    ids = _tokens()
+    mask = (torch.rand(2, 1, 23, 23, generator=torch.Generator().manual_seed(0)) < 0.7).to(DEVICE)
+    mask |= torch.eye(23, dtype=torch.bool, device=DEVICE)
+    assert torch.equal(
+        ours(ids, attention_mask=mask).logits, eager(ids, attention_mask=mask).logits
+    )
+
+
+def test_a_static_cache_sees_only_what_was_written() -> None:
+    eager, ours = _twins("soft_cap")
+    ids = _tokens()
+    for model in (eager, ours):
+        cache = StaticCache(config=model.config, max_cache_len=40)
+        parts = [model(part, past_key_values=cache).logits for part in ids.split([9, 13, 1], 1)]
+        _assert_equal(torch.cat(parts, 1), eager(ids).logits)
+
+
+def test_statistics_of_every_layer_without_touching_the_model() -> None:
+    _, ours = _twins("soft_clip", attn_logit_softcapping=5.0)
+    ids = _tokens()
+    before = ours(ids).logits
+    with record_statistics() as statistics:
+        during = ours(ids).logits
+    assert torch.equal(before, during)
+    assert set(statistics) == {0, 1}
+    for layer in statistics.values():
+        assert layer.max_logit.shape == layer.entropy.shape == layer.clipped_rows.shape == (2,)
+        assert layer.max_logit.isfinite().all() and (layer.entropy > 0).all()
+    recorded = dict(statistics)
+    ours(ids)
+    assert recorded == statistics
+
+
+def test_compiled_blocks_equal_plain_ones_and_record_too() -> None:
+    _, ours = _twins("qk_norm_cap")
+    ids = _tokens()
+    expected = ours(ids, use_cache=False).logits
+    for layer in ours.model.layers:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    _assert_equal(ours(ids, use_cache=False).logits, expected)
+    with record_statistics() as statistics:
+        _assert_equal(ours(ids, use_cache=False).logits, expected)
+    assert set(statistics) == {0, 1}
+    torch.compiler.reset()
+
+
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.2,
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_other_families_may_use_it(family: str) -> None:
+    """Gemma 2 has the cap; Transformers itself computes it by eager only, or needs a GPU."""
+    if family == "llama":
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    else:
+        layers = ["full_attention"] * 2
+        config = Gemma2Config(**SIZES, layer_types=layers, attn_logit_softcapping=3.0)
+        torch.manual_seed(0)
+        model = Gemma2ForCausalLM(config)
+    model = model.to(DEVICE).eval()
+    ids = _tokens()
+    model.set_attn_implementation("eager")
+    expected = model(ids).logits
+    model.set_attn_implementation(BACKEND)
+    _assert_equal(model(ids).logits, expected)
+
+
+def test_a_sliding_window_is_computed_by_eager() -> None:
+    torch.manual_seed(0)
+    config = Gemma2Config(**SIZES, sliding_window=8, layer_types=["sliding_attention"] * 2)
+    model = Gemma2ForCausalLM(config).to(DEVICE).eval()
+    model.set_attn_implementation("eager")
+    expected = model(_tokens()).logits
+    model.set_attn_implementation(BACKEND)
+    _assert_equal(model(_tokens()).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"sliding_window": 4}, "sliding_window"),
+        ({"s_aux": torch.zeros(2)}, "s_aux"),
+        ({"is_causal": False}, "not causal"),
+    ],
+)
+def test_arguments_of_other_backends_are_refused_by_name(given: dict, words: str) -> None:
+    _, ours = _twins()
+    attention = ours.model.layers[0].self_attn
+    states = torch.zeros(1, 2, 5, 16, device=DEVICE)
+    with pytest.raises(ValueError, match=f'"stable_triton" cannot do .*{words}'):
+        attention_backend(attention, states, states, states, None, **given)
+
+
+def test_dropout_is_refused_by_name() -> None:
+    _, ours = _twins(attention_dropout=0.1)
+    ours(_tokens())  # evaluation drops nothing
+    with pytest.raises(ValueError, match=r'"stable_triton" cannot do attention_dropout=0.1.*eager'):
+        ours.train()(_tokens())
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU has it")
+def test_the_hardware_tanh_is_refused_where_there_is_none() -> None:
+    _, ours = _twins("soft_cap")
+    ours.set_attn_implementation(FAST_TANH_BACKEND)
+    with pytest.raises(ValueError, match="hardware tanh"):
+        ours(_tokens())
