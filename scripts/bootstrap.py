@@ -33,6 +33,8 @@ HOME_FILE = VENV / ".hf_stable-home"  # where .venv was made: scripts in it hold
 EXTRAS = ("quickstart", "test")
 OLDEST = (3, 11)
 LOG_LINES = 15
+# A CUDA build of torch brings the one Triton that it works with; the tests' interpreter needs any.
+TRITON = "triton==3.6.0"
 
 # pip's option -> (uv's variable for the same, what uv puts between several values).
 UV_VARIABLES = {
@@ -109,7 +111,7 @@ def phases(install: list[str], extra: str, torch_index: str, *, uv: bool) -> lis
     """What is installed, in order: (title, command).
 
     torch goes first and alone, so that a build in the user's own package source is taken and one
-    that is there already stays.
+    that is there already stays. Triton is left out where torch has brought its own.
     """
     constrained = [*install, "-c", str(CONSTRAINTS)]
     torch_only = ["--no-deps", "--default-index" if uv else "--index-url", torch_index, "torch"]
@@ -121,6 +123,7 @@ def phases(install: list[str], extra: str, torch_index: str, *, uv: bool) -> lis
     return [
         *(chosen if torch_index else []),
         ("torch and what it needs, the longest part", [*constrained, "torch", "setuptools"]),
+        *([("Triton for the kernels' tests", [*constrained, TRITON])] if extra == "test" else []),
         (f"hf_stable[{extra}] and what it needs", [*constrained, *project]),
     ]
 
@@ -210,6 +213,11 @@ def starts(command: list[str]) -> bool:
         return False
 
 
+def imports(module: str) -> bool:
+    """Whether `.venv` has a module."""
+    return starts([str(PYTHON), "-c", f"import {module}"])
+
+
 def ensure_pip(environment: dict[str, str]) -> None:
     """pip in `.venv`: there already, from ensurepip, or installed by the pip outside.
 
@@ -252,6 +260,8 @@ def install_everything(extra: str) -> None:
     torch_index = os.environ.get("HF_STABLE_TORCH_INDEX", "")
     say(f"installing with {'uv' if uv else 'pip'} under scripts/constraints.txt")
     for title, command in phases(install, extra, torch_index, uv=uv is not None):
+        if TRITON in command and (sys.platform != "linux" or imports("triton")):
+            continue
         run_phase(title, command, environment)
 
 

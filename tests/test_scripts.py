@@ -174,6 +174,28 @@ def test_torch_comes_first_and_everything_is_constrained() -> None:
         assert command[command.index("-c") + 1] == str(bootstrap.CONSTRAINTS)
 
 
+@pytest.mark.parametrize(
+    ("extra", "has_triton", "platform", "installs"),
+    [
+        ("test", False, "linux", True),
+        ("test", True, "linux", False),  # a CUDA build of torch brings the one it works with
+        ("test", False, "darwin", False),  # no builds
+        ("quickstart", False, "linux", False),
+    ],
+)
+def test_triton_is_installed_where_the_tests_need_it_and_torch_has_none(
+    extra: str, has_triton: bool, platform: str, installs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(bootstrap, "run_phase", lambda _, command, __: commands.append(command))
+    monkeypatch.setattr(bootstrap, "imports", lambda module: has_triton)
+    monkeypatch.setattr(bootstrap, "ensure_pip", lambda _: None)
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setenv("HF_STABLE_UV", "0")
+    bootstrap.install_everything(extra)
+    assert any(bootstrap.TRITON in command for command in commands) is installs
+
+
 @pytest.mark.parametrize(("uv", "option"), [(False, "--index-url"), (True, "--default-index")])
 def test_a_torch_index_is_used_for_torch_alone(uv: bool, option: str) -> None:
     index = "https://index.invalid/gpu"
