@@ -39,6 +39,7 @@ def test_export_is_bit_equal_without_hf_stable(preset: str, tmp_path: Path) -> N
     assert files == {
         "README.md", "config.json", "generation_config.json", "model.safetensors",
         "blocks_stable_gpt.py", "configuration_stable_gpt.py", "functional_stable_gpt.py",
+        "loss_stable_gpt.py",
         "modeling_stable_gpt.py",
         "slots_stable_gpt.py", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip

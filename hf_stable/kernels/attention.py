@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import triton
 
+from . import MAX_HEAD_DIM
 from .attention_backward import key_value_kernel, query_kernel
 from .attention_forward import forward_kernel
 from .tiles import INTERPRETED, LOG2_E
 
-MAX_HEAD_DIM = 256
 # exp(64) times 2^17 keys times values of 10^5 still fits fp32, and bf16, which has its exponents.
 _LARGEST_STATIC_CAP = 64.0
 _DTYPES = {torch.float32, torch.float16, torch.bfloat16}

@@ -17,22 +17,28 @@ from .documents import build_documents, documents_of_lengths, merge
 # Arguments of other backends that change what attention computes; unknown to these kernels.
 _FOREIGN = ("s_aux", "position_bias", "head_mask", "cache", "sliding_window")
 
-_recorded: dict[int, AttentionStatistics] | None = None
+_recording = False
 
 
 @contextlib.contextmanager
-def record_statistics() -> Iterator[dict[int, AttentionStatistics]]:
-    """Inside, every attention layer leaves its statistics here, by layer index, newest first gone.
+def record_statistics(model: nn.Module) -> Iterator[dict[int, AttentionStatistics]]:
+    """Fill the dictionary, at the end, with what each attention layer did last inside, by index.
 
-    The launch that computes attention computes them too. Decoding leaves none, since the eager
-    function does it.
+    The launch that computes attention computes its statistics too. A layer that the eager function
+    computed (decoding, a dense mask) has none. Blocks may be compiled.
     """
-    global _recorded  # noqa: PLW0603 (a compiled block can guard on a module's variable only)
-    outer, _recorded = _recorded, {}
+    global _recording  # noqa: PLW0603 (what a compiled block guards on)
+    before, _recording = _recording, True
+    statistics: dict[int, AttentionStatistics] = {}
     try:
-        yield _recorded
+        yield statistics
     finally:
-        _recorded = outer
+        _recording = before
+        for module in model.modules():
+            # Left on the layer itself: a dictionary would make each layer's graph its own.
+            found = vars(module).pop("attention_statistics", None)
+            if found is not None:
+                statistics[int(vars(module)["layer_idx"])] = found
 
 
 def _refuse(module: nn.Module, dropout: float, is_dense: bool, kwargs: dict[str, Any]) -> None:
@@ -115,11 +121,11 @@ def attention_backend(
         value,
         documents=_documents(query, attention_mask, cu_seq_lens_q),
         fast_tanh=fast_tanh,
-        return_statistics=_recorded is not None,
+        return_statistics=_recording,
         **score,
     )
-    if _recorded is not None and statistics is not None:
-        _recorded[int(module.layer_idx)] = statistics  # pyright: ignore[reportArgumentType]
+    if statistics is not None:
+        module.attention_statistics = statistics  # pyright: ignore[reportArgumentType]
     return output, None
 
 

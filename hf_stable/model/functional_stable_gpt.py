@@ -3,22 +3,16 @@
 Law of this file: functions of tensors and numbers, whose neutral argument (None or 1.0) is off; the
 one `if` on a technique lives inside its function. Statistics are held in at least fp32.
 
-Shape letters: B batch, H query heads, G key heads, Q queries, K keys, D head width, T tokens,
-C width, V vocabulary.
+Shape letters: B batch, H query heads, G key heads, Q queries, K keys, D head width.
 """
 
 from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
-# Bytes of one chunk of fp32 logits. A CPU wants them near its caches, a GPU few, large GEMMs.
-CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**31}
 # Additive masks hide a key by -inf, by the smallest number of their dtype, by -1e9 or by -1e4.
 _HIDDEN = -9999.0
-# Fewer rows would read and write the whole weight gradient too often.
-CHUNK_ROWS = 128
 
 
 def statistics_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -213,14 +207,14 @@ def power_iteration(
     """Advance estimates of the top singular vectors: u <- W v, v <- W^T u, both normalised.
 
     Args:
-        weight: (N, M). u: (N,). v: (M,).
+        weight: (..., N, M), one matrix or many of a shape. u: (..., N). v: (..., M).
 
     Returns:
         The new u and v. sigma(W) is u^T W v (Zhai et al. 2023, algorithm 1).
     """
     for _ in range(steps):
-        u = nn.functional.normalize(weight @ v, dim=0)
-        v = nn.functional.normalize(weight.T @ u, dim=0)
+        u = nn.functional.normalize((weight @ v[..., None])[..., 0], dim=-1)
+        v = nn.functional.normalize((u[..., None, :] @ weight)[..., 0, :], dim=-1)
     return u, v
 
 
@@ -245,116 +239,3 @@ def spectral_norm(weight: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> tor
     The division undoes rounding of u and v, whose norms are 1 only up to their dtype.
     """
     return torch.dot(u, weight @ v) / (u.norm() * v.norm())
-
-
-def _chunk_gradient(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    lse: torch.Tensor,
-    cap: float | None,
-    z_loss: float,
-) -> torch.Tensor:
-    """d(CE + z-loss)/d(uncapped logits) of each row, not averaged, written over `logits`.
-
-    (1 + 2 c log Z) softmax - onehot, times the cap's 1 - tanh^2; rows without a label are zero.
-    """
-    slope = None if cap is None else 1 - (logits / cap).square()
-    weight = (labels >= 0).to(logits.dtype)
-    grad = logits.sub_(lse[:, None]).exp_().mul_((weight * (1 + 2 * z_loss * lse))[:, None])
-    grad[torch.arange(len(labels), device=labels.device), labels.clamp(min=0)] -= weight
-    return grad if slope is None else grad.mul_(slope)
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Head, cap, cross entropy and z-loss in chunks of tokens; gradients are made on the way."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        labels: torch.Tensor,
-        denominator: torch.Tensor,
-        options: tuple[float | None, float, int, torch.dtype, bool],
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        cap, z_loss, rows, gemm_dtype, with_gradient = options
-        wide = statistics_dtype(hidden)
-        head = weight.to(gemm_dtype)
-        ce = torch.zeros((), dtype=wide, device=hidden.device)
-        squared_log_z = torch.zeros_like(ce)
-        grad_hidden = torch.empty_like(hidden) if with_gradient else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if with_gradient else None
-        for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
-            tokens, targets = hidden[part].to(gemm_dtype), labels[part]
-            logits = softcap((tokens @ head.T).to(wide), cap)
-            lse = logits.logsumexp(-1)
-            labelled = targets >= 0
-            picked = logits.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
-            ce += torch.where(labelled, lse - picked, 0).sum()
-            squared_log_z += torch.where(labelled, lse.square(), 0).sum()
-            if grad_hidden is not None and grad_weight is not None:
-                grad = _chunk_gradient(logits, targets, lse, cap, z_loss).to(gemm_dtype)
-                grad_hidden[part] = grad @ head
-                # fp32 sums over chunks: bf16 sums lose the rare tokens of a large vocabulary.
-                grad_weight += grad.T @ tokens
-        ctx.save_for_backward(grad_hidden, grad_weight, denominator)
-        ctx.weight_dtype = weight.dtype
-        ce, z = ce / denominator, z_loss * squared_log_z / denominator
-        ctx.mark_non_differentiable(ce, z)
-        return ce + z, ce, z
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-        grad_hidden, grad_weight, denominator = ctx.saved_tensors
-        # Averaging and the scale of a GradScaler meet here, in fp32: 1 / tokens before the GEMMs
-        # would make the gradients of rare ids vanish in fp16, and a scale of 65536 is inf in it.
-        factor = torch.where(denominator > 0, grad_loss / denominator, 0)
-        hidden_dtype = grad_hidden.dtype
-        grad_hidden = (grad_hidden.to(factor.dtype) * factor).to(hidden_dtype)
-        return grad_hidden, (grad_weight * factor).to(ctx.weight_dtype), None, None, None
-
-
-def linear_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    num_items: torch.Tensor | int | None = None,
-    cap: float | None = None,
-    z_loss: float = 0.0,
-    chunk_bytes: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cross entropy of `softcap(hidden @ weight.T)` plus `z_loss * log^2 Z`, never holding (T, V).
-
-    z-loss: PaLM (Chowdhery et al. 2022, section 5); Wortsman et al. 2023, section 3.1.2. It has the
-    positions and the denominator of the cross entropy. The three GEMMs run in `hidden`'s dtype, or
-    autocast's; everything else (cap, log Z, sums over chunks) is in at least fp32.
-
-    Args:
-        hidden: (T, C). weight: (V, C).
-        labels: (T,) int64; a negative label, such as -100, is no target.
-        num_items: denominator; None is the number of targets.
-        cap: tanh cap of the logits; None is off.
-        z_loss: coefficient; 0.0 is off.
-        chunk_bytes: bytes of one chunk of fp32 logits; None is `CHUNK_BYTES` of the device, and at
-            least `CHUNK_ROWS` tokens.
-
-    Returns:
-        loss (differentiable), its cross entropy and its z-loss (both not), 0-d, loss = CE + z-loss.
-        NaN when there is no target, as in `torch.nn.functional.cross_entropy`, with zero gradients.
-    """
-    device = hidden.device.type
-    budget = chunk_bytes or CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"])
-    rows = max(1 if chunk_bytes else CHUNK_ROWS, budget // (4 * weight.shape[0]))
-    gemm_dtype = hidden.dtype
-    if torch.is_autocast_enabled(device):
-        gemm_dtype = torch.get_autocast_dtype(device)
-    count = (labels >= 0).sum() if num_items is None else num_items
-    denominator = torch.as_tensor(count, device=hidden.device).to(statistics_dtype(hidden))
-    with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(
-            hidden, weight, labels, denominator, (cap, z_loss, rows, gemm_dtype, with_gradient)
-        )

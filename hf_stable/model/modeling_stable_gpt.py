@@ -40,6 +40,7 @@ from .slots_stable_gpt import (
     embedding_std,
     init_matrix,
     init_sigma,
+    power_iterate,
 )
 
 
@@ -54,6 +55,25 @@ class StableGPTCausalLMOutput(CausalLMOutputWithPast):
 
     ce_loss: torch.Tensor | None = None
     z_loss: torch.Tensor | None = None
+
+
+# Bytes of weights that one batched power step copies side by side. On a GPU as many as 24 blocks of
+# width 1,024 need for a few launches instead of hundreds; nothing else is alive when a forward pass
+# begins. A CPU has no launches to save, and the copy makes a step 2 to 6 times slower there.
+STACK_BYTES = {"cpu": 0, "cuda": 2**29}
+
+
+def _power_iterate_batched(linears: list[StableGPTSigmaLinear], steps: int) -> None:
+    """Power iterations of any layers: those of one shape together, within STACK_BYTES."""
+    kinds: dict[Any, list[StableGPTSigmaLinear]] = {}
+    for linear in linears:
+        kind = (linear.weight.shape, linear.weight.dtype, linear.weight.device)
+        kinds.setdefault(kind, []).append(linear)
+    for (shape, dtype, device), alike in kinds.items():
+        nbytes = shape.numel() * torch.promote_types(dtype, torch.float32).itemsize
+        count = max(1, STACK_BYTES.get(device.type, STACK_BYTES["cuda"]) // nbytes)
+        for start in range(0, len(alike), count):
+            power_iterate(alike[start : start + count], steps)
 
 
 class StableGPTPreTrainedModel(PreTrainedModel):
@@ -103,6 +123,8 @@ class StableGPTPreTrainedModel(PreTrainedModel):
         name = attn_implementation or ""
         if name == "paged|eager":
             self._refuse(name, "attn_logit_softcapping", *self._CLIP)
+        if name.startswith("stable_triton"):
+            self._refuse(name, "attention_dropout")
         if "flash" in name or "/" in name:
             self._refuse(name, *self._CLIP)
             if self.config.attn_logit_softcapping is not None:
@@ -138,14 +160,14 @@ class StableGPTPreTrainedModel(PreTrainedModel):
                 yield name, module
 
     def _follow_weights(self) -> None:
+        """One power step for every training layer whose weight has changed."""
         if self.training:
-            for _, linear in self._sigma_linears():
-                linear.follow_weight()
+            linears = (linear for _, linear in self._sigma_linears() if linear.training)
+            _power_iterate_batched([linear for linear in linears if linear.notice_change()], 1)
 
     def power_iterate(self, steps: int) -> None:
         """Advance the singular vectors of every sigma-Reparam layer by `steps` power iterations."""
-        for _, linear in self._sigma_linears():
-            linear.power_iterate(steps)
+        _power_iterate_batched([linear for _, linear in self._sigma_linears()], steps)
 
     def fold_sigma_reparam(self) -> "StableGPTPreTrainedModel":
         """Replace every sigma-Reparam layer, in place, by the plain linear layer that it equals."""

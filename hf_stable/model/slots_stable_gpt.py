@@ -23,7 +23,6 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 
 from .configuration_stable_gpt import StableGPTConfig
 from .functional_stable_gpt import (
-    linear_cross_entropy,
     power_iteration,
     scale_gradient,
     softcap,
@@ -31,6 +30,7 @@ from .functional_stable_gpt import (
     statistics_dtype,
     top_singular_vectors,
 )
+from .loss_stable_gpt import LINEAR_CROSS_ENTROPY_FUNCTIONS, linear_cross_entropy
 
 # Standard deviation of a standard normal truncated at two sigma.
 _TRUNCATED_STD = 0.87962566103423978
@@ -154,30 +154,17 @@ class StableGPTSigmaLinear(StableGPTLinear):
             sigma = spectral_norm(self.weight.to(wide), self.u.to(wide), self.v.to(wide))
             return self.weight * (self.gain.to(wide) / sigma).to(self.weight.dtype)
 
-    @torch.no_grad()
-    def power_iterate(self, steps: int) -> None:
-        """Advance `u` and `v` by `steps` power iterations; collective for a sharded weight."""
-        weight = self.weight.full_tensor() if isinstance(self.weight, DTensor) else self.weight
-        wide = statistics_dtype(weight)
-        with torch.autocast(weight.device.type, enabled=False):
-            u, v = power_iteration(weight.to(wide), self.u.to(wide), self.v.to(wide), steps)
-        self.u.copy_(u)
-        self.v.copy_(v)
-
-    def follow_weight(self) -> None:
-        """One power step if the weight changed since the last one and the layer is training.
+    def notice_change(self) -> bool:
+        """Whether the weight changed since the last call.
 
         That is once an optimizer step, whoever owns the loop, by a torch optimizer or by hand;
         neither accumulation nor checkpointing repeats it. Only writes through `weight.data` cannot
-        be seen: whoever updates so must call `power_iterate(1)`.
+        be seen: whoever updates so must call the model's `power_iterate(1)`.
         """
-        if not self.training:
-            return
         _optimizer_steps.setdefault(self.weight, 0)
         age = (self.weight._version, _optimizer_steps[self.weight])
-        if age != self.seen_age:
-            self.power_iterate(1)
-            self.seen_age = age
+        changed, self.seen_age = age != self.seen_age, age
+        return changed
 
     @torch.no_grad()
     def fold(self) -> nn.Linear:
@@ -186,6 +173,44 @@ class StableGPTSigmaLinear(StableGPTLinear):
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         return linear.train(self.training)
+
+
+def _side_by_side(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Tensors of one shape as one with a leading axis; a single one is not copied."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _power_step(
+    weight: torch.Tensor, u: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # Whole vectors in and out of every step: a v of partial sums would make the next one gather W.
+    if isinstance(weight, DTensor):
+        u, v = (DTensor.from_local(each, weight.device_mesh, run_check=False) for each in (u, v))
+    u, v = power_iteration(weight, u, v)
+    return _whole(u), _whole(v)
+
+
+@torch.no_grad()
+def power_iterate(linears: list[StableGPTSigmaLinear], steps: int) -> None:
+    """Advance `u` and `v` of layers of one shape and dtype by `steps` power iterations, together.
+
+    Collective for sharded weights, which stay where they are: only vectors travel.
+    """
+    weight = _side_by_side([linear.weight for linear in linears])
+    weight = weight.to(statistics_dtype(weight))
+    u, v = (
+        _side_by_side(vectors).to(weight.dtype)
+        for vectors in ([linear.u for linear in linears], [linear.v for linear in linears])
+    )
+    with torch.autocast(weight.device.type, enabled=False):
+        for _ in range(steps):
+            u, v = _power_step(weight, u, v)
+    torch._foreach_copy_([linear.u for linear in linears], list(u.unbind()))
+    torch._foreach_copy_([linear.v for linear in linears], list(v.unbind()))
 
 
 # score: q, k, v before their product ----------------------------------------------------------
@@ -268,7 +293,9 @@ class StableGPTHead(StableGPTLinear):
     ) -> Any:
         """Logits (..., V) without `shift_labels`; with them (loss, cross entropy, z-loss), 0-d."""
         if shift_labels is not None:
-            return linear_cross_entropy(
+            device = hidden_states.device.type
+            loss_function = LINEAR_CROSS_ENTROPY_FUNCTIONS.get(device, linear_cross_entropy)
+            return loss_function(
                 hidden_states.flatten(0, -2),
                 self.weight,
                 shift_labels.to(hidden_states.device).flatten(),

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_stable.model.functional_stable_gpt import attention_forward
 
@@ -83,3 +84,18 @@ def dense(documents: torch.Tensor) -> torch.Tensor:
     place = torch.arange(key.shape[-1], device=key.device)
     causal = place[None, :] <= place[:, None]
     return (causal & (query[:, :, None] == key[:, None, :]))[:, None]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Inside, `numel` is the most elements that any operator returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = result if isinstance(result, (tuple, list)) else [result]
+        sizes = [tensor.numel() for tensor in tensors if isinstance(tensor, torch.Tensor)]
+        self.numel = max([self.numel, *sizes])
+        return result

@@ -8,14 +8,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_stable.kernels import attention as kernels
 from hf_stable.kernels.attention import flash_attention
 from hf_stable.kernels.documents import build_documents
 from hf_stable.kernels.tiles import INTERPRETED, tanh
 
-from .reference import DEVICE, DTYPES, assert_as_good_as_plain, dense, draw, plain
+from .reference import DEVICE, DTYPES, LargestTensor, assert_as_good_as_plain, dense, draw, plain
 
 CAPS = (None, 5.0, 50.0, 80.0)
 CLIPS: dict[str, dict[str, float]] = {
@@ -274,24 +273,11 @@ def test_what_is_kept_for_the_backward_is_linear_in_tokens(clip, tiles) -> None:
     assert any(tensor.data_ptr() == output.data_ptr() for tensor in kept) is not bool(clip)
 
 
-class _Largest(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        tensors = result if isinstance(result, (tuple, list)) else [result]
-        sizes = [tensor.numel() for tensor in tensors if isinstance(tensor, torch.Tensor)]
-        self.numel = max([self.numel, *sizes])
-        return result
-
-
 def test_no_tensor_of_queries_times_keys(tiles) -> None:
     tiles(64, 64)
     inputs = draw((1, 1, 1, 128, 16), torch.float32)
     documents = build_documents(torch.zeros(1, 128, dtype=torch.bool, device=DEVICE))
-    with _Largest() as largest:
+    with LargestTensor() as largest:
         output, statistics = flash_attention(
             *inputs.tensors,
             scaling=0.25,
@@ -303,7 +289,7 @@ def test_no_tensor_of_queries_times_keys(tiles) -> None:
         inputs.gradients(output)
         assert statistics is not None and statistics.entropy.isfinite().all()
     assert 0 < largest.numel <= 128 * 16
-    with _Largest() as largest:
+    with LargestTensor() as largest:
         plain(inputs, None, scaling=0.25)
     assert largest.numel >= 128 * 128
 

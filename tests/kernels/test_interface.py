@@ -1,5 +1,8 @@
 """Laws of the backend "stable_triton": whatever Transformers asks of it, it equals eager."""
 
+import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -17,15 +20,18 @@ from transformers import (
 from hf_stable import StableGPTConfig, StableGPTForCausalLM
 from hf_stable.kernels import BACKEND, FAST_TANH_BACKEND
 from hf_stable.kernels.interface import attention_backend, record_statistics
+from hf_stable.kernels.linear_cross_entropy import linear_cross_entropy
 from hf_stable.kernels.tiles import INTERPRETED
+from hf_stable.model import loss_stable_gpt as plain
 from hf_stable.model.configuration_stable_gpt import PRESETS
+from hf_stable.model.loss_stable_gpt import LINEAR_CROSS_ENTROPY_FUNCTIONS
 
-from .reference import DEVICE
+from .reference import DEVICE, LargestTensor
 
 VOCAB_SIZE = 61
 
 
-def _twins(preset: str = "baseline", **fields: Any) -> list[StableGPTForCausalLM]:
+def _twins(preset: str = "baseline", layers: int = 2, **fields: Any) -> list[StableGPTForCausalLM]:
     """The same fp32 weights with the eager function and with the kernels."""
     twins = []
     for backend in ("eager", BACKEND):
@@ -36,7 +42,7 @@ def _twins(preset: str = "baseline", **fields: Any) -> list[StableGPTForCausalLM
             preset,
             vocab_size=VOCAB_SIZE,
             hidden_size=32,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             max_position_embeddings=64,
             pad_token_id=0,
@@ -62,6 +68,36 @@ def test_names_are_in_both_registries(name: str) -> None:
     """A backend without a mask function would get no mask, and see padding and other documents."""
     assert name in AttentionInterface() and name in AttentionMaskInterface()
     assert "flash" not in name
+
+
+def test_the_head_on_cuda_is_the_kernel() -> None:
+    assert LINEAR_CROSS_ENTROPY_FUNCTIONS["cuda"] is linear_cross_entropy
+    assert set(LINEAR_CROSS_ENTROPY_FUNCTIONS) == {"cuda"}
+
+
+def test_a_training_step_holds_no_tensor_of_tokens_times_vocabulary_or_tokens(monkeypatch) -> None:
+    length, vocab_size = 200, 700
+    config = StableGPTConfig.from_preset(
+        "soft_clip",
+        vocab_size=vocab_size,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=length,
+        attn_logit_softcapping=30.0,
+        z_loss=1e-4,
+    )
+    ids = torch.randint(0, vocab_size, (1, length), device=DEVICE)
+    positions = torch.cat([torch.arange(50), torch.arange(150)])[None].to(DEVICE)
+    monkeypatch.setitem(plain.CHUNK_BYTES, "cuda", 4 * 32 * vocab_size)
+    monkeypatch.setitem(LINEAR_CROSS_ENTROPY_FUNCTIONS._local_mapping, "cpu", linear_cross_entropy)
+    for backend, bound in ((BACKEND, 32 * vocab_size), ("eager", math.inf)):
+        model = StableGPTForCausalLM._from_config(config, attn_implementation=backend).to(DEVICE)
+        with LargestTensor() as largest:
+            model(ids, position_ids=positions, labels=ids, use_cache=False).loss.backward()
+        assert largest.numel <= bound < length * min(length, vocab_size) or backend == "eager"
+    # The measure itself sees the scores of the eager function.
+    assert largest.numel >= length * length
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -171,7 +207,7 @@ def test_statistics_of_every_layer_without_touching_the_model() -> None:
     _, ours = _twins("soft_clip", attn_logit_softcapping=5.0)
     ids = _tokens()
     before = ours(ids).logits
-    with record_statistics() as statistics:
+    with record_statistics(ours) as statistics:
         during = ours(ids).logits
     assert torch.equal(before, during)
     assert set(statistics) == {0, 1}
@@ -181,19 +217,23 @@ def test_statistics_of_every_layer_without_touching_the_model() -> None:
     recorded = dict(statistics)
     ours(ids)
     assert recorded == statistics
+    assert not any("attention_statistics" in vars(module) for module in ours.modules())
 
 
-def test_compiled_blocks_equal_plain_ones_and_record_too() -> None:
-    _, ours = _twins("qk_norm_cap")
-    ids = _tokens()
+def test_compiled_blocks_equal_plain_ones_and_record_in_one_graph_for_all() -> None:
+    _, ours = _twins("qk_norm_cap", layers=12)
+    ids = _tokens(1, 17)
     expected = ours(ids, use_cache=False).logits
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     for layer in ours.model.layers:
         layer.compile(fullgraph=True, backend="aot_eager")
     _assert_equal(ours(ids, use_cache=False).logits, expected)
-    with record_statistics() as statistics:
+    with record_statistics(ours) as statistics:
         _assert_equal(ours(ids, use_cache=False).logits, expected)
-    assert set(statistics) == {0, 1}
-    torch.compiler.reset()
+    assert set(statistics) == set(range(12))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    torch._dynamo.reset()
 
 
 SIZES = {
@@ -254,10 +294,12 @@ def test_arguments_of_other_backends_are_refused_by_name(given: dict, words: str
 
 
 def test_dropout_is_refused_by_name() -> None:
-    _, ours = _twins(attention_dropout=0.1)
-    ours(_tokens())  # evaluation drops nothing
     with pytest.raises(ValueError, match=r'"stable_triton" cannot do attention_dropout=0.1.*eager'):
-        ours.train()(_tokens())
+        _twins(attention_dropout=0.1)
+    _, ours = _twins()
+    states = torch.zeros(1, 2, 5, 16, device=DEVICE)
+    with pytest.raises(ValueError, match=r'"stable_triton" cannot do attention_dropout=0.1.*eager'):
+        attention_backend(ours.model.layers[0].self_attn, states, states, states, None, dropout=0.1)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU has it")
@@ -266,3 +308,24 @@ def test_the_hardware_tanh_is_refused_where_there_is_none() -> None:
     ours.set_attn_implementation(FAST_TANH_BACKEND)
     with pytest.raises(ValueError, match="hardware tanh"):
         ours(_tokens())
+
+
+def test_without_triton_the_name_stays_and_says_what_is_missing() -> None:
+    """A laptop may plan a run, and a user of another system learns why it stops."""
+    program = (
+        "import importlib.util, sys\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'triton' else find(name)\n"
+        "import torch, hf_stable\n"
+        "config = hf_stable.StableGPTConfig(vocab_size=7, hidden_size=8, num_hidden_layers=1,"
+        " num_attention_heads=1, attn_logit_softcapping=5.0)\n"
+        "build = hf_stable.StableGPTForCausalLM._from_config\n"
+        "model = build(config, attn_implementation='stable_triton')\n"
+        "assert not [name for name in sys.modules if name.startswith('hf_stable.kernels.att')]\n"
+        "model(torch.ones(1, 3, dtype=torch.long))\n"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    last = answer.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError") and "needs Triton" in last and "eager" in last

@@ -16,7 +16,7 @@ from transformers import (
 
 from hf_stable import StableGPTConfig, StableGPTForCausalLM, StableGPTModel
 from hf_stable.model.configuration_stable_gpt import PRESETS
-from hf_stable.model.functional_stable_gpt import linear_cross_entropy
+from hf_stable.model.loss_stable_gpt import linear_cross_entropy
 
 from .. import reference
 from ..techniques import GEOMETRY, build, from_config, relative_error, tokens
