@@ -1,4 +1,4 @@
-"""What a recipe asks for, on any number of processes, computed without training and without memory.
+"""What a recipe asks for, on any number of GPUs, computed without training and without memory.
 
 The model is built on the meta device, and its forward pass runs on fake tensors: both are shapes
 and dtypes without storage.
@@ -14,8 +14,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_stable.errors import RecipeError
+from hf_stable.kernels.backends import default_attention
 from hf_stable.model import StableGPTForCausalLM, StableGPTModel
-from hf_stable.model.functional_stable_gpt import CHUNK_BYTES
+from hf_stable.model.loss_stable_gpt import CHUNK_BYTES
 from hf_stable.recipes import Recipe
 
 _FP32 = 4  # bytes; weights, gradients and both AdamW moments are fp32 in every precision
@@ -61,7 +62,7 @@ class CheckReport:
     checkpoint_bytes: int
     """Weights and AdamW state of one checkpoint."""
     attention: str
-    """Attention backend that memory is estimated for."""
+    """Attention backend that memory is estimated for: the recipe's, or the one that CUDA gets."""
     memory: Memory
     notes: list[str] = field(default_factory=list)
     """What works but is hardly meant."""
@@ -158,9 +159,11 @@ def _accumulation_steps(recipe: Recipe, world_size: int) -> int:
 
 
 def _build(recipe: Recipe) -> StableGPTForCausalLM:
-    """The model as training would build it, on the meta device."""
+    """The model as training on CUDA devices would build it, on the meta device."""
     config = recipe.model_config()
-    config._attn_implementation = recipe.training.attn_implementation
+    config._attn_implementation = recipe.training.attn_implementation or default_attention(
+        config, torch.device("cuda"), packed=recipe.data.separate_documents
+    )
     try:
         with torch.device("meta"):
             return StableGPTForCausalLM(config)
@@ -173,8 +176,10 @@ def _activation_bytes(model: StableGPTForCausalLM, recipe: Recipe) -> int:
     training, config = recipe.training, copy.deepcopy(model.config)
     if config._attn_implementation != "eager":
         # Fused kernels keep queries, keys, values, output and one sum a row, as sdpa does. Not all
-        # of them run on fake tensors, and sdpa itself cannot cap.
+        # of them run on fake tensors, and sdpa itself can neither cap nor clip.
         config._attn_implementation, config.attn_logit_softcapping = "sdpa", None
+        config.attention_clip_gamma = config.attention_clip_alpha = None
+        config.attention_clip_zeta = 1.0
     with torch.device("meta"):
         blocks = StableGPTModel(config)
     with FakeTensorMode(allow_non_fake_inputs=True):

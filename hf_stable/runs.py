@@ -12,9 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from . import optim, parallel, records, registration  # noqa: F401 (AutoTokenizer reads configs)
 from .check import flops_per_token
 from .checkpoints import list_checkpoints, load_checkpoint
+from .compilation import check_compiler, compile_blocks
 from .corpus import Corpus, prepare_corpus
 from .data import DataOrder, boundary_ids, data_loader, ngram_cross_entropy
 from .errors import CheckpointError, RecipeError
+from .kernels.backends import check_attention, choose_attention, loss_implementation
 from .model import StableGPTConfig, StableGPTForCausalLM
 from .recipes import Recipe, to_dict
 from .reporting import Reporter, Throughput, describe_device
@@ -26,6 +28,7 @@ _FREE_KEYS = {
     "data.num_workers",
     "training.micro_batch_size",
     "training.sharding",
+    "training.compile",
     "training.log_every",
     "training.evaluate_every",
     "training.evaluate_blocks",
@@ -98,10 +101,11 @@ def prepare_run(recipe: Recipe, resume: str) -> Run:
     accelerator = parallel.build_accelerator(
         settings.precision, settings.sharding, list(settings.trackers), str(folder / "trackers")
     )
+    _check_machine(recipe, accelerator.device)
     with accelerator.main_process_first():
         tokenizer, corpus = prepare_corpus(recipe, progress=accelerator.is_main_process)
-    inner = _build_model(recipe, tokenizer)
-    about = _describe(inner, recipe)
+    inner = _build_model(recipe, tokenizer, accelerator.device)
+    about = _describe(inner, recipe, accelerator.device)
     model, optimizer = parallel.wrap(
         inner, lambda wrapped: _optimizer(recipe, wrapped), accelerator, settings.sharding
     )
@@ -128,19 +132,35 @@ def prepare_run(recipe: Recipe, resume: str) -> Run:
     return run
 
 
-def _build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> StableGPTForCausalLM:
+def _check_machine(recipe: Recipe, device: torch.device) -> None:
+    """Refuse what cannot work on this machine before any data is prepared."""
+    backend = recipe.training.attn_implementation
+    try:
+        check_attention(backend, device)
+    except ValueError as error:
+        raise RecipeError(f"training.attn_implementation is {backend}: {error}") from error
+    if recipe.training.compile:
+        check_compiler(device)
+
+
+def _attention(recipe: Recipe, config: StableGPTConfig, device: torch.device) -> tuple[str, str]:
+    """The attention backend to train with, and why."""
+    named = recipe.training.attn_implementation
+    if named is not None:
+        return named, "the recipe's choice"
+    return choose_attention(config, device, packed=recipe.data.separate_documents)
+
+
+def _build_model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> StableGPTForCausalLM:
     """The recipe's model with weights drawn from its seed."""
     config = recipe.model_config(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    backend = recipe.training.attn_implementation
-    if backend == "flex_attention" and not torch.accelerator.is_available():
-        raise RecipeError(
-            "training.attn_implementation is flex_attention, which PyTorch cannot train with on a "
-            "CPU: leave it null."
-        )
+    backend, _ = _attention(recipe, config, device)
     torch.manual_seed(recipe.seed)
     try:
         model = StableGPTForCausalLM._from_config(config, attn_implementation=backend)
@@ -148,10 +168,15 @@ def _build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> StableGP
         raise RecipeError(f"training.attn_implementation is {backend}: {error}") from error
     if recipe.training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+        # Embeddings are trained, or a first block that needs gradients where others do not would
+        # need a graph of its own.
+        model.disable_input_require_grads()
+    if recipe.training.compile:
+        compile_blocks(model)
     return model
 
 
-def _describe(model: StableGPTForCausalLM, recipe: Recipe) -> dict[str, Any]:
+def _describe(model: StableGPTForCausalLM, recipe: Recipe, device: torch.device) -> dict[str, Any]:
     """What run.json says of the model; taken before it is sharded."""
     blocks = sum(parameter.numel() for parameter in model.model.layers.parameters())
     return {
@@ -159,6 +184,9 @@ def _describe(model: StableGPTForCausalLM, recipe: Recipe) -> dict[str, Any]:
         "parameters_of_blocks": blocks,
         "flops_per_token": flops_per_token(model, recipe.data.sequence_length),
         "attn_implementation": model.config._attn_implementation,
+        "attn_reason": _attention(recipe, model.config, device)[1],
+        "loss_implementation": loss_implementation(device),
+        "compile": recipe.training.compile,
     }
 
 
@@ -244,7 +272,8 @@ def _record_start(run: Run, about: dict[str, Any]) -> None:
     blocks, length = len(corpus.train), run.recipe.data.sequence_length
     text = (
         f"{run.recipe.name}: {about['parameters'] / 1e6:.1f}M parameters, {blocks:,} blocks of "
-        f"{length} tokens, attention by {about['attn_implementation']}, "
+        f"{length} tokens, attention by {about['attn_implementation']} ({about['attn_reason']}), "
+        f"loss by {about['loss_implementation']}, {'' if about['compile'] else 'not '}compiled, "
         f"{accelerator.num_processes} x {device}"
     )
     run.reporter.event("resumed" if run.first_step else "started", run.first_step, text)

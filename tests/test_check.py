@@ -111,7 +111,9 @@ def test_flops_are_those_that_torch_counts(preset: str, heads: str) -> None:
 @pytest.mark.parametrize("preset", ["baseline", "qkv_norm", "soft_cap", "sigma_reparam"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_activations_are_what_a_real_step_keeps(preset: str, precision: str) -> None:
-    recipe = tiny(preset, f"training.precision={precision}")
+    backend = "eager" if preset == "soft_cap" else "sdpa"
+    overrides = [f"training.precision={precision}", f"training.attn_implementation={backend}"]
+    recipe = tiny(preset, *overrides)
     report = check(recipe)
     model = build(recipe, report.attention).train()
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
@@ -130,6 +132,16 @@ def test_activations_are_what_a_real_step_keeps(preset: str, precision: str) -> 
         tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights
     )
     assert report.memory.activations == pytest.approx(real, rel=0.05)
+
+
+@pytest.mark.parametrize("preset", ["soft_cap", "soft_clip"])
+def test_a_cap_or_clip_costs_no_memory_on_a_gpu(preset: str) -> None:
+    """Nobody names a backend: GPUs get the kernels, which keep what plain fused attention keeps."""
+    pytest.importorskip("triton")
+    plain, fused = check(tiny()), check(tiny(preset))
+    eager = check(tiny(preset, "training.attn_implementation=eager"))
+    assert (plain.attention, fused.attention) == ("sdpa", "stable_triton")
+    assert fused.memory.activations == plain.memory.activations < eager.memory.activations
 
 
 def total(report: CheckReport) -> int:

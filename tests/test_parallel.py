@@ -12,8 +12,11 @@ from safetensors.torch import load_file
 
 from hf_stable import records
 from hf_stable.checkpoints import list_checkpoints
+from hf_stable.compilation import check_compiler
+from hf_stable.errors import RecipeError
 from hf_stable.training import train
 
+from .techniques import relative_error
 from .training import tiny_recipe
 
 SHAPE = "hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2"
@@ -22,6 +25,11 @@ MODELS = {
     "sigma_reparam": f"{{preset: sigma_reparam, {SHAPE}}}",
     "qkv_norm_tied": f"{{preset: qkv_norm, tie_word_embeddings: true, {SHAPE}}}",
 }
+# A relative change of 6e-7 in the first weights changes losses of the sigma-Reparam run by 1e-4 and
+# its last weights by 7e-3, of the others by 5e-7 and 1e-4; shards and compiled blocks sum in
+# another order.
+NOISE = {"baseline": 2e-5, "sigma_reparam": 1e-4, "qkv_norm_tied": 2e-5}
+SHARDINGS = ["ddp", "fsdp2", "plugin"]
 
 
 def _settings(folder: Path, name: str, sharding: str, **more: str) -> dict[str, str]:
@@ -33,6 +41,27 @@ def _settings(folder: Path, name: str, sharding: str, **more: str) -> dict[str, 
         "output": str(folder / f"{name}-{sharding}-{more.get('training__precision', 'fp32')}"),
         **more,
     }
+
+
+def _compiled(folder: Path) -> list[dict[str, str]]:
+    """A compiled run of each sharding, two of them with recomputed blocks."""
+    try:
+        check_compiler(torch.device("cpu"))
+    except RecipeError:
+        return []
+    runs = []
+    for sharding in SHARDINGS:
+        checkpointing = str(sharding != "ddp").lower()
+        item = _settings(
+            folder,
+            "sigma_reparam",
+            sharding.replace("plugin", "fsdp2"),
+            training__compile="true",
+            training__gradient_checkpointing=checkpointing,
+        )
+        item["output"] = str(folder / f"compiled-{sharding}")
+        runs.append({**item, "by_plugin": "yes"} if sharding == "plugin" else item)
+    return runs
 
 
 def _launch(folder: Path, processes: int, settings: list[dict[str, str]]) -> None:
@@ -50,7 +79,7 @@ def _launch(folder: Path, processes: int, settings: list[dict[str, str]]) -> Non
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=400,
     )
     assert finished.returncode == 0, finished.stderr
 
@@ -73,6 +102,7 @@ def runs(tmp_path_factory) -> dict[str, str]:
         item.update(output=item["output"].replace("fsdp2", "plugin"), by_plugin="yes")
     parallel += plugged
     parallel += [_settings(folder, "baseline", sharding, **bf16) for sharding in ("ddp", "fsdp2")]
+    parallel += _compiled(folder)
     alone = [_settings(folder, name, "auto") for name in MODELS]
     alone += [_settings(folder, "baseline", "auto", **bf16)]
     for settings in alone:
@@ -82,25 +112,36 @@ def runs(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2", "plugin"])
+@pytest.mark.parametrize("sharding", SHARDINGS)
 def test_two_processes_are_one(runs: dict[str, str], name: str, sharding: str) -> None:
     run, alone = runs[f"{name}-{sharding}-fp32"], runs[f"{name}-auto-fp32"]
     record = records.read_run(Path(run))
     assert record["processes"] == 2
     assert record["distributed_type"] == ("FSDP" if sharding == "plugin" else "MULTI_CPU")
     assert len(_losses(run)) == 20
-    assert _losses(run) == pytest.approx(_losses(alone), rel=2e-5)
+    assert _losses(run) == pytest.approx(_losses(alone), rel=NOISE[name])
     weights = [load_file(Path(folder) / "model" / "model.safetensors") for folder in (run, alone)]
     assert weights[0].keys() == weights[1].keys()
     for key, weight in weights[0].items():
-        torch.testing.assert_close(weight, weights[1][key], rtol=0, atol=2e-3)
+        assert relative_error(weight, weights[1][key]) < 200 * NOISE[name], key
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2", "plugin"])
+@pytest.mark.parametrize("sharding", SHARDINGS)
 def test_bf16_stays_near(runs: dict[str, str], sharding: str) -> None:
     run, alone = runs[f"baseline-{sharding}-bf16"], runs["baseline-auto-bf16"]
     assert _losses(run) == pytest.approx(_losses(alone), rel=5e-3)
     assert _losses(run) != _losses(runs[f"baseline-{sharding}-fp32"])
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_two_processes_with_compiled_blocks_are_one(runs: dict[str, str], sharding: str) -> None:
+    if f"compiled-{sharding}" not in runs:
+        pytest.skip("torch.compile does not work here")
+    run, alone = runs[f"compiled-{sharding}"], runs["sigma_reparam-auto-fp32"]
+    assert records.read_run(Path(run))["compile"]
+    assert _losses(run) == pytest.approx(_losses(alone), rel=NOISE["sigma_reparam"])
+    names = [load_file(Path(it) / "model" / "model.safetensors").keys() for it in (run, alone)]
+    assert names[0] == names[1]
 
 
 def test_shards_resume_on_another_number_of_processes(runs: dict[str, str], tmp_path: Path) -> None:
@@ -116,4 +157,5 @@ def test_shards_resume_on_another_number_of_processes(runs: dict[str, str], tmp_
         (again / "checkpoints" / half.name).symlink_to(half)
         text = records.read_run(whole)["recipe"]["data"]["train"][0]["path"]
         train(tiny_recipe(tmp_path, **settings, data__train=f"[{text}]"))
-        assert _losses(settings["output"]) == pytest.approx(_losses(str(whole))[10:], rel=2e-5)
+        expected = pytest.approx(_losses(str(whole))[10:], rel=NOISE["sigma_reparam"])
+        assert _losses(settings["output"]) == expected

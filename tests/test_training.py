@@ -50,6 +50,7 @@ def test_a_run_learns_and_leaves_its_records(tmp_path: Path) -> None:
     run = records.read_run(result.folder)
     assert run["recipe"]["name"] == "tiny" and run["versions"]["torch"] == metadata.version("torch")
     assert run["attn_implementation"] == "sdpa" and run["processes"] == 1
+    assert run["loss_implementation"] == "eager" and run["compile"] is False
     assert len(run["data"]["train"]["fingerprint"]) >= 16
     assert run["data"]["bigram_nats_per_token"] < run["data"]["unigram_nats_per_token"]
     model = AutoModelForCausalLM.from_pretrained(result.folder / "model")
@@ -248,6 +249,35 @@ def test_what_cannot_be_used_here_is_named(tmp_path: Path, monkeypatch) -> None:
         recipe = tiny_recipe(tmp_path, training__attn_implementation=backend)
         with pytest.raises(RecipeError, match=f"attn_implementation is {backend}"):
             train(recipe)
+
+
+@pytest.mark.parametrize(
+    ("preset", "named", "expected"),
+    [
+        ("baseline", "null", "sdpa (plain attention)"),
+        ("soft_cap", "null", "eager (a cap or clip, but the kernels do not run on a cpu device)"),
+        ("baseline", "eager", "eager (the recipe's choice)"),
+    ],
+)
+def test_the_backend_and_why_are_printed_once(
+    tmp_path: Path, capsys, preset: str, named: str, expected: str
+) -> None:
+    options = {"model.preset": preset, "training.attn_implementation": named}
+    result = train(tiny_recipe(tmp_path, training__steps=1, **options))
+    shown = capsys.readouterr().err
+    assert shown.count("attention by") == 1
+    assert f"attention by {expected}, loss by eager, not compiled" in shown
+    run = records.read_run(result.folder)
+    assert expected == f"{run['attn_implementation']} ({run['attn_reason']})"
+
+
+def test_kernels_on_a_cpu_are_refused_before_any_work(tmp_path: Path, monkeypatch) -> None:
+    tiles = pytest.importorskip("hf_stable.kernels.tiles")
+    monkeypatch.setattr(tiles, "INTERPRETED", False)
+    recipe = tiny_recipe(tmp_path, training__attn_implementation="stable_triton")
+    with pytest.raises(RecipeError, match=r"training\.attn_implementation is stable_triton.*CUDA"):
+        train(recipe)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_too_little_text_is_named(tmp_path: Path) -> None:

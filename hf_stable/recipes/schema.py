@@ -168,6 +168,8 @@ class TrainingRecipe:
     """How several processes hold the model: whole copies (ddp) or shards (fsdp2)."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile each block with torch.compile(fullgraph=True): slow to start, fast to run."""
     attn_implementation: str | None = None
     """Attention backend; null takes the fastest one that supports the model here."""
     log_every: PositiveCount = 10

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from hf_stable.model import functional_stable_gpt as plain
+from hf_stable.model import loss_stable_gpt as plain
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Hidden states (T, C), head (V, C) and labels (T,) to the mean loss."""

@@ -1,0 +1,80 @@
+"""What computes attention and the head's loss where nobody says: the fastest that can do the model.
+
+Nothing here imports Triton, so that a machine without it is told what it gets instead.
+"""
+
+import importlib.util
+
+import torch
+
+from hf_stable.model import StableGPTConfig
+from hf_stable.model.loss_stable_gpt import LINEAR_CROSS_ENTROPY_FUNCTIONS
+
+from . import BACKEND, MAX_HEAD_DIM
+
+
+def default_attention(config: StableGPTConfig, device: torch.device, *, packed: bool) -> str:
+    """Name of the fastest attention backend that computes `config` on `device`.
+
+    Args:
+        packed: whether sequences hold documents that must not attend to each other.
+    """
+    return choose_attention(config, device, packed=packed)[0]
+
+
+def choose_attention(
+    config: StableGPTConfig, device: torch.device, *, packed: bool
+) -> tuple[str, str]:
+    """`default_attention` and the reason in a few words.
+
+    Plain attention is fused by PyTorch. A cap or clip is nowhere but in our kernels, and documents
+    would make it build an S x S mask; where the kernels cannot, it is what Transformers chooses.
+    """
+    capped = config.attn_logit_softcapping is not None or config.clips_attention
+    if not capped and not packed:
+        return "sdpa", "plain attention"
+    need = "a cap or clip" if capped else "packed documents"
+    obstacle = _obstacle(config, device)
+    if obstacle is None:
+        return BACKEND, f"fuses {need}"
+    return "eager" if capped else "sdpa", f"{need}, but {obstacle}"
+
+
+def _lacks_triton() -> bool:
+    """Whether this machine's GPU has no Triton; where there is no GPU, another one's has."""
+    return torch.cuda.is_available() and importlib.util.find_spec("triton") is None
+
+
+def _obstacle(config: StableGPTConfig, device: torch.device) -> str | None:
+    """Why the kernels cannot do `config` on `device`, or None."""
+    assert config.head_dim is not None  # the config fills it in
+    obstacles = [
+        (device.type != "cuda", f"the kernels do not run on a {device.type} device"),
+        (_lacks_triton(), "Triton is not installed"),
+        (config.attention_dropout > 0, "the kernels have no attention_dropout"),
+        (config.head_dim > MAX_HEAD_DIM, f"the kernels take head_dim up to {MAX_HEAD_DIM}"),
+    ]
+    return next((obstacle for found, obstacle in obstacles if found), None)
+
+
+def check_attention(name: str | None, device: torch.device) -> None:
+    """Refuse a backend that could not train on `device`, as long as there is nothing to lose.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    if name == "flex_attention" and device.type == "cpu":
+        raise ValueError("PyTorch cannot train with it on a CPU: leave it null.")
+    if name is None or not name.startswith(BACKEND) or device.type == "cuda":
+        return
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("Triton is not installed: leave it null.")
+    from .tiles import INTERPRETED  # noqa: PLC0415 (imports Triton)
+
+    if name != BACKEND or not INTERPRETED:
+        raise ValueError(f"its kernels need a CUDA device, found {device.type}: leave it null.")
+
+
+def loss_implementation(device: torch.device) -> str:
+    """What computes the loss of the head there: a kernel's name, or "eager"."""
+    return BACKEND if device.type in LINEAR_CROSS_ENTROPY_FUNCTIONS else "eager"
