@@ -98,7 +98,7 @@ def query_kernel(
                 b_stretch = (zeta - b_gamma)[:, None]
                 b_u = b_p * b_stretch + b_gamma[:, None]
                 b_dp = tl.zeros((M, N), tl.float32)
-                if tl.max(tl.max(b_u, axis=1), axis=0) > 0.0:
+                if tl.max(b_u) > 0.0:
                     b_v = load_rows(p_v, n, v_stride, S, D, N, COLS)
                     b_dp = tl.dot(b_g, tl.trans(b_v), input_precision="ieee")
                     b_dp = tl.where((b_u >= 0.0) & (b_u <= 1.0), b_dp * b_stretch, 0.0)
@@ -155,7 +155,7 @@ def _add_query_tile(
         b_stretch = (zeta - b_gamma)[None, :]
         b_u = b_p * b_stretch + b_gamma[None, :]
         b_dp = tl.zeros((N, M), tl.float32)
-        if tl.max(tl.max(b_u, axis=1), axis=0) > 0.0:
+        if tl.max(b_u) > 0.0:
             b_c = tl.minimum(tl.maximum(b_u, 0.0), 1.0)
             b_dv = tl.dot(b_c.to(b_g.dtype), b_g, b_dv, input_precision="ieee")
             b_dp = tl.dot(b_v, tl.trans(b_g), input_precision="ieee")

@@ -172,7 +172,7 @@ def _clip_sweep(
         b_u = b_rise + b_gamma[:, None]
         b_highest = tl.max(b_u, axis=1)
         b_alive = tl.maximum(b_alive, b_highest)
-        if tl.max(b_highest, axis=0) > 0.0:
+        if tl.max(b_u) > 0.0:
             b_v = load_rows(p_v, n, v_stride, S, D, N, COLS)
             b_c = tl.minimum(tl.maximum(b_u, 0.0), 1.0)
             b_acc = tl.dot(b_c.to(b_v.dtype), b_v, b_acc, input_precision="ieee")

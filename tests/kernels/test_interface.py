@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +26,10 @@ from hf_stable.kernels.tiles import INTERPRETED
 from hf_stable.model import loss_stable_gpt as plain
 from hf_stable.model.configuration_stable_gpt import PRESETS
 from hf_stable.model.loss_stable_gpt import LINEAR_CROSS_ENTROPY_FUNCTIONS
+from hf_stable.records import read_metrics
+from hf_stable.training import train
 
+from ..training import tiny_recipe
 from .reference import DEVICE, LargestTensor
 
 VOCAB_SIZE = 61
@@ -329,3 +333,25 @@ def test_without_triton_the_name_stays_and_says_what_is_missing() -> None:
     )
     last = answer.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError") and "needs Triton" in last and "eager" in last
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_whole_run_by_the_kernels_is_the_run_by_eager(tmp_path: Path, separate: bool) -> None:
+    """Training, validation and the perplexity of what was written, with and without documents."""
+    found = []
+    for backend in ("eager", BACKEND):
+        recipe = tiny_recipe(
+            tmp_path,
+            model__preset="soft_clip",
+            model__attn_logit_softcapping=20.0,
+            data__separate_documents=separate,
+            training__attn_implementation=backend,
+            training__steps=4,
+            training__log_every=1,
+            training__evaluate_blocks=2,
+            output=tmp_path / backend,
+        )
+        result = train(recipe)
+        losses = [row["loss"] for row in read_metrics(result.folder, "train")]
+        found.append([*losses, result.validation_perplexity])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)

@@ -1,7 +1,8 @@
-"""Compile kernels for sm_90 without a GPU; print what ptxas says of them as JSON.
+"""Compile kernels for NVIDIA GPUs without one; print what ptxas says of them as JSON.
 
-    python -m tests.kernels.sm90 attention 64       # a head width
-    python -m tests.kernels.sm90 head 256000        # a vocabulary
+    python -m tests.kernels.targets attention 64        # a head width, for sm_90
+    python -m tests.kernels.targets attention 64 100    # for sm_100
+    python -m tests.kernels.targets head 256000         # a vocabulary
 
 Triton cross-compiles and brings its own ptxas. Interpreted kernels cannot be compiled in the same
 process, so TRITON_INTERPRET must not be set.
@@ -48,6 +49,9 @@ TYPES = {
 }
 # Integers that are no multiples of 16; all other ones are, in what is worth being fast.
 ODD = {"H", "stride", "V"}
+# Compute capability times ten.
+CAPABILITY = int(sys.argv[3]) if len(sys.argv) > 3 else 90
+PTXAS = Path(nvidia.__file__).parent / "bin" / ("ptxas-blackwell" if CAPABILITY >= 100 else "ptxas")
 
 
 def measure(
@@ -63,13 +67,13 @@ def measure(
         if signature[name] != "fp32" and name not in ODD:
             hints[index,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, values, hints)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch)
+    compiled = triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=launch)
     ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.ptx"
         file.write_text(ptx)
-        ptxas = Path(nvidia.__file__).parent / "bin" / "ptxas"
-        command = [ptxas, "-v", "-arch=sm_90a", file, "-o", file.with_suffix(".cubin")]
+        architecture = re.findall(r"\.target (\w+)", ptx)[0]
+        command = [PTXAS, "-v", f"-arch={architecture}", file, "-o", file.with_suffix(".cubin")]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     loads = re.findall(r"ld\.global\S*", ptx)
     return {
@@ -78,7 +82,7 @@ def measure(
         "shared": compiled.metadata.shared,
         "vector_loads": sum(".v4.b32" in load for load in loads),
         "other_loads": sum(".v4.b32" not in load for load in loads),
-        "matrix_products": len(re.findall(r"wgmma\.mma_async|mma\.sync", ptx)),
+        "matrix_products": len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", ptx)),
     }
 
 
