@@ -33,8 +33,10 @@ def compile_blocks(model: StableGPTForCausalLM) -> None:
     Shapes are static: training has one and validation two, since its last batch may be smaller.
     Were sizes symbols, a run's graphs would depend on the order in which it met them.
     """
-    # Dynamo keeps eight graphs of a function and refuses a ninth; an earlier run's would count.
+    # Dynamo keeps eight graphs of a function and refuses a ninth; an earlier run's would count, and
+    # batches with and without documents, of two sizes and in two modes, are eight already.
     torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     # Meant for a model compiled as a whole: it would cut each block where DDP's buckets end.
     torch._dynamo.config.optimize_ddp = False
     for layer in model.model.layers:

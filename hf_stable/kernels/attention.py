@@ -6,7 +6,8 @@ What is kept for the backward: q, k, v, one fp32 number a row, and one tensor of
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NoReturn
 
 import torch
 import triton
@@ -14,6 +15,7 @@ import triton
 from . import MAX_HEAD_DIM
 from .attention_backward import key_value_kernel, query_kernel
 from .attention_forward import forward_kernel
+from .documents import is_documents
 from .tiles import INTERPRETED, LOG2_E
 
 # exp(64) times 2^17 keys times values of 10^5 still fits fp32, and bf16, which has its exponents.
@@ -63,6 +65,13 @@ BLOCKS: dict[tuple[str, int, bool], Blocks] = {
     ("key_value", 128, True): Blocks(64, 32, 8, 2),
     ("key_value", 256, True): Blocks(64, 32, 8, 2),
 }
+
+
+# For fp32, whose tiles are twice as large, and for GPUs with little shared memory.
+_SMALL_BLOCKS = {32: Blocks(64, 32, 4, 2), 64: Blocks(64, 32, 4, 2), 128: Blocks(32, 32, 4, 2)}
+_SMALLEST_BLOCKS = Blocks(16, 16, 4, 1)
+# Bytes that one program may have on sm_80; BLOCKS need no more for half precision.
+_LARGE_SHARED_MEMORY = 163 * 1024
 
 
 @dataclass(frozen=True)
@@ -116,26 +125,45 @@ def _numbers(
     return [scaling, *_scales(scaling, cap), fixed, zeta, alpha or 0.0]
 
 
+@cache
+def _is_small(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    memory = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return memory < _LARGE_SHARED_MEMORY
+
+
+def choose_blocks(
+    name: str, width: int, clip: bool, dtype: torch.dtype, device: torch.device
+) -> Blocks:
+    """Tiles of a kernel ("forward", "query" or "key_value") for heads of `width`."""
+    columns = max(32, 1 << (width - 1).bit_length())
+    if dtype == torch.float32 or _is_small(device):
+        return _SMALL_BLOCKS.get(columns, _SMALLEST_BLOCKS)
+    return BLOCKS[name, columns, clip]
+
+
 def _launch(
     kernel: Any, name: str, tensors: list[Any], numbers: list[Any], switches: dict[str, Any]
 ) -> None:
     query, key = tensors[0], tensors[1]
     batch_size, num_heads, length, width = query.shape
-    columns = max(16, 1 << (width - 1).bit_length())
-    blocks = BLOCKS[name, max(32, columns), switches["CLIP"]]
+    blocks = choose_blocks(name, width, switches["CLIP"], query.dtype, query.device)
     if name == "key_value":
-        grid = (triton.cdiv(length, blocks.N), batch_size * key.shape[1])
+        programs = triton.cdiv(length, blocks.N) * batch_size * key.shape[1]
     else:
-        grid = (triton.cdiv(length, blocks.M), batch_size * num_heads)
-    kernel[grid](
-        *tensors,
-        *numbers,
-        GROUPS=num_heads // key.shape[1],
-        D=width,
-        COLS=columns,
-        **switches,
-        **blocks.launch,
-    )
+        programs = triton.cdiv(length, blocks.M) * batch_size * num_heads
+    # Triton launches on the current device, whatever the tensors' is.
+    with torch.cuda.device_of(query):
+        kernel[(programs,)](
+            *tensors,
+            *numbers,
+            GROUPS=num_heads // key.shape[1],
+            D=width,
+            COLS=max(16, 1 << (width - 1).bit_length()),
+            **switches,
+            **blocks.launch,
+        )
 
 
 def _strides(*tensors: torch.Tensor) -> list[int]:
@@ -320,7 +348,8 @@ def flash_attention(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
-    _check(query, key, value, scaling, fast_tanh)
+    _check(query, key, value, documents, fast_tanh)
+    _check_numbers(scaling, softcap, clip_gamma, clip_zeta, clip_alpha)
     given_dtype = query.dtype
     if INTERPRETED and given_dtype == torch.bfloat16:
         # The interpreter computes bf16 on its bits as integers, without an error.
@@ -332,7 +361,7 @@ def flash_attention(
         query,
         key,
         value,
-        documents,
+        None if documents is None else documents.contiguous(),
         scaling,
         softcap,
         clip_gamma,
@@ -343,27 +372,49 @@ def flash_attention(
     )
     statistics = None
     if return_statistics:
-        statistics = AttentionStatistics(rows[0], rows[1], rows[2] <= 0, lse < math.inf)
+        statistics = AttentionStatistics(rows[0], rows[1], rows[2] <= 0, lse != math.inf)
     return output.to(given_dtype), statistics
 
 
+def _refuse(problem: str) -> NoReturn:
+    raise ValueError(f'attn_implementation="stable_triton" {problem}: use "eager".')
+
+
 def _check(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, fast_tanh: bool
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    documents: torch.Tensor | None,
+    fast_tanh: bool,
 ) -> None:
-    heads, key_heads, width = query.shape[1], key.shape[1], query.shape[-1]
-    shapes = f"{[*query.shape]}, {[*key.shape]} and {[*value.shape]}"
+    """Refuse tensors that the kernels would read wrongly; messages are made in need only."""
+    batch_size, num_heads, length, width = query.shape
     dtypes = {query.dtype, key.dtype, value.dtype}
-    problems = [
-        (not query.is_cuda and not INTERPRETED, f"needs a CUDA device, found {query.device}"),
-        (fast_tanh and INTERPRETED, "has no hardware tanh where Triton is interpreted"),
-        (not dtypes <= _DTYPES, f"computes in fp32, fp16 or bf16, found {query.dtype}"),
-        (len(dtypes) > 1, f"needs query, key and value of one dtype, found {dtypes}"),
-        (key.shape != value.shape, f"needs values of the keys' shape, found {shapes}"),
-        (key.shape[2:] != query.shape[2:], f"needs as many keys as queries, found {shapes}"),
-        (heads % key_heads > 0, f"needs a multiple of {key_heads} query heads, found {heads}"),
-        (width > MAX_HEAD_DIM, f"takes head_dim up to {MAX_HEAD_DIM}, found {width}"),
-        (scaling <= 0, f"needs a positive scaling, found {scaling}"),
-    ]
-    for found, problem in problems:
-        if found:
-            raise ValueError(f'attn_implementation="stable_triton" {problem}: use "eager".')
+    if not query.is_cuda and not INTERPRETED:
+        _refuse(f"needs a CUDA device, found {query.device}")
+    if fast_tanh and INTERPRETED:
+        _refuse("has no hardware tanh where Triton is interpreted")
+    if len(dtypes) > 1 or not dtypes <= _DTYPES:
+        found = ", ".join(str(dtype) for dtype in (query.dtype, key.dtype, value.dtype))
+        _refuse(f"needs fp32, fp16 or bf16 for query, key and value alike, found {found}")
+    if key.shape != value.shape or (key.shape[0], *key.shape[2:]) != (batch_size, length, width):
+        shapes = f"{[*query.shape]}, {[*key.shape]} and {[*value.shape]}"
+        _refuse(f"needs keys and values of the queries' batch, length and width, found {shapes}")
+    if num_heads % key.shape[1]:
+        _refuse(f"needs a multiple of {key.shape[1]} query heads, found {num_heads}")
+    if width > MAX_HEAD_DIM:
+        _refuse(f"takes head_dim up to {MAX_HEAD_DIM}, found {width}")
+    if documents is not None and not is_documents(documents, batch_size, length):
+        _refuse(f"needs documents of shape {[batch_size, 1, 5, length]}, int32")
+
+
+def _check_numbers(
+    scaling: float, cap: float | None, gamma: float | None, zeta: float, alpha: float | None
+) -> None:
+    if not scaling > 0:
+        _refuse(f"needs a positive scaling, found {scaling}")
+    if cap is not None and not cap > 0:
+        _refuse(f"needs a positive softcap, found {cap}")
+    if not (gamma or 0.0) <= 0 or not zeta >= 1 or not (alpha or 0.0) >= 0:
+        found = f"clip_gamma={gamma}, clip_zeta={zeta}, clip_alpha={alpha}"
+        _refuse(f"needs clip_gamma <= 0, clip_zeta >= 1 and clip_alpha >= 0, found {found}")

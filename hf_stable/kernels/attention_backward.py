@@ -21,6 +21,7 @@ from .attention_forward import (
     END_QUERY,
     KEY_DOCUMENT,
     QUERY_DOCUMENT,
+    has_slope,
     is_visible,
     key_range,
     load_rows,
@@ -58,8 +59,10 @@ def query_kernel(
         w: (B, S, H, D), the output where nothing is clipped. grad_o: (B, S, H, D), strided.
         delta: (B, H, S) fp32. grad_q: (B, S, H, D).
     """
-    i_m = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_b, i_h = tl.program_id(1) // H, tl.program_id(1) % H
+    num_tiles = tl.cdiv(S, M)
+    i_m = num_tiles - 1 - tl.program_id(0) % num_tiles
+    i_bh = tl.program_id(0) // num_tiles
+    i_b, i_h = i_bh // H, i_bh % H
     p_q = q + tl.cast(i_b, tl.int64) * q_batch + tl.cast(i_h, tl.int64) * q_head
     p_k = k + tl.cast(i_b, tl.int64) * k_batch + tl.cast(i_h // GROUPS, tl.int64) * k_head
     p_v = v + tl.cast(i_b, tl.int64) * v_batch + tl.cast(i_h // GROUPS, tl.int64) * v_head
@@ -70,7 +73,7 @@ def query_kernel(
     own = (tl.cast(i_b, tl.int64) * S * H + i_h) * D
     start = i_m * M
     o_m = start + tl.arange(0, M)
-    p_row = tl.cast(tl.program_id(1), tl.int64) * S + o_m
+    p_row = tl.cast(i_bh, tl.int64) * S + o_m
     b_document = o_m
     if DOCUMENTS:
         b_document = tl.load(p_documents + QUERY_DOCUMENT * S + o_m, mask=o_m < S, other=-2)
@@ -101,7 +104,7 @@ def query_kernel(
                 if tl.max(b_u) > 0.0:
                     b_v = load_rows(p_v, n, v_stride, S, D, N, COLS)
                     b_dp = tl.dot(b_g, tl.trans(b_v), input_precision="ieee")
-                    b_dp = tl.where((b_u >= 0.0) & (b_u <= 1.0), b_dp * b_stretch, 0.0)
+                    b_dp = tl.where(has_slope(b_u, zeta), b_dp * b_stretch, 0.0)
             else:
                 b_v = load_rows(p_v, n, v_stride, S, D, N, COLS)
                 b_dp = tl.dot(b_g, tl.trans(b_v), input_precision="ieee")
@@ -159,7 +162,7 @@ def _add_query_tile(
             b_c = tl.minimum(tl.maximum(b_u, 0.0), 1.0)
             b_dv = tl.dot(b_c.to(b_g.dtype), b_g, b_dv, input_precision="ieee")
             b_dp = tl.dot(b_v, tl.trans(b_g), input_precision="ieee")
-            b_dp = tl.where((b_u >= 0.0) & (b_u <= 1.0), b_dp * b_stretch, 0.0)
+            b_dp = tl.where(has_slope(b_u, zeta), b_dp * b_stretch, 0.0)
     else:
         b_dv = tl.dot(b_p.to(b_g.dtype), b_g, b_dv, input_precision="ieee")
         b_dp = tl.dot(b_v, tl.trans(b_g), input_precision="ieee")
@@ -183,8 +186,9 @@ def key_value_kernel(
     Args:
         grad_k, grad_v: (B, S, G, D).
     """
-    i_n, num_heads = tl.program_id(0), H // GROUPS
-    i_b, i_g = tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
+    num_tiles, num_heads = tl.cdiv(S, N), H // GROUPS
+    i_n, i_bg = tl.program_id(0) % num_tiles, tl.program_id(0) // num_tiles
+    i_b, i_g = i_bg // num_heads, i_bg % num_heads
     p_k = k + tl.cast(i_b, tl.int64) * k_batch + tl.cast(i_g, tl.int64) * k_head
     p_v = v + tl.cast(i_b, tl.int64) * v_batch + tl.cast(i_g, tl.int64) * v_head
     p_documents = documents

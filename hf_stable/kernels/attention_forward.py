@@ -82,6 +82,15 @@ def row_gamma(o_m, p_documents, S, gamma, alpha, DOCUMENTS: tl.constexpr):
 
 
 @triton.jit
+def has_slope(b_u, zeta):
+    """Where a stretched probability is not clipped.
+
+    u is at most zeta. Rounding must not decide u = zeta = 1: each kernel would do it differently.
+    """
+    return (b_u >= 0.0) & ((b_u <= 1.0) | (zeta <= 1.0))
+
+
+@triton.jit
 def key_range(i_m, p_documents, S, M: tl.constexpr, N: tl.constexpr, DOCUMENTS: tl.constexpr):
     """Keys of a tile of queries: the first, the first that some query may not see, and the end."""
     start = i_m * M
@@ -176,7 +185,7 @@ def _clip_sweep(
             b_v = load_rows(p_v, n, v_stride, S, D, N, COLS)
             b_c = tl.minimum(tl.maximum(b_u, 0.0), 1.0)
             b_acc = tl.dot(b_c.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
-            b_rise = tl.where((b_u >= 0.0) & (b_u <= 1.0), b_rise, 0.0)
+            b_rise = tl.where(has_slope(b_u, zeta), b_rise, 0.0)
             b_active = tl.dot(b_rise.to(b_v.dtype), b_v, b_active, input_precision="ieee")
     return b_acc, b_active, b_alive
 
@@ -198,8 +207,10 @@ def forward_kernel(
         rows: (3, B, H, S) fp32: largest logit before the cap, entropy in nats, highest u.
     """
     # The longest rows first: the last wave of programs is then the shortest one.
-    i_m = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_b, i_h = tl.program_id(1) // H, tl.program_id(1) % H
+    num_tiles = tl.cdiv(S, M)
+    i_m = num_tiles - 1 - tl.program_id(0) % num_tiles
+    i_bh = tl.program_id(0) // num_tiles
+    i_b, i_h = i_bh // H, i_bh % H
     p_k = k + tl.cast(i_b, tl.int64) * k_batch + tl.cast(i_h // GROUPS, tl.int64) * k_head
     p_v = v + tl.cast(i_b, tl.int64) * v_batch + tl.cast(i_h // GROUPS, tl.int64) * v_head
     p_q = q + tl.cast(i_b, tl.int64) * q_batch + tl.cast(i_h, tl.int64) * q_head
@@ -228,7 +239,7 @@ def forward_kernel(
     b_sum = tl.where(b_empty, 1.0, b_sum)
     b_log_z = tl.where(b_empty, float("inf"), b_max + tl.log2(b_sum))
     p_o = o + (tl.cast(i_b, tl.int64) * S * H + i_h) * D
-    p_row = tl.cast(tl.program_id(1), tl.int64) * S + o_m
+    p_row = tl.cast(i_bh, tl.int64) * S + o_m
     b_alive = b_sum
     if CLIP:
         b_gamma = row_gamma(o_m, p_documents, S, gamma, alpha, DOCUMENTS)
@@ -242,15 +253,18 @@ def forward_kernel(
                 CAP, masked, DOCUMENTS, FAST_TANH, D, M, N, COLS,
             )  # fmt: skip
         p_w = w + (tl.cast(i_b, tl.int64) * S * H + i_h) * D
+        # Comparisons with NaN have skipped its tiles.
+        b_acc = tl.where(b_log_z[:, None] == b_log_z[:, None], b_acc, b_log_z[:, None])
         store_rows(p_w, b_active, i_m * M, H * D, S, D, M, COLS)
     else:
         b_acc = b_acc / b_sum[:, None]
     store_rows(p_o, b_acc, i_m * M, H * D, S, D, M, COLS)
     tl.store(lse + p_row, b_log_z, mask=o_m < S)
     if STATS:
-        num_rows = tl.cast(tl.num_programs(1), tl.int64) * S
+        num_rows = tl.cast(tl.num_programs(0) // num_tiles, tl.int64) * S
         # Without a cap the running maximum is the largest logit, in base 2.
         b_logit = b_top * scaling if CAP else b_max * LN_2
+        b_logit = tl.where(b_log_z == b_log_z, b_logit, b_log_z)
         b_entropy = LN_2 * (tl.log2(b_sum) - b_surprise / b_sum)
         tl.store(rows + p_row, b_logit, mask=o_m < S)
         tl.store(rows + num_rows + p_row, b_entropy, mask=o_m < S)

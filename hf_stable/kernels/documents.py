@@ -10,7 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
+    prepare_padding_mask,
+    sdpa_mask,
+)
+from transformers.utils.import_utils import is_tracing
 
 _HIDDEN = -1
 
@@ -45,6 +51,11 @@ def build_documents(starts: torch.Tensor, visible: torch.Tensor | None = None) -
     return torch.stack(rows, dim=1)[:, None].int().contiguous()
 
 
+def is_documents(mask: torch.Tensor, batch_size: int, length: int) -> bool:
+    """Whether a tensor is one of `build_documents`, for so many sequences of such a length."""
+    return mask.dtype == torch.int32 and mask.shape == (batch_size, 1, 5, length)
+
+
 def documents_of_lengths(cu_seq_lens: torch.Tensor, length: int) -> torch.Tensor:
     """(1, S) bool, where documents begin, from (N + 1,) cumulative lengths as FlashAttention has.
 
@@ -70,6 +81,7 @@ def document_mask(
     attention_mask: torch.Tensor | None = None,
     local_size: int | None = None,
     use_vmap: bool = False,
+    allow_is_causal_skip: bool = True,
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> torch.Tensor | None:
@@ -84,7 +96,11 @@ def document_mask(
         sliding windows, mask functions of the user's own) a (B or 1, 1, Q, K) bool mask, with which
         the eager function computes.
     """
-    if q_length != kv_length or local_size is not None or use_vmap:
+    is_causal = mask_function is causal_mask_function
+    # Transformers conjoins causality with packing, and would disjoin what lets a query look ahead.
+    is_packed = mask_function.__qualname__.startswith(and_masks.__qualname__)
+    knows = (is_causal and allow_is_causal_skip) or (is_packed and not use_vmap)
+    if q_length != kv_length or local_size is not None or not knows:
         return sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
@@ -96,23 +112,11 @@ def document_mask(
             device=device,
             **{**kwargs, "allow_is_causal_skip": False},
         )
-    is_causal = mask_function is causal_mask_function
-    if is_causal and (attention_mask is None or _sees_everything(attention_mask)):
+    visible = prepare_padding_mask(attention_mask, kv_length, kv_offset=0)
+    if is_causal and (visible is None or (not is_tracing(visible) and bool(visible.all()))):
         return None
     here = torch.arange(kv_length, device=device)
-    before = (here - 1).clamp(min=0)
     rows = torch.arange(batch_size, device=device)[:, None]
+    before = (here - 1).clamp(min=0)
     linked = torch.as_tensor(mask_function(rows, 0, here[None], before[None]), device=device)
-    after = (here + 1).clamp(max=kv_length - 1)
-    ahead = torch.as_tensor(mask_function(rows, 0, here[None], after[None]), device=device)
-    # On a GPU this stops the device, not the host, which need not wait for the answer.
-    torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
-        ~(ahead & (after > here)).any(),
-        'attn_implementation="stable_triton" is causal, but this mask shows later keys.',
-    )
-    return build_documents(~linked.expand(batch_size, kv_length), attention_mask)
-
-
-def _sees_everything(attention_mask: torch.Tensor) -> bool:
-    """Whether nothing is padding; not asked while tracing, which has no values."""
-    return not torch.compiler.is_compiling() and bool(attention_mask.all())
+    return build_documents(~linked.expand(batch_size, kv_length), visible)

@@ -12,12 +12,10 @@ from torch import nn
 from hf_stable.model.functional_stable_gpt import attention_forward
 
 from .attention import AttentionStatistics, flash_attention
-from .documents import build_documents, documents_of_lengths, merge
+from .documents import build_documents, documents_of_lengths, is_documents, merge
 
 # Arguments of other backends that change what attention computes; unknown to these kernels.
-_FOREIGN = ("s_aux", "position_bias", "head_mask", "cache", "sliding_window")
-
-_recording = False
+_FOREIGN = ("s_aux", "position_bias", "head_mask", "cache", "output_attentions")
 
 
 @contextlib.contextmanager
@@ -27,35 +25,57 @@ def record_statistics(model: nn.Module) -> Iterator[dict[int, AttentionStatistic
     The launch that computes attention computes its statistics too. A layer that the eager function
     computed (decoding, a dense mask) has none. Blocks may be compiled.
     """
-    global _recording  # noqa: PLW0603 (what a compiled block guards on)
-    before, _recording = _recording, True
+    # On the layer itself: a dictionary that all write to would make each layer's graph its own.
+    layers = [module for module in model.modules() if "layer_idx" in vars(module)]
+    before = [vars(layer).get("attention_statistics", _NOT_RECORDED) for layer in layers]
+    for layer in layers:
+        layer.attention_statistics = None  # pyright: ignore[reportArgumentType]
     statistics: dict[int, AttentionStatistics] = {}
     try:
         yield statistics
     finally:
-        _recording = before
-        for module in model.modules():
-            # Left on the layer itself: a dictionary would make each layer's graph its own.
-            found = vars(module).pop("attention_statistics", None)
+        for layer, outer in zip(layers, before, strict=True):
+            found = vars(layer).pop("attention_statistics")
             if found is not None:
-                statistics[int(vars(module)["layer_idx"])] = found
+                statistics[vars(layer)["layer_idx"]] = found
+            if outer is not _NOT_RECORDED:
+                layer.attention_statistics = outer
+
+
+_NOT_RECORDED = object()
 
 
 def _refuse(module: nn.Module, dropout: float, is_dense: bool, kwargs: dict[str, Any]) -> None:
-    problems = {
-        f"attention_dropout={dropout}": dropout > 0.0,
-        "attention that is not causal": not is_dense
-        and (not module.is_causal or kwargs.get("is_causal") is False),
-    }
+    problem = None
     for name in _FOREIGN:
-        # A dense mask has the window in it.
-        has_effect = kwargs.get(name) is not None and not (is_dense and name == "sliding_window")
-        problems[name] = has_effect
-    for problem, found in problems.items():
-        if found:
-            raise ValueError(
-                f'attn_implementation="stable_triton" cannot do {problem}: use "eager".'
-            )
+        if kwargs.get(name) is not None and kwargs.get(name) is not False:
+            problem = name
+    if dropout > 0.0:
+        problem = f"attention_dropout={dropout}"
+    # A dense mask has these in it.
+    if not is_dense and kwargs.get("sliding_window") is not None:
+        problem = "sliding_window"
+    if not is_dense and (not module.is_causal or kwargs.get("is_causal") is False):
+        problem = "attention that is not causal"
+    if problem is not None:
+        raise ValueError(f'attn_implementation="stable_triton" cannot do {problem}: use "eager".')
+
+
+def _is_dense(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    cu_seq_lens: torch.Tensor | None,
+) -> bool:
+    """Whether the eager function must compute it: a cache, or a mask of more than documents."""
+    batch_size, length = query.shape[0], query.shape[2]
+    if length == key.shape[2] and (mask is None or is_documents(mask, batch_size, length)):
+        return False
+    if cu_seq_lens is not None:
+        raise ValueError("cu_seq_lens_q is not for a cache or beside a dense mask: leave it out.")
+    if mask is not None and not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise ValueError(f"A dense attention mask is bool or additive, found {mask.dtype}.")
+    return True
 
 
 def _documents(
@@ -102,7 +122,7 @@ def attention_backend(
     Raises:
         ValueError: for what the kernels cannot do, naming it.
     """
-    is_dense = attention_mask is not None and attention_mask.dtype != torch.int32
+    is_dense = _is_dense(query, key, attention_mask, cu_seq_lens_q)
     _refuse(module, dropout, is_dense, kwargs)
     scaling = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     score: dict[str, Any] = {
@@ -112,7 +132,7 @@ def attention_backend(
         "clip_zeta": clip_zeta,
         "clip_alpha": clip_alpha,
     }
-    if is_dense or query.shape[2] != key.shape[2]:
+    if is_dense:
         output, _ = attention_forward(module, query, key, value, attention_mask, **score)
         return output, None
     output, statistics = flash_attention(
@@ -121,7 +141,8 @@ def attention_backend(
         value,
         documents=_documents(query, attention_mask, cu_seq_lens_q),
         fast_tanh=fast_tanh,
-        return_statistics=_recording,
+        # Whether somebody records it; the layers of other families declare no such attribute.
+        return_statistics=hasattr(module, "attention_statistics"),
         **score,
     )
     if statistics is not None:

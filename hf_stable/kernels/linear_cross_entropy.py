@@ -164,6 +164,7 @@ def cross_entropy_rows_kernel(
         tl.store(p_squared_log_z + i_t, log_z * log_z)
         if GRADIENT:
             factor = (1.0 + 2.0 * z_loss * log_z) / total
+            factor = tl.where(label < V, factor, float("nan"))
             # Slopes beside the logits of a whole block would not fit the registers.
             depth: tl.constexpr = (DEPTH + 1) // 2 if CAPPED else DEPTH
             _write_gradient(

@@ -43,7 +43,9 @@ def tanh(x):
     tanh is 1 up to 2.3e-7. By exp and a division it would be two special functions a score, of
     which attention can afford one besides its own exp.
     """
-    x = tl.minimum(tl.maximum(x, -8.0), 8.0)
+    # A GPU's min and max drop NaN, and a broken query would look like a uniform row.
+    x = tl.maximum(x, -8.0, propagate_nan=tl.PropagateNan.ALL)
+    x = tl.minimum(x, 8.0, propagate_nan=tl.PropagateNan.ALL)
     y = x * x
     p = 1.5230874339522416e-08 * y + 2.18949826376047e-05
     p = p * y + 0.003571617417037487

@@ -251,6 +251,8 @@ class StableGPTModel(StableGPTPreTrainedModel):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
             position_ids = position_ids.unsqueeze(0)
         self._check_inputs(inputs_embeds.shape, position_ids, attention_mask)
+        if given_positions is None and kwargs.get("cu_seq_lens_q") is not None:
+            self._check_packing()
         # Before a cache is made: with one, Transformers would not look for packed documents.
         causal_mask = create_causal_mask(
             config=self.config,
@@ -275,6 +277,14 @@ class StableGPTModel(StableGPTPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
         )
+
+    def _check_packing(self) -> None:
+        name = self.config._attn_implementation
+        if name in ("eager", "sdpa", "flex_attention"):
+            raise ValueError(
+                f'attn_implementation="{name}" ignores cu_seq_lens_q: give position_ids that '
+                "restart at 0 with each packed document."
+            )
 
     def _check_inputs(
         self, shape: torch.Size, position_ids: torch.Tensor, attention_mask: Any

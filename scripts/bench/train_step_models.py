@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from common import Device
-from hf_stable.kernels.backends import default_attention
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import hf_stable  # noqa: F401  # registers the attention backends
+from hf_stable.kernels.backends import default_attention
 from hf_stable.model import StableGPTConfig, StableGPTForCausalLM
 from hf_stable.model.configuration_stable_gpt import PRESETS
 from hf_stable.optim import adamw, parameter_groups

@@ -16,13 +16,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hf_stable.kernels import linear_cross_entropy as head
-from hf_stable.kernels.attention import BLOCKS
+from hf_stable.kernels.attention import choose_blocks
 from hf_stable.kernels.attention_backward import key_value_kernel, query_kernel
 from hf_stable.kernels.attention_forward import forward_kernel
 
@@ -91,7 +92,7 @@ def attention(width: int) -> dict[str, dict[str, Any]]:
     columns, found = triton.next_power_of_2(width), {}
     for name, kernel in ATTENTION.items():
         for label, (cap, clip, documents, statistics) in FORMS.items():
-            blocks = BLOCKS[name, columns, clip]
+            blocks = choose_blocks(name, width, clip, torch.bfloat16, torch.device("cpu"))
             constants = {
                 **{
                     "GROUPS": 1,

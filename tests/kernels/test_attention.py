@@ -23,6 +23,7 @@ CLIPS: dict[str, dict[str, float]] = {
     "dense": {"clip_gamma": -1e-5},
     "alpha": {"clip_alpha": 2.0, "clip_zeta": 1.1},
     "upper": {"clip_zeta": 1.2},
+    "no upper": {"clip_alpha": 1.0},
 }
 FORMS = [
     pytest.param({"softcap": cap, **CLIPS[clip]}, id=f"cap {cap}, {clip}")
@@ -63,11 +64,12 @@ def test_any_length(length: int, tiles, poisoned) -> None:
 
 
 @pytest.mark.parametrize("width", [8, 24, 32, 64, 80, 96, 128, 256])
-def test_any_head_width_with_its_own_tiles(width: int, poisoned) -> None:
-    inputs = draw((1, 1, 1, 45, width), torch.float32, spread=1.0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_any_head_width_with_its_own_tiles(width: int, dtype, poisoned) -> None:
+    inputs = draw((1, 1, 1, 45, width), dtype, spread=1.0)
     for form in ({"softcap": 50.0}, CLIPS["paper"]):
         score = _score(form, width)
-        again = inputs.to(torch.float32)
+        again = inputs.to(dtype)
         output, _ = flash_attention(*again.tensors, **score)
         assert_as_good_as_plain(again.gradients(output), inputs, None, **score)
 
@@ -133,6 +135,37 @@ def test_a_first_row_is_saturated_and_passes_no_gradient_to_scores() -> None:
     torch.testing.assert_close(output[0, 0, 0], value[0, 0, 0])
     assert (query.grad == 0).all() and (key.grad == 0).all()
     assert (value.grad[0, 0, 0] == 1).all() and (value.grad[0, 0, 1:] == 0).all()
+
+
+@pytest.mark.parametrize("where", ["query", "key"])
+@pytest.mark.parametrize("form", [{}, {"softcap": 50.0}, CLIPS["paper"], CLIPS["alpha"]], ids=str)
+def test_nan_shows_in_the_rows_that_saw_it(where: str, form, tiles) -> None:
+    """A GPU's minimum and maximum drop NaN, and what is broken would look healthy."""
+    tiles(16, 16)
+    query, key, value = (x.detach() for x in draw((1, 1, 1, 40, 16), torch.float32).tensors)
+    (query if where == "query" else key)[0, 0, 20, 3] = math.nan
+    output, statistics = flash_attention(
+        query, key, value, scaling=0.25, return_statistics=True, **form
+    )
+    broken = torch.zeros(40, dtype=torch.bool, device=DEVICE)
+    broken[20 : 21 if where == "query" else 40] = True
+    assert torch.equal(output[0, :, 0].isnan().all(-1), broken)
+    assert torch.equal(output[0, :, 0].isnan().any(-1), broken)
+    assert statistics is not None and statistics.rows_visible.all()
+    assert statistics.entropy.isnan().all() and statistics.max_logit.isnan().all()
+
+
+def test_one_hot_rows_have_no_gradient_without_an_upper_stretch(tiles) -> None:
+    """u = zeta = 1 sits on the clip: kernels whose roundings disagree there would not cancel."""
+    for shape in ((16, 16), (64, 16), (16, 64)):
+        tiles(*shape)
+        inputs = draw((1, 2, 2, 90, 16), torch.float32, spread=12.0)
+        starts = torch.zeros(1, 90, dtype=torch.bool, device=DEVICE)
+        starts[0, ::3] = True
+        documents = build_documents(starts)
+        score = _score({"clip_alpha": 0.5}, 16)
+        output, _ = flash_attention(*inputs.tensors, documents=documents, **score)
+        assert_as_good_as_plain(inputs.gradients(output), inputs, dense(documents), **score)
 
 
 def test_causality_by_gradient(tiles) -> None:
@@ -364,12 +397,20 @@ def test_compiled_gradients_equal_eager_ones(tiles) -> None:
     ("change", "words"),
     [
         ({"scaling": 0.0}, ["scaling", "0.0"]),
-        ({"query": torch.zeros(1, 2, 5, 512)}, ["keys", "512"]),
+        ({"softcap": 0.0}, ["softcap", "0.0"]),
+        ({"softcap": -100.0}, ["softcap", "-100.0"]),
+        ({"clip_gamma": 0.1}, ["clip_gamma=0.1"]),
+        ({"clip_zeta": 0.9}, ["clip_zeta=0.9"]),
+        ({"clip_alpha": -1.0}, ["clip_alpha=-1.0"]),
+        ({"query": torch.zeros(1, 2, 5, 512)}, ["width", "512"]),
+        ({"query": torch.zeros(2, 2, 5, 16)}, ["batch", "[2, 2, 5, 16]"]),
         ({"query": torch.zeros(1, 3, 5, 16)}, ["multiple of 2", "3"]),
-        ({"query": torch.zeros(1, 2, 4, 16)}, ["as many keys as queries"]),
+        ({"query": torch.zeros(1, 2, 4, 16)}, ["length", "[1, 2, 4, 16]"]),
         ({"value": torch.zeros(1, 2, 5, 8)}, ["values", "8"]),
         ({"query": torch.zeros(1, 2, 5, 16, dtype=torch.float64)}, ["fp32", "float64"]),
-        ({"query": torch.zeros(1, 2, 5, 16, dtype=torch.float16)}, ["one dtype", "float16"]),
+        ({"query": torch.zeros(1, 2, 5, 16, dtype=torch.float16)}, ["alike", "float16"]),
+        ({"documents": torch.zeros(1, 1, 5, 4, dtype=torch.int32)}, ["documents", "[1, 1, 5, 5]"]),
+        ({"documents": torch.zeros(1, 1, 5, 5)}, ["documents", "int32"]),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(change: dict[str, Any], words: list[str]) -> None:

@@ -20,6 +20,7 @@ from transformers import (
 
 from hf_stable import StableGPTConfig, StableGPTForCausalLM
 from hf_stable.kernels import BACKEND, FAST_TANH_BACKEND
+from hf_stable.kernels.documents import document_mask
 from hf_stable.kernels.interface import attention_backend, record_statistics
 from hf_stable.kernels.linear_cross_entropy import linear_cross_entropy
 from hf_stable.kernels.tiles import INTERPRETED
@@ -198,6 +199,27 @@ def test_a_dense_mask_is_computed_by_eager() -> None:
     )
 
 
+def test_masks_that_are_neither_dense_nor_documents_are_refused() -> None:
+    _, ours = _twins()
+    ids = _tokens()
+    mask = torch.ones(2, 1, 23, 23, dtype=torch.int32, device=DEVICE).tril()
+    with pytest.raises(ValueError, match=r"bool or additive, found torch\.int32"):
+        ours(ids, attention_mask=mask)
+    lengths = torch.tensor([0, 8, 23], dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match="cu_seq_lens_q is not for"):
+        ours(ids[:1], attention_mask=mask[:1].bool(), cu_seq_lens_q=lengths)
+
+
+def test_a_short_padding_mask_hides_what_it_does_not_cover() -> None:
+    eager, ours = _twins()
+    mask = torch.ones(2, 20, dtype=torch.bool, device=DEVICE)
+    given = {"batch_size": 2, "q_length": 23, "kv_length": 23, "attention_mask": mask}
+    documents = document_mask(**given, device=DEVICE)
+    assert documents is not None and (documents[:, 0, 0, 20:] == -1).all()
+    bare = eager(_tokens()[:, :20]).logits
+    _assert_equal(ours(_tokens(), attention_mask=documents).logits[:, :20], bare)
+
+
 def test_a_static_cache_sees_only_what_was_written() -> None:
     eager, ours = _twins("soft_cap")
     ids = _tokens()
@@ -221,6 +243,13 @@ def test_statistics_of_every_layer_without_touching_the_model() -> None:
     recorded = dict(statistics)
     ours(ids)
     assert recorded == statistics
+    with record_statistics(ours) as outer:
+        ours(ids)
+        with record_statistics(ours) as inner:
+            pass
+        with record_statistics(ours) as again:
+            ours(ids)
+    assert not inner and set(again) == {0, 1} and set(outer) == {0, 1}
     assert not any("attention_statistics" in vars(module) for module in ours.modules())
 
 
@@ -287,6 +316,7 @@ def test_a_sliding_window_is_computed_by_eager() -> None:
         ({"sliding_window": 4}, "sliding_window"),
         ({"s_aux": torch.zeros(2)}, "s_aux"),
         ({"is_causal": False}, "not causal"),
+        ({"output_attentions": True}, "output_attentions"),
     ],
 )
 def test_arguments_of_other_backends_are_refused_by_name(given: dict, words: str) -> None:

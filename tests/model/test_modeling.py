@@ -570,3 +570,14 @@ def test_fields_set_after_the_config_was_made_are_checked() -> None:
     config.attn_logit_softcapping = -1.0
     with pytest.raises(ValueError, match=r"attn_logit_softcapping=-1\.0"):
         StableGPTForCausalLM(config)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_cumulative_lengths_alone_are_refused_where_nobody_reads_them(backend: str) -> None:
+    model, ids = build(attn=backend), tokens(1, 9)
+    lengths = torch.tensor([0, 4, 9], dtype=torch.int32)
+    with pytest.raises(ValueError, match=f'"{backend}" ignores cu_seq_lens_q.*position_ids'):
+        model(ids, cu_seq_lens_q=lengths, use_cache=False)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    packed = model(ids, cu_seq_lens_q=lengths, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(packed[:, 4:], model(ids[:, 4:], use_cache=False).logits)
