@@ -119,7 +119,13 @@ def phases(install: list[str], extra: str, torch_index: str, *, uv: bool) -> lis
     # setuptools builds the project, in .venv itself: an isolated build would not be constrained.
     # By path, not by setuptools' finder: next to a checkout named hf_stable, the finder loses
     # against that folder, which Python takes for a namespace package.
-    project = ["--no-build-isolation", "-C", "editable_mode=compat", "-e", f"{ROOT}[{extra}]"]
+    project = [
+        "--no-build-isolation",
+        "--config-settings",
+        "editable_mode=compat",
+        "-e",
+        f"{ROOT}[{extra}]",
+    ]
     return [
         *(chosen if torch_index else []),
         ("torch and what it needs, the longest part", [*constrained, "torch", "setuptools"]),

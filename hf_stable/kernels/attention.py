@@ -38,7 +38,7 @@ class Blocks:
 
 
 # By kernel, head width rounded up to a power of two, and whether it clips. Chosen by what ptxas
-# says of the bf16 kernels of sm_90: the largest tiles without spilled registers.
+# says of the bf16 kernels of sm_90: the largest tiles that spill at most a few registers.
 BLOCKS: dict[tuple[str, int, bool], Blocks] = {
     ("forward", 32, False): Blocks(128, 128, 8, 3),
     ("forward", 64, False): Blocks(128, 128, 8, 3),

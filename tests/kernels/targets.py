@@ -37,6 +37,7 @@ FORMS = {
     "plain": (False, False, False, False),
     "cap": (True, False, False, False),
     "cap, statistics": (True, False, False, True),
+    "cap, documents, statistics": (True, False, True, True),
     "clip": (False, True, False, False),
     "cap, clip, documents": (True, True, True, False),
 }

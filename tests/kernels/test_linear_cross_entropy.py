@@ -27,6 +27,7 @@ TERMS = ("loss", "cross entropy", "z-loss", "grad hidden", "grad weight")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCK_BYTES, LANES = kernels.BLOCK_BYTES, kernels.LAUNCH["LANES"]
 ROOT = Path(__file__).parents[2]
+PYTHONPATH = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 
 
 @pytest.fixture(autouse=True)
@@ -397,7 +398,7 @@ def test_accumulation_adds_an_outer_product(first: bool, dtype: torch.dtype) -> 
 def _run(arguments: list[str], **environment: str) -> str:
     finished = subprocess.run(
         [sys.executable, *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH, **environment},
         capture_output=True,
         text=True,
         check=False,
