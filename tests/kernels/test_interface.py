@@ -15,6 +15,8 @@ from transformers import (
     Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     StaticCache,
 )
 
@@ -281,17 +283,18 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 def test_other_families_may_use_it(family: str) -> None:
     """Gemma 2 has the cap; Transformers itself computes it by eager only, or needs a GPU."""
-    if family == "llama":
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**SIZES))
-    else:
-        layers = ["full_attention"] * 2
-        config = Gemma2Config(**SIZES, layer_types=layers, attn_logit_softcapping=3.0)
-        torch.manual_seed(0)
-        model = Gemma2ForCausalLM(config)
+    torch.manual_seed(0)
+    layers = ["full_attention"] * 2
+    model = {
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+        "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
+        "gemma2": lambda: Gemma2ForCausalLM(
+            Gemma2Config(**SIZES, layer_types=layers, attn_logit_softcapping=3.0)
+        ),
+    }[family]()
     model = model.to(DEVICE).eval()
     ids = _tokens()
     model.set_attn_implementation("eager")
