@@ -171,10 +171,12 @@ def test_a_row_without_target_reads_nothing() -> None:
 
 
 @pytest.mark.parametrize("label", [37, 38, 2**40])
-def test_a_label_beyond_the_vocabulary_makes_the_loss_nan(label: int) -> None:
+def test_a_label_beyond_the_vocabulary_makes_loss_and_gradient_nan(label: int) -> None:
+    """No host is asked, and no optimizer may step on it."""
     hidden, weight, labels = _inputs()
     labels[3] = label
-    assert linear_cross_entropy(hidden, weight, labels)[0].isnan()
+    loss, _, _, *gradients = _with_gradients(linear_cross_entropy, hidden, weight, labels)
+    assert loss.isnan() and gradients[0][3].isnan().all() and gradients[1].isnan().any()
 
 
 def test_hidden_minus_infinity_is_a_word_that_cannot_come() -> None:
