@@ -16,7 +16,12 @@ from .compilation import check_compiler, compile_blocks
 from .corpus import Corpus, prepare_corpus
 from .data import DataOrder, boundary_ids, data_loader, ngram_cross_entropy
 from .errors import CheckpointError, RecipeError
-from .kernels.backends import check_attention, choose_attention, loss_implementation
+from .kernels.backends import (
+    check_attention,
+    check_model,
+    choose_attention,
+    loss_implementation,
+)
 from .model import StableGPTConfig, StableGPTForCausalLM
 from .recipes import Recipe, to_dict
 from .reporting import Reporter, Throughput, describe_device
@@ -163,6 +168,7 @@ def _build_model(
     backend, _ = _attention(recipe, config, device)
     torch.manual_seed(recipe.seed)
     try:
+        check_model(backend, config)
         model = StableGPTForCausalLM._from_config(config, attn_implementation=backend)
     except (ImportError, ValueError) as error:
         raise RecipeError(f"training.attn_implementation is {backend}: {error}") from error

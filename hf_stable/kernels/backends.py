@@ -47,14 +47,29 @@ def _lacks_triton() -> bool:
 
 def _obstacle(config: StableGPTConfig, device: torch.device) -> str | None:
     """Why the kernels cannot do `config` on `device`, or None."""
+    if device.type != "cuda":
+        return f"the kernels do not run on a {device.type} device"
+    return "Triton is not installed" if _lacks_triton() else _model_obstacle(config)
+
+
+def _model_obstacle(config: StableGPTConfig) -> str | None:
     assert config.head_dim is not None  # the config fills it in
-    obstacles = [
-        (device.type != "cuda", f"the kernels do not run on a {device.type} device"),
-        (_lacks_triton(), "Triton is not installed"),
-        (config.attention_dropout > 0, "the kernels have no attention_dropout"),
-        (config.head_dim > MAX_HEAD_DIM, f"the kernels take head_dim up to {MAX_HEAD_DIM}"),
-    ]
-    return next((obstacle for found, obstacle in obstacles if found), None)
+    if config.attention_dropout > 0:
+        return f"the kernels have no attention_dropout (here {config.attention_dropout})"
+    if config.head_dim > MAX_HEAD_DIM:
+        return f"the kernels take head_dim up to {MAX_HEAD_DIM} (here {config.head_dim})"
+    return None
+
+
+def check_model(name: str, config: StableGPTConfig) -> None:
+    """Refuse a model that the backend of this name could not train.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    obstacle = _model_obstacle(config) if name.startswith(BACKEND) else None
+    if obstacle is not None:
+        raise ValueError(f"{obstacle}: leave it null.")
 
 
 def check_attention(name: str | None, device: torch.device) -> None:

@@ -123,8 +123,6 @@ class StableGPTPreTrainedModel(PreTrainedModel):
         name = attn_implementation or ""
         if name == "paged|eager":
             self._refuse(name, "attn_logit_softcapping", *self._CLIP)
-        if name.startswith("stable_triton"):
-            self._refuse(name, "attention_dropout")
         if "flash" in name or "/" in name:
             self._refuse(name, *self._CLIP)
             if self.config.attn_logit_softcapping is not None:

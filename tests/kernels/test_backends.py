@@ -92,12 +92,6 @@ def test_the_reason_names_what_decided(fields, device, triton, reason, monkeypat
     assert reason in backends.choose_attention(_config(fields), device, packed=False)[1]
 
 
-@pytest.mark.parametrize("name", ["stable_triton", "stable_triton_fast_tanh"])
-def test_dropout_is_refused_by_name_when_a_model_is_made(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name}.*attention_dropout=0.1"):
-        StableGPTForCausalLM._from_config(_config(DROPOUT), attn_implementation=name)
-
-
 @pytest.mark.parametrize(
     ("name", "device", "reason"),
     [
@@ -128,6 +122,16 @@ def test_what_can_train_there_is_not(monkeypatch) -> None:
         backends.check_attention(name, device)
     with pytest.raises(ValueError, match="CUDA device"):  # no hardware to approximate tanh
         backends.check_attention("stable_triton_fast_tanh", CPU)
+
+
+@pytest.mark.parametrize("name", ["stable_triton", "stable_triton_fast_tanh"])
+@pytest.mark.parametrize("fields", [DROPOUT, WIDE])
+def test_a_model_that_kernels_cannot_train_is_refused(name: str, fields) -> None:
+    field, value = next(iter(fields.items()))
+    with pytest.raises(ValueError, match=rf"{field}.*here {value}.*leave it null"):
+        backends.check_model(name, _config(fields))
+    backends.check_model(name, _config({}))
+    backends.check_model("eager", _config(fields))
 
 
 def test_kernels_need_triton(monkeypatch) -> None:
