@@ -22,7 +22,7 @@ DRY_GRID = {"M": (16,), "N": (16, 32), "num_warps": (4,), "num_stages": (1,)}
 
 def tune(bench: "Bench", report: Report) -> None:
     """One part for every entry of the table that belongs to this head width."""
-    from hf_stable.kernels.attention import BLOCKS  # noqa: PLC0415  # needs Triton
+    from hf_stable.kernels.blocks import BLOCKS  # noqa: PLC0415  # needs Triton
 
     for key in [key for key in BLOCKS if key[1] == max(32, bench.shape.width)]:
         name = "tiles of " + ", ".join(map(str, key))

@@ -12,10 +12,11 @@ pytest.importorskip("triton")
 def tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     """Make all attention kernels use tiles of so many queries and keys."""
     from hf_stable.kernels import attention  # noqa: PLC0415 (skipped above without Triton)
+    from hf_stable.kernels.blocks import Blocks  # noqa: PLC0415
 
     def use(queries: int, keys: int) -> None:
-        blocks = attention.Blocks(queries, keys, 4, 2)
-        monkeypatch.setattr(attention, "choose_blocks", lambda *_: blocks)
+        chosen = Blocks(queries, keys, 4, 2)
+        monkeypatch.setattr(attention, "choose_blocks", lambda *_: chosen)
 
     return use
 

@@ -23,9 +23,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hf_stable.kernels import linear_cross_entropy as head
-from hf_stable.kernels.attention import choose_blocks
 from hf_stable.kernels.attention_backward import key_value_kernel, query_kernel
 from hf_stable.kernels.attention_forward import forward_kernel
+from hf_stable.kernels.blocks import choose_blocks
 
 ATTENTION: dict[str, Any] = {
     "forward": forward_kernel,
@@ -36,6 +36,7 @@ ATTENTION: dict[str, Any] = {
 FORMS = {
     "plain": (False, False, False, False),
     "cap": (True, False, False, False),
+    "cap, fast tanh": (True, False, False, False),
     "cap, statistics": (True, False, False, True),
     "cap, documents, statistics": (True, False, True, True),
     "clip": (False, True, False, False),
@@ -100,7 +101,7 @@ def attention(width: int) -> dict[str, dict[str, Any]]:
                     "CAP": cap,
                     "CLIP": clip,
                     "DOCUMENTS": documents,
-                    "FAST_TANH": False,
+                    "FAST_TANH": label == "cap, fast tanh",
                 },
                 **{"D": width, "COLS": columns, "M": blocks.M, "N": blocks.N},
                 **({} if documents else {"documents": None}),
