@@ -17,8 +17,8 @@ from tests.training import tiny_recipe
 
 
 def main() -> None:
-    # Tearing down what sharded runs leave behind ends one process in ten with SIGABRT (torch and
-    # gloo): nothing is torn down between runs, nor at the end.
+    # One process in ten ended with SIGABRT. Tearing down what sharded runs leave behind (torch and
+    # gloo) seems to be the cause: nothing is torn down between runs, nor at the end.
     gc.disable()
     folder = Path(sys.argv[1])
     state = PartialState(cpu=True)

@@ -76,7 +76,7 @@ def _launch(folder: Path, processes: int, settings: list[dict[str, str]]) -> Non
     new = [Path(item["output"]) for item in settings if not Path(item["output"]).exists()]
     finished = subprocess.run(command, env={**os.environ, **variables}, check=False, **options)
     if "SIGABRT" in finished.stderr and len(new) == len(settings):
-        # gloo itself, not a run, ends a process so at times: once more, from the beginning.
+        # gloo itself, not a run, seems to end a process so at times: once more, from the beginning.
         for output in new:
             shutil.rmtree(output, ignore_errors=True)
         finished = subprocess.run(command, env={**os.environ, **variables}, check=False, **options)

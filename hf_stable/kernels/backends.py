@@ -1,4 +1,4 @@
-"""What computes attention and the head's loss where nobody says: the fastest that can do the model.
+"""What computes attention and the head's loss where nobody says, by what there is to compute.
 
 Nothing here imports Triton, so that a machine without it is told what it gets instead.
 """
@@ -14,7 +14,7 @@ from . import BACKEND, MAX_HEAD_DIM
 
 
 def default_attention(config: StableGPTConfig, device: torch.device, *, packed: bool) -> str:
-    """Name of the fastest attention backend that computes `config` on `device`.
+    """Name of the attention backend for `config` on `device`, by what it has to compute.
 
     Args:
         packed: whether sequences hold documents that must not attend to each other.

@@ -41,7 +41,7 @@ def tanh(x):
 
     x * P(x^2) / Q(x^2), fitted to tanh on [0, 8] for the smallest largest relative error; beyond 8
     tanh is 1 up to 2.3e-7. By exp and a division it would be two special functions a score, of
-    which attention can afford one besides its own exp.
+    which attention can afford one besides its own exp, by arithmetic: it was not timed.
     """
     # A GPU's min and max drop NaN, and a broken query would look like a uniform row.
     x = tl.maximum(x, -8.0, propagate_nan=tl.PropagateNan.ALL)

@@ -24,12 +24,12 @@ from transformers.utils import TransformersKwargs
 
 from .configuration_stable_gpt import StableGPTConfig
 from .functional_stable_gpt import attention_forward, rotate, squared_relu
+from .sigma_stable_gpt import StableGPTSigmaLinear
 from .slots_stable_gpt import (
     StableGPTHeadNorm,
     StableGPTLayerScale,
     StableGPTLinear,
     StableGPTNorm,
-    StableGPTSigmaLinear,
 )
 
 # score: q, k, v and what happens before V -----------------------------------------------------

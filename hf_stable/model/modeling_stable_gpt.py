@@ -29,6 +29,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .blocks_stable_gpt import StableGPTAttention, StableGPTDecoderLayer, norm_slot
 from .configuration_stable_gpt import StableGPTConfig
+from .sigma_stable_gpt import StableGPTSigmaLinear, init_sigma, power_iterate
 from .slots_stable_gpt import (
     StableGPTEmbedding,
     StableGPTHead,
@@ -36,11 +37,8 @@ from .slots_stable_gpt import (
     StableGPTLinear,
     StableGPTNorm,
     StableGPTRotaryEmbedding,
-    StableGPTSigmaLinear,
     embedding_std,
     init_matrix,
-    init_sigma,
-    power_iterate,
 )
 
 
@@ -55,25 +53,6 @@ class StableGPTCausalLMOutput(CausalLMOutputWithPast):
 
     ce_loss: torch.Tensor | None = None
     z_loss: torch.Tensor | None = None
-
-
-# Bytes of weights that one batched power step copies side by side. On a GPU as many as 24 blocks of
-# width 1,024 need for a few launches instead of hundreds; nothing else is alive when a forward pass
-# begins. A CPU has no launches to save, and the copy makes a step 2 to 6 times slower there.
-STACK_BYTES = {"cpu": 0, "cuda": 2**29}
-
-
-def _power_iterate_batched(linears: list[StableGPTSigmaLinear], steps: int) -> None:
-    """Power iterations of any layers: those of one shape together, within STACK_BYTES."""
-    kinds: dict[Any, list[StableGPTSigmaLinear]] = {}
-    for linear in linears:
-        kind = (linear.weight.shape, linear.weight.dtype, linear.weight.device)
-        kinds.setdefault(kind, []).append(linear)
-    for (shape, dtype, device), alike in kinds.items():
-        nbytes = shape.numel() * torch.promote_types(dtype, torch.float32).itemsize
-        count = max(1, STACK_BYTES.get(device.type, STACK_BYTES["cuda"]) // nbytes)
-        for start in range(0, len(alike), count):
-            power_iterate(alike[start : start + count], steps)
 
 
 class StableGPTPreTrainedModel(PreTrainedModel):
@@ -161,11 +140,11 @@ class StableGPTPreTrainedModel(PreTrainedModel):
         """One power step for every training layer whose weight has changed."""
         if self.training:
             linears = (linear for _, linear in self._sigma_linears() if linear.training)
-            _power_iterate_batched([linear for linear in linears if linear.notice_change()], 1)
+            power_iterate([linear for linear in linears if linear.notice_change()], 1)
 
     def power_iterate(self, steps: int) -> None:
         """Advance the singular vectors of every sigma-Reparam layer by `steps` power iterations."""
-        _power_iterate_batched([linear for _, linear in self._sigma_linears()], steps)
+        power_iterate([linear for _, linear in self._sigma_linears()], steps)
 
     def fold_sigma_reparam(self) -> "StableGPTPreTrainedModel":
         """Replace every sigma-Reparam layer, in place, by the plain linear layer that it equals."""

@@ -15,21 +15,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers import initialization as init
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
 from .configuration_stable_gpt import StableGPTConfig
-from .functional_stable_gpt import (
-    power_iteration,
-    scale_gradient,
-    softcap,
-    spectral_norm,
-    statistics_dtype,
-    top_singular_vectors,
-)
+from .functional_stable_gpt import scale_gradient, softcap, statistics_dtype
 from .loss_stable_gpt import LINEAR_CROSS_ENTROPY_FUNCTIONS, linear_cross_entropy
 
 # Standard deviation of a standard normal truncated at two sigma.
@@ -113,104 +103,6 @@ class StableGPTLinear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, init_scale: float = 1.0) -> None:
         super().__init__(in_features, out_features, bias=False)
         self.init_scale = init_scale
-
-
-# Optimizer steps taken on each weight that sigma-Reparam follows. In-place updates of a plain
-# tensor also count in its `_version`, but fused optimizers and sharded tensors do not move that.
-_optimizer_steps = WeakIdKeyDictionary()
-
-
-def _count_optimizer_steps(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter in _optimizer_steps:
-                _optimizer_steps[parameter] += 1
-
-
-register_optimizer_step_post_hook(_count_optimizer_steps)
-
-
-class StableGPTSigmaLinear(StableGPTLinear):
-    """sigma-Reparam: y = gain / sigma(W) * W x (Zhai et al. 2023, section 3.2).
-
-    sigma(W) = u^T W v has a gradient in W; `u` and `v` are buffers that advance by one power step
-    whenever training goes on with a changed weight, and stand still otherwise.
-    """
-
-    def __init__(self, in_features: int, out_features: int, init_scale: float = 1.0) -> None:
-        super().__init__(in_features, out_features, init_scale)
-        self.gain = nn.Parameter(torch.empty(1))
-        self.u = nn.Buffer(torch.empty(out_features))
-        self.v = nn.Buffer(torch.empty(in_features))
-        self.seen_age: tuple[int, int] | None = None
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(hidden_states, self.effective_weight())
-
-    def effective_weight(self) -> torch.Tensor:
-        """gain / sigma(W) * W, (out, in), in the weight's dtype; sigma in at least fp32."""
-        wide = statistics_dtype(self.weight)
-        with torch.autocast(self.weight.device.type, enabled=False):
-            sigma = spectral_norm(self.weight.to(wide), self.u.to(wide), self.v.to(wide))
-            return self.weight * (self.gain.to(wide) / sigma).to(self.weight.dtype)
-
-    def notice_change(self) -> bool:
-        """Whether the weight changed since the last call.
-
-        That is once an optimizer step, whoever owns the loop, by a torch optimizer or by hand;
-        neither accumulation nor checkpointing repeats it. Only writes through `weight.data` cannot
-        be seen: whoever updates so must call the model's `power_iterate(1)`.
-        """
-        _optimizer_steps.setdefault(self.weight, 0)
-        age = (self.weight._version, _optimizer_steps[self.weight])
-        changed, self.seen_age = age != self.seen_age, age
-        return changed
-
-    @torch.no_grad()
-    def fold(self) -> nn.Linear:
-        """The same map as a plain linear layer."""
-        weight = self.effective_weight()
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
-        return linear.train(self.training)
-
-
-def _side_by_side(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Tensors of one shape as one with a leading axis; a single one is not copied."""
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _power_step(
-    weight: torch.Tensor, u: torch.Tensor, v: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    # Whole vectors in and out of every step: a v of partial sums would make the next one gather W.
-    if isinstance(weight, DTensor):
-        u, v = (DTensor.from_local(each, weight.device_mesh, run_check=False) for each in (u, v))
-    u, v = power_iteration(weight, u, v)
-    return _whole(u), _whole(v)
-
-
-@torch.no_grad()
-def power_iterate(linears: list[StableGPTSigmaLinear], steps: int) -> None:
-    """Advance `u` and `v` of layers of one shape and dtype by `steps` power iterations, together.
-
-    Collective for sharded weights, which stay where they are: only vectors travel.
-    """
-    weight = _side_by_side([linear.weight for linear in linears])
-    weight = weight.to(statistics_dtype(weight))
-    u, v = (
-        _side_by_side(vectors).to(weight.dtype)
-        for vectors in ([linear.u for linear in linears], [linear.v for linear in linears])
-    )
-    with torch.autocast(weight.device.type, enabled=False):
-        for _ in range(steps):
-            u, v = _power_step(weight, u, v)
-    torch._foreach_copy_([linear.u for linear in linears], list(u.unbind()))
-    torch._foreach_copy_([linear.v for linear in linears], list(v.unbind()))
 
 
 # score: q, k, v before their product ----------------------------------------------------------
@@ -335,14 +227,3 @@ def init_matrix(config: StableGPTConfig, linear: StableGPTLinear) -> None:
         # muP wants variances of 1 / fan_in; the other initializers have them at any width.
         std = config.initializer_range * math.sqrt(config.learning_rate_multiplier)
     init.normal_(linear.weight, std=std * linear.init_scale)
-
-
-@torch.no_grad()
-def init_sigma(config: StableGPTConfig, linear: StableGPTSigmaLinear) -> None:
-    if linear.weight.is_meta:
-        return
-    u, v = top_singular_vectors(linear.weight)
-    sigma = spectral_norm(linear.weight, u, v).item()
-    init.copy_(linear.u, u)
-    init.copy_(linear.v, v)
-    init.constant_(linear.gain, sigma if config.sigma_gain_init == "spectral" else 1.0)

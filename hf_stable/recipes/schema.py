@@ -169,9 +169,9 @@ class TrainingRecipe:
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """Compile each block with torch.compile(fullgraph=True): slow to start, fast to run."""
+    """Compile each block with torch.compile(fullgraph=True): slow to start."""
     attn_implementation: str | None = None
-    """Attention backend; null takes the fastest one that supports the model here."""
+    """Attention backend; null takes one that supports the model here."""
     log_every: PositiveCount = 10
     """Steps between log lines."""
     evaluate_every: Count = 100

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that is measured on one GPU, by one command, in under ten minutes:
+# Everything that is measured on one GPU, by one command, built to end within ten minutes (never run
+# on a GPU yet):
 #     scripts/bench/gpu.sh [FOLDER]          results, in scripts/bench/results by default
 #     MINUTES=30 scripts/bench/gpu.sh        with time for every row of the training step
 #     scripts/bench/gpu.sh --dry [FOLDER]    a rehearsal on tiny shapes, without a GPU too

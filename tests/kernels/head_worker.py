@@ -65,7 +65,8 @@ def main() -> None:
     if dist.get_rank() == 0:
         print(json.dumps(found), flush=True)
     dist.barrier()
-    # gloo's threads, torn down with the interpreter, end about one process in ten with SIGABRT.
+    # About one process in ten ended with SIGABRT: gloo's threads, torn down with the interpreter,
+    # seem to be the cause.
     os._exit(0)
 
 

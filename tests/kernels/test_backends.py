@@ -1,4 +1,4 @@
-"""Which backend a model gets: the fastest that can do it, and never one that refuses it."""
+"""Which backend a model gets: by what there is to compute, and never one that refuses it."""
 
 import importlib.machinery
 import importlib.util
@@ -56,7 +56,7 @@ def _triton(monkeypatch: pytest.MonkeyPatch, present: bool) -> None:
 
 
 @pytest.mark.parametrize(("fields", "device", "packed", "triton", "name"), CASES)
-def test_the_fastest_that_can(fields, device, packed, triton, name, monkeypatch) -> None:
+def test_the_work_chooses_the_backend(fields, device, packed, triton, name, monkeypatch) -> None:
     _triton(monkeypatch, triton)
     assert backends.default_attention(_config(fields), device, packed=packed) == name
 

@@ -81,7 +81,7 @@ def test_a_bf16_training_step_equals_eager_up_to_rounding(preset: str, compiled:
     assert abs(losses[0] - losses[1]) < 1e-2
 
 
-def test_what_trains_by_default_is_what_the_device_does_fastest() -> None:
+def test_a_capped_model_trains_by_our_kernel_by_default() -> None:
     capped = StableGPTConfig.from_preset("soft_cap")
     chosen = default_attention(capped, torch.device("cuda"), packed=False)
-    assert "stable_triton" in str(chosen)
+    assert chosen == "stable_triton"

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_stable.model import modeling_stable_gpt as modeling
+from hf_stable.model import StableGPTPreTrainedModel
+from hf_stable.model import sigma_stable_gpt as sigma
 from hf_stable.model.functional_stable_gpt import power_iteration
-from hf_stable.model.slots_stable_gpt import StableGPTSigmaLinear
+from hf_stable.model.sigma_stable_gpt import StableGPTSigmaLinear
 
 from ..techniques import build, relative_error, tokens
 
@@ -22,7 +23,7 @@ TOGETHER, ONE_BY_ONE = 2**29, 0
 SHAPES = {"num_attention_heads": 4, "num_key_value_heads": 1, "intermediate_size": 80}
 
 
-def _linears(model: modeling.StableGPTPreTrainedModel) -> list[StableGPTSigmaLinear]:
+def _linears(model: StableGPTPreTrainedModel) -> list[StableGPTSigmaLinear]:
     return [linear for _, linear in model._sigma_linears()]
 
 
@@ -37,7 +38,7 @@ def _textbook(linear: StableGPTSigmaLinear, steps: int) -> tuple[torch.Tensor, t
     return u, v
 
 
-def _perturbed(layers: int = 3) -> modeling.StableGPTPreTrainedModel:
+def _perturbed(layers: int = 3) -> StableGPTPreTrainedModel:
     """A model whose vectors are far from those of its weights, on mixed shapes."""
     model = build(sigma_reparam=True, num_hidden_layers=layers, **SHAPES).train()
     generator = torch.Generator().manual_seed(1)
@@ -51,7 +52,7 @@ def _perturbed(layers: int = 3) -> modeling.StableGPTPreTrainedModel:
 @pytest.mark.parametrize("budget", [TOGETHER, ONE_BY_ONE, 2 * 8 * 32 * 48])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_together_is_one_by_one(monkeypatch, budget: int, steps: int) -> None:
-    monkeypatch.setitem(modeling.STACK_BYTES, "cpu", budget)
+    monkeypatch.setitem(sigma.STACK_BYTES, "cpu", budget)
     model = _perturbed()
     expected = [_textbook(linear, steps) for linear in _linears(model)]
     assert len({linear.weight.shape for linear in _linears(model)}) == 4
@@ -62,7 +63,7 @@ def test_together_is_one_by_one(monkeypatch, budget: int, steps: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_vectors_of_low_precision_are_those_of_float64_up_to_rounding(monkeypatch, dtype) -> None:
-    monkeypatch.setitem(modeling.STACK_BYTES, "cpu", TOGETHER)
+    monkeypatch.setitem(sigma.STACK_BYTES, "cpu", TOGETHER)
     model = _perturbed().to(dtype)
     exact = _perturbed().to(dtype).double()
     for each in (model, exact):
@@ -75,7 +76,7 @@ def test_vectors_of_low_precision_are_those_of_float64_up_to_rounding(monkeypatc
 
 @pytest.mark.parametrize("budget", [TOGETHER, ONE_BY_ONE], ids=["together", "one by one"])
 def test_only_layers_that_are_due_advance(monkeypatch, budget: int) -> None:
-    monkeypatch.setitem(modeling.STACK_BYTES, "cpu", budget)
+    monkeypatch.setitem(sigma.STACK_BYTES, "cpu", budget)
     model = _perturbed()
     model(tokens())
     changed, evaluating, *others = _linears(model)
@@ -92,7 +93,7 @@ def test_only_layers_that_are_due_advance(monkeypatch, budget: int) -> None:
 
 
 def test_a_frozen_layer_stands_still_while_others_follow(monkeypatch) -> None:
-    monkeypatch.setitem(modeling.STACK_BYTES, "cpu", TOGETHER)
+    monkeypatch.setitem(sigma.STACK_BYTES, "cpu", TOGETHER)
     model = _perturbed()
     frozen, *others = _linears(model)
     frozen.weight.requires_grad_(False)
@@ -122,7 +123,7 @@ class _CountOperations(TorchDispatchMode):
 def test_launches_do_not_grow_with_depth(monkeypatch) -> None:
     calls = {}
     for budget, name in ((TOGETHER, "together"), (ONE_BY_ONE, "one by one")):
-        monkeypatch.setitem(modeling.STACK_BYTES, "cpu", budget)
+        monkeypatch.setitem(sigma.STACK_BYTES, "cpu", budget)
         for layers in (2, 6):
             model = build(sigma_reparam=True, num_hidden_layers=layers).train()
             with torch.no_grad(), _CountOperations() as mode:
@@ -136,12 +137,12 @@ def test_launches_do_not_grow_with_depth(monkeypatch) -> None:
 def test_the_budget_bounds_what_is_copied(monkeypatch) -> None:
     sizes = []
     monkeypatch.setattr(
-        modeling, "power_iterate", lambda linears, steps: sizes.append(len(linears))
+        sigma, "_power_iterate_alike", lambda linears, steps: sizes.append(len(linears))
     )
     nbytes = 32 * 48 * 8
-    monkeypatch.setitem(modeling.STACK_BYTES, "cpu", 3 * nbytes + 1)
+    monkeypatch.setitem(sigma.STACK_BYTES, "cpu", 3 * nbytes + 1)
     linears = [StableGPTSigmaLinear(48, 32).double() for _ in range(8)]
-    modeling._power_iterate_batched(linears, 1)
+    sigma.power_iterate(linears, 1)
     assert sizes == [3, 3, 2]
 
 
@@ -161,7 +162,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from hf_stable.model import modeling_stable_gpt as modeling
+from hf_stable.model import sigma_stable_gpt as sigma
 from tests.model.test_power_iterations import _linears, _perturbed
 
 class Traffic(TorchDispatchMode):
@@ -175,7 +176,7 @@ class Traffic(TorchDispatchMode):
 
 dist.init_process_group("gloo")
 for budget in (0, 2**29):
-    modeling.STACK_BYTES["cpu"] = budget
+    sigma.STACK_BYTES["cpu"] = budget
     whole, sharded = _perturbed(), _perturbed()
     mesh = init_device_mesh("cpu", (2,))
     for layer in sharded.model.layers:
@@ -193,7 +194,7 @@ for budget in (0, 2**29):
     dist.all_gather(both, vectors)
     assert torch.equal(*both), "the processes disagree"
 dist.barrier()
-os._exit(0)  # gloo's threads now and then abort the interpreter's own end
+os._exit(0)  # gloo's threads seem to abort the interpreter's own end now and then
 """
 
 
