@@ -28,7 +28,7 @@ python=${PYTHON:-.venv/bin/python}
 if ! command -v "$python" >/dev/null; then python=python3; fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 export COLUMNS=${COLUMNS:-150}
-limit=$((60 * ${MINUTES:-10} - 15))
+limit=$((60 * ${MINUTES:-10} - 75))
 failed=()
 
 # begin NAME SECONDS COMMAND...: in the background, stopped after SECONDS, output kept.
