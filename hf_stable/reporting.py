@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .records import RunRecord
+from .telemetry.names import Numbers, pack, scalars
 
 # Dense bf16 peaks in FLOP/s, from NVIDIA's data sheets; MFU is given only where the peak is known.
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
@@ -106,6 +107,13 @@ class Reporter:
             print(f"step {step}  {text}", file=sys.stderr, flush=True)
         else:
             self._bar.update(self._task, completed=step, description=text)
+
+    def telemetry(self, step: int, numbers: Numbers) -> None:
+        """Report what was seen in every layer; trackers get the extremes of numbers by head."""
+        if self._record is None:
+            return
+        self._record.append("telemetry", step, **pack(numbers))
+        self._accelerator.log(scalars(numbers), step=step)
 
     def event(self, kind: str, step: int, text: str, **fields: Any) -> None:
         """Report anything else in one line for people and one for the record."""

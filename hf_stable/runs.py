@@ -25,6 +25,7 @@ from .kernels.backends import (
 from .model import StableGPTConfig, StableGPTForCausalLM
 from .recipes import Recipe, to_dict
 from .reporting import Reporter, Throughput, describe_device
+from .telemetry import Watcher, watch
 
 # Keys of a recipe that change no number of a run, so that a run may go on with other values.
 _FREE_KEYS = {
@@ -41,6 +42,8 @@ _FREE_KEYS = {
     "training.keep_checkpoints",
     "training.trackers",
     "training.threads",
+    "telemetry.every",
+    "telemetry.bounds_every",
 }
 
 
@@ -73,6 +76,17 @@ class Run:
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
             num_workers=self.recipe.data.num_workers,
+        )
+
+    def watch(self) -> Watcher:
+        """What looks at the model while it trains."""
+        settings = self.recipe.telemetry
+        return watch(
+            self.model,
+            self.optimizer,
+            every=settings.every,
+            bounds_every=settings.bounds_every,
+            first_step=self.first_step,
         )
 
     def throughput(self) -> Throughput:

@@ -60,30 +60,34 @@ def _loop(run: Run) -> float:
     microbatches = iter(run.loader(run.first_step, total_steps - run.first_step))
     throughput = run.throughput()
     perplexity, non_finite = None, 0
-    for step in range(run.first_step, total_steps):
-        done, factor = step + 1, run.learning_rate_factor(step)
-        optim.set_learning_rate(run.optimizer, factor)
-        loss, z_loss = _accumulate(run, microbatches, micro_steps)
-        norm = parallel.clip_gradients(run.model, run.recipe.optimizer.max_grad_norm)
-        loss, z_loss, norm = (value.item() for value in (loss, z_loss, norm))
-        if math.isfinite(loss) and math.isfinite(norm):
-            run.optimizer.step()
-            non_finite = 0
-        else:
-            non_finite += 1
-            _refuse(run, done, loss, norm, non_finite)
-        run.optimizer.zero_grad(set_to_none=True)
-        throughput.step()
-        if done % settings.log_every == 0 or done == total_steps:
-            rate = run.recipe.optimizer.learning_rate * factor
-            metrics = {"loss": loss, "z_loss": z_loss, "learning_rate": rate, "grad_norm": norm}
-            run.reporter.train(done, {**metrics, **throughput.read()})
-        if _is_due(done, settings.evaluate_every, total_steps):
-            perplexity = _validate(run, done)
-            throughput.restart()
-        if _is_due(done, settings.checkpoint_every, total_steps):
-            _checkpoint(run, done)
-            throughput.restart()
+    with run.watch() as watcher:
+        for step in range(run.first_step, total_steps):
+            done, factor = step + 1, run.learning_rate_factor(step)
+            optim.set_learning_rate(run.optimizer, factor)
+            loss, z_loss = _accumulate(run, microbatches, micro_steps)
+            watcher.gradients()
+            norm = parallel.clip_gradients(run.model, run.recipe.optimizer.max_grad_norm)
+            loss, z_loss, norm = (value.item() for value in (loss, z_loss, norm))
+            if math.isfinite(loss) and math.isfinite(norm):
+                run.optimizer.step()
+                non_finite = 0
+            else:
+                non_finite += 1
+                _refuse(run, done, loss, norm, non_finite)
+            if (telemetry := watcher.end_step()) is not None:
+                run.reporter.telemetry(done, telemetry)
+            run.optimizer.zero_grad(set_to_none=True)
+            throughput.step()
+            if done % settings.log_every == 0 or done == total_steps:
+                rate = run.recipe.optimizer.learning_rate * factor
+                metrics = {"loss": loss, "z_loss": z_loss, "learning_rate": rate, "grad_norm": norm}
+                run.reporter.train(done, {**metrics, **throughput.read()})
+            if _is_due(done, settings.evaluate_every, total_steps):
+                perplexity = _validate(run, done)
+                throughput.restart()
+            if _is_due(done, settings.checkpoint_every, total_steps):
+                _checkpoint(run, done)
+                throughput.restart()
     return _validate(run, total_steps) if perplexity is None else perplexity
 
 
@@ -118,8 +122,10 @@ def _refuse(run: Run, done: int, loss: float, norm: float, in_a_row: int) -> Non
     text = f"update refused: loss {loss}, gradient norm {norm}; the weights are as before"
     run.reporter.event("non_finite", done, text, loss=loss, grad_norm=norm)
     if in_a_row >= MAX_NON_FINITE_STEPS:
+        text = f"no finite loss and gradient in {in_a_row} steps"
+        run.reporter.event("diverged", done, text)
         raise DivergedError(
-            f"{run.recipe.name}: no finite loss and gradient in {in_a_row} steps, up to {done}. "
+            f"{run.recipe.name}: {text}, up to {done}. "
             f"The records are in {run.folder}. Lower optimizer.learning_rate, lengthen "
             "schedule.warmup, or add a technique, such as model.preset=qk_norm."
         )

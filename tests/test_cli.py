@@ -31,6 +31,8 @@ SURFACE = {
     },
     "generate": {"MODEL", "--prompt", "--max-new-tokens", "--temperature", "--top-k", "--seed"},
     "export": {"RUN", "--output"},
+    "watch": {"RUN", "--refresh", "--once", "--html"},
+    "diagnose": {"RUN", "--json"},
     "sample-text": {"--output"},
 }
 
@@ -111,7 +113,7 @@ def test_each_failure_has_its_exit_code_and_one_line(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert len(captured.err.splitlines()) == 1
-    words = {KeyboardInterrupt: "interrupted; ", FileExistsError: "error: x: File exists"}
+    words = {KeyboardInterrupt: "interrupted", FileExistsError: "error: x: File exists"}
     assert captured.err.startswith(words.get(type(raised), f"error: {raised}"))
 
 

@@ -27,9 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "interrupted; a train command given again goes on from its newest checkpoint",
-            file=sys.stderr,
-        )
+        more = "; the same command goes on from the newest checkpoint"
+        print("interrupted" + (more if parsed.subcommand == "train" else ""), file=sys.stderr)
         return 130
     return 0

@@ -189,6 +189,38 @@ def _export(arguments: Namespace) -> None:
         print(f'  {auto}.from_pretrained("{folder}", trust_remote_code=True)')
 
 
+def _watch(arguments: Namespace) -> None:
+    folders = [Path(run) for run in arguments.runs]
+    if arguments.html is not None:
+        from hf_stable.telemetry.reading.history import read_history
+        from hf_stable.telemetry.reading.page import write_page
+
+        write_page([read_history(folder) for folder in folders], Path(arguments.html))
+        print(f"written to {arguments.html}; open it in a browser")
+        return
+    from rich.console import Console
+
+    from hf_stable.telemetry.reading.terminal import watch_runs
+
+    console = Console()
+    once = arguments.once or not console.is_terminal
+    watch_runs(folders, console, arguments.refresh, once)
+
+
+def _diagnose(arguments: Namespace) -> None:
+    from rich.console import Console
+
+    from hf_stable.records import write_json
+    from hf_stable.telemetry.reading.diagnosis import diagnose
+    from hf_stable.telemetry.reading.history import read_history
+    from hf_stable.telemetry.reading.terminal import print_diagnosis
+
+    diagnosis = diagnose(read_history(Path(arguments.run)))
+    print_diagnosis(diagnosis, Console())
+    if arguments.json is not None:
+        write_json(Path(arguments.json), diagnosis.to_dict())
+
+
 def _sample_text(arguments: Namespace) -> None:
     from hf_stable.data import write_sample_text
 
@@ -204,5 +236,7 @@ COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "evaluate": _evaluate,
     "generate": _generate,
     "export": _export,
+    "watch": _watch,
+    "diagnose": _diagnose,
     "sample-text": _sample_text,
 }

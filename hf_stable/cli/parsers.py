@@ -4,7 +4,7 @@ from argparse import RawDescriptionHelpFormatter
 from typing import Literal
 
 from jsonargparse import ArgumentParser
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 _DESCRIPTION = """\
 Stable language model pre-training on the HuggingFace stack.
@@ -176,6 +176,36 @@ def _export_parser() -> ArgumentParser:
     return parser
 
 
+def _watch_parser() -> ArgumentParser:
+    parser = _parser(
+        "Look at runs, also while they train: loss, the layers nearest to trouble, and alarms."
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "--refresh",
+        type=PositiveFloat,
+        default=2.0,
+        metavar="SECONDS",
+        help="how often to look again, until every run has ended",
+    )
+    parser.add_argument(
+        "--once", action="store_true", help="look once; so it does where output is no terminal"
+    )
+    parser.add_argument(
+        "--html", metavar="FILE", help="write one page with all figures instead, and stop"
+    )
+    return parser
+
+
+def _diagnose_parser() -> ArgumentParser:
+    parser = _parser(
+        "What came before a run's loss moved: first alarm, its layer, lead, and what answers it."
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    parser.add_argument("--json", metavar="FILE", help="write the findings as JSON too")
+    return parser
+
+
 def _sample_text_parser() -> ArgumentParser:
     parser = _parser("Write the quickstart's text: the King James Bible, from a Python package.")
     parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines file to write")
@@ -200,6 +230,8 @@ def build_parser(version: str) -> ArgumentParser:
         ("evaluate", _evaluate_parser()),
         ("generate", _generate_parser()),
         ("export", _export_parser()),
+        ("watch", _watch_parser()),
+        ("diagnose", _diagnose_parser()),
         ("sample-text", _sample_text_parser()),
     ):
         subcommands.add_subcommand(name, subparser, help=subparser.description)

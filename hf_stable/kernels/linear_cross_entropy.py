@@ -14,6 +14,7 @@ Names: i index, o offsets, m mask, p pointer, b block in registers. T tokens, V 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -249,6 +250,7 @@ def linear_cross_entropy(
     cap: float | None = None,
     z_loss: float = 0.0,
     chunk_bytes: int | None = None,
+    around: Callable[[plain.RowFunction], plain.RowFunction] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`loss_stable_gpt.linear_cross_entropy` with the row kernel: same laws, less memory.
 
@@ -262,6 +264,7 @@ def linear_cross_entropy(
         chunk_bytes: bytes of one chunk of logits, in the dtype of the GEMMs; None is
             `CHUNK_BYTES` of CUDA: at vocabulary 256,000 that is 4096 rows of bf16, whose GEMMs, not
             the fp32 weight gradient that every chunk reads and writes, take the time.
+        around: what may look at each chunk: it is given the row function and returns another.
 
     Returns:
         loss (differentiable), its cross entropy and its z-loss (both not), 0-d fp32.
@@ -270,7 +273,7 @@ def linear_cross_entropy(
     if hidden.dtype == torch.float64:
         return plain.linear_cross_entropy(
             hidden, weight, labels,
-            num_items=num_items, cap=cap, z_loss=z_loss, chunk_bytes=chunk_bytes,
+            num_items=num_items, cap=cap, z_loss=z_loss, chunk_bytes=chunk_bytes, around=around,
         )  # fmt: skip
     budget = chunk_bytes or plain.CHUNK_BYTES["cuda"]
     rows = budget // (plain.gemm_dtype(hidden).itemsize * weight.shape[0])
@@ -279,5 +282,5 @@ def linear_cross_entropy(
     return plain.chunked_linear_cross_entropy(
         hidden, weight, labels.contiguous(),
         num_items=num_items, cap=cap, z_loss=z_loss, rows=max(rows, 1),
-        row_function=cross_entropy_rows,
+        row_function=cross_entropy_rows if around is None else around(cross_entropy_rows),
     )  # fmt: skip

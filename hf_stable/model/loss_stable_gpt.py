@@ -197,6 +197,7 @@ def linear_cross_entropy(
     cap: float | None = None,
     z_loss: float = 0.0,
     chunk_bytes: int | None = None,
+    around: Callable[[RowFunction], RowFunction] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cross entropy of `softcap(hidden @ weight.T)` plus `z_loss * log^2 Z`, never holding (T, V).
 
@@ -212,6 +213,7 @@ def linear_cross_entropy(
         z_loss: coefficient; 0.0 is off.
         chunk_bytes: bytes of one chunk of fp32 logits; None is `CHUNK_BYTES` of the device, and at
             least `CHUNK_ROWS` tokens.
+        around: what may look at each chunk: it is given the row function and returns another.
 
     Returns:
         loss (differentiable), its cross entropy and its z-loss (both not), 0-d, loss = CE + z-loss.
@@ -227,7 +229,7 @@ def linear_cross_entropy(
         cap=cap,
         z_loss=z_loss,
         rows=rows,
-        row_function=cross_entropy_rows,
+        row_function=cross_entropy_rows if around is None else around(cross_entropy_rows),
     )
 
 

@@ -203,6 +203,16 @@ class TrainingRecipe:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class TelemetryRecipe:
+    """What training looks at in every layer; `hf-stable watch` and `diagnose` show it."""
+
+    every: Count = 100
+    """Steps between looks, of which the first step is one; 0 never looks."""
+    bounds_every: Count = 10
+    """Looks between spectral norms and bounds on gradients; 0 leaves them out."""
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Recipe:
     """One training run."""
 
@@ -224,6 +234,8 @@ class Recipe:
     """The update."""
     schedule: ScheduleRecipe = Field(default_factory=ScheduleRecipe)
     """The learning rate over time."""
+    telemetry: TelemetryRecipe = Field(default_factory=TelemetryRecipe)
+    """What is looked at meanwhile."""
 
     def __post_init__(self) -> None:
         if not self.output:

@@ -1,0 +1,123 @@
+"""Telemetry under `transformers.Trainer`: the same records, in the trainer's output folder."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_stable import records
+
+from .names import pack, scalars
+from .watching import Watcher, watch
+
+
+class WatchCallback(TrainerCallback):
+    """Watch a `Trainer`'s model and write `run.json` and `metrics.jsonl`, as our own loop does.
+
+        trainer.add_callback(WatchCallback(trainer, every=100))
+
+    `hf-stable watch` and `hf-stable diagnose` read the folder. Gradients are looked at as they are
+    when the optimizer steps, which is after the trainer's clipping.
+
+    Args:
+        trainer: given, the numbers also go to its log and trackers.
+        every, bounds_every: see `watch`.
+        folder: where the records go; the trainer's output folder unless given.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer | None = None,
+        *,
+        every: int = 100,
+        bounds_every: int = 10,
+        folder: Path | None = None,
+    ) -> None:
+        self._trainer = trainer
+        self._every, self._bounds_every = every, bounds_every
+        self._folder = folder
+        self._watcher: Watcher | None = None
+        self._record: records.RunRecord | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Begin to watch."""
+        model = kwargs["model"]
+        self._watcher = watch(
+            model,
+            kwargs["optimizer"],
+            every=self._every,
+            bounds_every=self._bounds_every,
+            first_step=state.global_step,
+        )
+        self._watcher.__enter__()
+        if state.is_world_process_zero:
+            folder = self._folder or Path(str(args.output_dir))
+            self._record = records.RunRecord(folder)
+            self._record.write_run(_describe(folder, model, state))
+            event = "resumed" if state.global_step else "started"
+            self._record.append(event, state.global_step)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Record a sampled step."""
+        numbers = None if self._watcher is None else self._watcher.end_step()
+        if numbers is None:
+            return
+        if self._record is not None:
+            self._record.append("telemetry", state.global_step, **pack(numbers))
+        if self._trainer is not None:
+            self._trainer.log(scalars(numbers))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Record losses, learning rate and gradient norm."""
+        if self._record is None or logs is None:
+            return
+        if "loss" in logs:
+            names = ("loss", "grad_norm", "learning_rate")
+            row = {name: float(logs[name]) for name in names if name in logs}
+            self._record.append("train", state.global_step, **row)
+        if "eval_loss" in logs:
+            self._record.append("validation", state.global_step, loss=float(logs["eval_loss"]))
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Leave the model as it was."""
+        if self._watcher is not None:
+            self._watcher.__exit__(None, None, None)
+        if self._record is not None:
+            self._record.append("finished", state.global_step)
+            self._record.close()
+        self._watcher = self._record = None
+
+
+def _describe(folder: Path, model: Any, state: TrainerState) -> dict[str, Any]:
+    """What run.json says of a run that has no recipe."""
+    return {
+        "recipe": {"name": folder.name, "training": {"steps": state.max_steps}},
+        "model_config": model.config.to_dict(),
+        "parameters": model.num_parameters(),
+        "versions": records.versions(),
+    }

@@ -1,0 +1,118 @@
+"""Hooks of a sampled step: they hand what passes a module to the operators of `observe`.
+
+What an operator adds to is a plain attribute of the module, and one function hooks all modules of a
+kind: a closure each would give every block a graph of its own under `torch.compile`. What runs
+while a module is not training, such as a validation, is not looked at.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .attention import ROWS
+from .gauges import Gauges
+from .observe import ObserveGradient, keep_first, observe, observe_heads, observe_spread
+from .sites import Layer
+
+Undo = Callable[[], None]
+
+
+def _attributes(module: nn.Module, **values: Any) -> Undo:
+    """Give a module attributes for a while. Tensors among them are neither saved nor moved."""
+    vars(module).update(values)
+
+    def undo() -> None:
+        for name in values:
+            del vars(module)[name]
+
+    return undo
+
+
+def _observe_input(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+    if not module.training:
+        return None
+    observe(args[0], module.watched_input)
+    if not args[0].requires_grad:
+        return None
+    return ObserveGradient.apply(args[0], module.watched_input_grad), *args[1:]
+
+
+def _observe_output(module: Any, args: Any, output: torch.Tensor) -> None:
+    if module.training:
+        observe(output, module.watched_output)
+
+
+def _observe_stream(module: Any, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> None:
+    if not module.training:
+        return
+    stream = args[0] if args else kwargs["hidden_states"]
+    observe_spread(stream, module.watched_stream)
+    if module.watched_prefix is not None:
+        keep_first(stream, module.watched_prefix)
+
+
+def _observe_before_norm(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+    if not module.training:
+        return
+    heads, count = args[0], module.watched_heads.shape[1]
+    if (
+        heads.ndim == 3
+    ):  # (B, S, H * D); families that split first give (B, S, H, D) or (B, H, S, D)
+        heads = heads.unflatten(-1, (count, -1))
+    # In memory heads lie beside each other, wherever a view puts their axis.
+    if heads.shape[1] != count or heads.stride(1) > heads.stride(2):
+        heads = heads.transpose(1, 2)
+    observe_heads(heads, module.watched_heads)
+
+
+def hook_linear(module: nn.Module, place: str, gauges: Gauges) -> list[Undo]:
+    """Input, output and the input's gradient of a linear map."""
+    undo = _attributes(
+        module,
+        watched_input=gauges.sums(f"{place}/input", 2),
+        watched_input_grad=gauges.gradient_sums(f"{place}/input_grad", 2),
+    )
+    hook = module.register_forward_pre_hook(_observe_input)
+    return [undo, hook.remove, *hook_output(module, place, gauges)]
+
+
+def hook_output(module: nn.Module, place: str, gauges: Gauges) -> list[Undo]:
+    """The output of a module."""
+    undo = _attributes(module, watched_output=gauges.sums(f"{place}/output", 2))
+    return [undo, module.register_forward_hook(_observe_output).remove]
+
+
+def hook_stream(module: nn.Module, place: str, gauges: Gauges) -> list[Undo]:
+    """The residual stream that enters a module; its first tokens, if there is room for them."""
+    undo = _attributes(module, watched_stream=gauges.sums(place, 3), watched_prefix=None)
+    hook = module.register_forward_pre_hook(_observe_stream, with_kwargs=True)
+    return [undo, hook.remove]
+
+
+def hook_attention(layer: Layer, heads: int, key_heads: int, gauges: Gauges) -> list[Undo]:
+    """Gauges of an attention function (see `attention.watched_attention`), and q and k norms."""
+    module, place = layer.attention, f"{layer.place}.attention"
+    if module is None:
+        return []
+    undos = [
+        _attributes(
+            module,
+            watched_queries=gauges.sums(f"{place}/q", 2, heads),
+            watched_keys=gauges.sums(f"{place}/k", 2, key_heads),
+            watched_largest=gauges.maxima(f"{place}/largest", heads),
+            watched_rows=gauges.sums(f"{place}/rows", ROWS + 1, heads),
+        )
+    ]
+    if "attention_statistics" not in vars(module):  # where kernels leave what they saw
+        undos.append(_attributes(module, attention_statistics=None))
+    norms: dict[str, Any] = dict(module.named_children())
+    for name, count in (("q", heads), ("k", key_heads)):
+        norm = norms.get(f"{name}_norm")
+        if norm is None or isinstance(norm, nn.Identity):
+            continue
+        before = gauges.sums(f"{place}/{name}_before_norm", 2, count)
+        undos.append(_attributes(norm, watched_heads=before))
+        undos.append(norm.register_forward_pre_hook(_observe_before_norm).remove)
+    return undos

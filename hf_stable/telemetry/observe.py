@@ -1,0 +1,71 @@
+"""Looking at tensors without touching them: operators that add up what passes by.
+
+Each is opaque to `torch.compile`, so that a compiled block with them computes, in the same kernels,
+what it computes without them.
+
+Law of this file: nothing here changes a value or a gradient.
+"""
+
+from typing import Any
+
+import torch
+
+from hf_stable.model.functional_stable_gpt import statistics_dtype
+
+
+def squared_norm(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum of squares, 0-d float64; the sum itself is in at least fp32."""
+    return torch.linalg.vector_norm(tensor, dtype=statistics_dtype(tensor)).double().square()
+
+
+@torch.library.custom_op("hf_stable::observe", mutates_args={"sums"})
+def observe(tensor: torch.Tensor, sums: torch.Tensor) -> None:
+    """Add to `sums`, (2,) float64: the sum of squares and the number of elements."""
+    sums[0] += squared_norm(tensor.detach())
+    sums[1] += tensor.numel()
+
+
+@torch.library.custom_op("hf_stable::observe_spread", mutates_args={"sums"})
+def observe_spread(tensor: torch.Tensor, sums: torch.Tensor) -> None:
+    """Add to `sums`, (3,) float64: sum of squares, number of elements, and sum."""
+    tensor = tensor.detach()
+    sums[0] += squared_norm(tensor)
+    sums[1] += tensor.numel()
+    sums[2] += tensor.sum(dtype=statistics_dtype(tensor))
+
+
+@torch.library.custom_op("hf_stable::observe_heads", mutates_args={"sums"})
+def observe_heads(heads: torch.Tensor, sums: torch.Tensor) -> None:
+    """Add to `sums`, (2, H) float64: each head's sum of squares, and the number of tokens.
+
+    Args:
+        heads: (B, H, S, D).
+    """
+    heads = heads.detach()
+    norms = torch.linalg.vector_norm(heads, dim=(0, 2, 3), dtype=statistics_dtype(heads))
+    sums[0] += norms.double().square()
+    sums[1] += heads.shape[0] * heads.shape[2]
+
+
+@torch.library.custom_op("hf_stable::keep_first", mutates_args={"place"})
+def keep_first(tensor: torch.Tensor, place: torch.Tensor) -> None:
+    """Copy the first tokens of the first sequence of (B, S, C) into `place`, (1, n, C)."""
+    place.copy_(tensor.detach()[:1, : place.shape[1]])
+
+
+for _operator in (observe, observe_spread, observe_heads, keep_first):
+    _operator.register_fake(lambda tensor, place: None)
+
+
+class ObserveGradient(torch.autograd.Function):
+    """The identity, whose backward looks at the gradient that passes."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+        ctx.sums = sums
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        observe(grad, ctx.sums)
+        return grad, None

@@ -1,0 +1,237 @@
+"""One page of runs beside each other: what they were, what alarmed, and the figures.
+
+The page is one file that loads nothing and runs nothing: its policy forbids both, so that a name in
+somebody's records cannot do more than be read. Equal records give equal bytes.
+"""
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from hf_stable.errors import UserError
+
+from .alarms import Alarm, alarms
+from .diagnosis import Diagnosis, diagnose
+from .drawing import plain_text
+from .figures import Drawing, LeftOut, draw_all
+from .history import History
+from .looks import Run, dress
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_ALARMS_SHOWN = 12
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c1e21; --soft: #5d6470; --line: #d7dbe0;
+  --ground: #f4f5f7; --card: #ffffff; --link: #0b5cad }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --soft: #a3abb6; --line: #3a4049;
+  --ground: #16181c; --card: #1f2329; --link: #8ab8f0 } }
+* { box-sizing: border-box }
+html { scroll-padding-top: 4rem }
+body { margin: 0 auto; padding: 1.2rem; max-width: 1160px; background: var(--ground);
+  color: var(--ink); font-size: 16px; line-height: 1.5 }
+body, .paper svg text { font-family: system-ui, "Segoe UI", "DejaVu Sans", sans-serif }
+h1 { font-size: 1.6rem; margin: 0 0 .4rem } h2 { font-size: 1.25rem; margin: 2.2rem 0 .6rem }
+h3 { font-size: 1.02rem; margin: 1rem 0 .3rem } p { margin: .3rem 0 }
+a { color: var(--link) } code { font-size: .92em; white-space: nowrap }
+figcaption { color: var(--soft) } .card h3 { margin-top: .2rem }
+section.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  padding: .7rem 1rem; margin: .7rem 0 }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
+th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line);
+  vertical-align: top } .alarms td:nth-child(2) { min-width: 9rem }
+td.number, th.number { text-align: right }
+ul { margin: .3rem 0; padding-left: 1.2rem } nav ul { columns: 2; font-size: .92rem }
+.runs { position: sticky; top: 0; z-index: 1; background: var(--ground); padding: .45rem 0;
+  border-bottom: 1px solid var(--line); display: flex; flex-wrap: wrap; gap: .2rem 1.2rem;
+  font-size: .9rem; max-height: 30vh; overflow-y: auto }
+.swatch { display: inline-block; width: 1.6em; height: 0; border-top: 3px; vertical-align: middle;
+  margin: 0 .35em }
+figure { margin: 1.4rem 0; break-inside: avoid }
+figure h3 a { color: inherit; text-decoration: none }
+.paper { background: #ffffff; border: 1px solid var(--line); border-radius: 8px; padding: .5rem;
+  overflow-x: auto }
+.paper svg { display: block; height: auto; min-width: 640px; color-scheme: light;
+  stroke-linejoin: round; stroke-linecap: butt }
+figcaption { font-size: .92rem; margin-top: .45rem }
+@media (max-width: 760px) { body { padding: .5rem } .paper { padding: .3rem } }
+@media print { .runs, nav { display: none } body { max-width: none; background: #ffffff }
+  .paper { border: 0; padding: 0 } .paper svg { min-width: 0 } h2 { break-after: avoid } }
+"""
+
+
+def write_page(histories: Sequence[History], file: Path) -> None:
+    """Write the page of one run or of several, whole or not at all.
+
+    Raises:
+        UserError: without runs, without matplotlib, or where `file` cannot be a file.
+    """
+    if not histories:
+        raise UserError("a page needs at least one run, and none was given")
+    if file.is_dir():
+        raise UserError(f"{file} is a folder: name the HTML file to write")
+    content = page(histories)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.tmp")
+    # A folder's name may hold bytes that are no text.
+    temporary.write_bytes(content.encode("utf-8", "xmlcharrefreplace"))
+    temporary.replace(file)
+
+
+def page(histories: Sequence[History]) -> str:
+    """The page's HTML."""
+    runs = dress(histories)
+    rung = [alarms(history) for history in histories]
+    diagnoses = [diagnose(history) for history in histories]
+    moves = [None if each.onset is None else each.onset.step for each in diagnoses]
+    drawings, left_out = draw_all(runs, rung, moves)
+    title = f"Stability of {', '.join(run.label for run in runs)}"
+    parts = [
+        "<!DOCTYPE html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{escape(title)}</title><style>{_STYLE}{_switches(runs)}</style></head><body>",
+        f'<h1 id="top">{escape(title)}</h1>',
+        *_contents(drawings),
+        '<h2 id="runs">Runs</h2>',
+        *_summary(runs),
+        '<h2 id="alarms">Alarms and diagnosis</h2>',
+        *(line for each in zip(runs, rung, diagnoses, strict=True) for line in _findings(*each)),
+        '<h2 id="figures">Figures</h2>',
+        *_legend(runs),
+        *(line for drawing in drawings for line in _figure(drawing)),
+        *_missing(left_out),
+        "</body></html>\n",
+    ]
+    return "\n".join(parts)
+
+
+def _switches(runs: Sequence[Run]) -> str:
+    """Unchecking a run hides its curves, by style alone."""
+    rule = "body:has(#show-{0}:not(:checked)) .{0} {{ display: none }}\n"
+    return "".join(rule.format(run.mark) for run in runs)
+
+
+def _contents(drawings: Sequence[Drawing]) -> Iterable[str]:
+    yield '<nav aria-label="Contents"><ul>'
+    yield '<li><a href="#runs">Runs</a></li>'
+    yield '<li><a href="#alarms">Alarms and diagnosis</a></li>'
+    for drawing in drawings:
+        yield f'<li><a href="#{drawing.key}">{escape(drawing.title)}</a></li>'
+    yield "</ul></nav>"
+
+
+def _legend(runs: Sequence[Run]) -> Iterable[str]:
+    """The runs' colours, in view beside every figure."""
+    styles = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "double"}
+    yield '<div class="runs">'
+    for run in runs:
+        look = f"border-top-style: {styles[run.dashes]}; border-top-color: {run.colour}"
+        yield (
+            f'<label><input type="checkbox" id="show-{run.mark}" checked>'
+            f'<span class="swatch" style="{look}"></span>{escape(run.label)}</label>'
+        )
+    yield "</div>"
+
+
+def _summary(runs: Sequence[Run]) -> Iterable[str]:
+    rows = [_facts(run) for run in runs]
+    yield '<section class="card wide"><table><thead><tr>'
+    yield "".join(f"<th>{escape(name)}</th>" for name in rows[0])
+    yield "</tr></thead><tbody>"
+    for row in rows:
+        yield f"<tr>{''.join(f'<td>{escape(value)}</td>' for value in row.values())}</tr>"
+    yield "</tbody></table></section>"
+
+
+def _facts(run: Run) -> dict[str, str]:
+    """A row of the summary; a dash where the records do not say."""
+    history = run.history
+    losses = run.logged("loss")[1]
+    rates = run.logged("learning_rate")[1]
+    validated = [row for row in history.events if row["event"] == "validation"]
+    revision = history.run.get("git_revision") or "—"
+    return {
+        "run": run.label,
+        "steps": _steps(run),
+        "peak learning rate": plain_text(rates.max()) if rates.size else "—",
+        "last training loss": f"{losses[-1]:.3f}" if losses.size else "—",
+        "validation perplexity": (
+            plain_text(float(validated[-1]["perplexity"])) if validated else "—"
+        ),
+        "steps not finite": str(sum(row["event"] == "non_finite" for row in history.events)),
+        "telemetry": _cadence(history),
+        "parameters": _parameters(history),
+        "device": history.run.get("device") or "—",
+        "revision": revision[:12] + ("-dirty" if revision.endswith("-dirty") else ""),
+    }
+
+
+def _steps(run: Run) -> str:
+    history = run.history
+    logged = run.logged("loss")[0]
+    last = max([0, *history.steps.tolist(), *logged.tolist()])
+    planned = history.run.get("recipe", {}).get("training", {}).get("steps")
+    ended = any(row["event"] == "finished" for row in history.events)
+    if ended or planned is None:
+        return f"{last:,.0f}{'' if ended else ', not finished'}"
+    return f"{last:,.0f} of {planned:,}"
+
+
+def _cadence(history: History) -> str:
+    if len(history.steps) < 2:
+        return "none" if not len(history.steps) else "1 sample"
+    every = int(np.median(np.diff(history.steps)))
+    return f"every {every:,} steps, {len(history.steps):,} samples"
+
+
+def _parameters(history: History) -> str:
+    count = history.run.get("parameters")
+    return "—" if count is None else f"{count / 1e6:.3g}M"
+
+
+def _findings(run: Run, found: Sequence[Alarm], diagnosis: Diagnosis) -> Iterable[str]:
+    yield f'<section class="card"><h3>{escape(run.label)}</h3>'
+    yield "".join(f"<p>{escape(line)}</p>" for line in diagnosis.sentences)
+    if found:
+        yield f"<p>{len(found)} alarms, in the order in which they rang:</p>"
+        yield _alarm_table(found[:_ALARMS_SHOWN])
+        if rest := found[_ALARMS_SHOWN:]:
+            yield f"<details><summary>{len(rest)} more</summary>{_alarm_table(rest)}</details>"
+    yield "</section>"
+
+
+def _alarm_table(found: Sequence[Alarm]) -> str:
+    rows = [
+        f'<tr><td class="number">{alarm.step:,}</td><td>{escape(alarm.text)}</td>'
+        f"<td><code>{escape(alarm.name)}</code></td>"
+        f'<td class="number">{plain_text(alarm.value)}</td>'
+        f'<td class="number">{_limit(alarm)}</td></tr>'
+        for alarm in found
+    ]
+    heads = '<th class="number">step</th><th>what happened</th><th>number</th>'
+    heads += '<th class="number">value</th><th class="number">limit</th>'
+    return f'<div class="wide alarms"><table><tr>{heads}</tr>{"".join(rows)}</table></div>'
+
+
+def _limit(alarm: Alarm) -> str:
+    return "finite" if np.isnan(alarm.threshold) else plain_text(alarm.threshold)
+
+
+def _figure(drawing: Drawing) -> Iterable[str]:
+    heading = f'<h3><a href="#{drawing.key}">{escape(drawing.title)}</a></h3>'
+    yield f'<figure id="{drawing.key}">{heading}'
+    yield f'<div class="paper">{drawing.svg}</div>'
+    yield f"<figcaption>{escape(drawing.caption)} <em>Source: {escape(drawing.source)}.</em>"
+    yield "</figcaption></figure>"
+
+
+def _missing(left_out: Sequence[LeftOut]) -> Iterable[str]:
+    if not left_out:
+        return
+    yield '<h2 id="left-out">Left out</h2><ul>'
+    for each in left_out:
+        yield f"<li>{escape(each.title)}: {escape(each.reason)}.</li>"
+    yield "</ul>"
