@@ -8,8 +8,8 @@ Shape letters: B batch, H query heads, G key heads, Q queries, K keys, D head wi
 
 import math
 import sys
-from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -245,17 +245,28 @@ def _look(
     )
 
 
-# What `watched_attention` stands in for, by name (None where the module's own family knows), and
-# how many watch it.
-_replaced: dict[str, Callable[..., Any] | None] = {}
-_watchers: Counter[str] = Counter()
+@dataclass
+class _Replaced:
+    """What `watched_attention` stands in for under a name, and for how many samples.
+
+    Args:
+        function: None where the module's own family knows it.
+        own: what the registry's local mapping held.
+    """
+
+    function: Callable[..., Any] | None
+    own: Callable[..., Any] | None
+    samples: int = 0
+
+
+_replaced: dict[str, _Replaced] = {}
 
 
 def _function_of(module: nn.Module) -> Callable[..., Any]:
     """What computes the attention of `module` when nobody watches."""
-    replaced = _replaced[module.config._attn_implementation]  # pyright: ignore
-    if replaced is not None:
-        return replaced
+    function = _replaced[module.config._attn_implementation].function  # pyright: ignore
+    if function is not None:
+        return function
     # Every family keeps its eager function beside the module that calls it.
     namespace = vars(sys.modules[type(module).__module__])
     return namespace[next(name for name in _EAGER_NAMES if name in namespace)]
@@ -263,18 +274,19 @@ def _function_of(module: nn.Module) -> Callable[..., Any]:
 
 def replace_attention(name: str) -> Callable[[], None]:
     """Put `watched_attention` in the place of the backend `name`; call the result to undo it."""
-    own = ALL_ATTENTION_FUNCTIONS._local_mapping.get(name)
-    if _watchers[name] == 0:
-        _replaced[name] = ALL_ATTENTION_FUNCTIONS.get(name)
-        ALL_ATTENTION_FUNCTIONS[name] = watched_attention
-    _watchers[name] += 1
+    functions = ALL_ATTENTION_FUNCTIONS
+    if name not in _replaced:
+        _replaced[name] = _Replaced(functions.get(name), functions._local_mapping.get(name))
+        functions[name] = watched_attention
+    replaced = _replaced[name]
+    replaced.samples += 1
 
     def restore() -> None:
-        _watchers[name] -= 1
-        if _watchers[name] > 0:
+        replaced.samples -= 1
+        if replaced.samples > 0:
             return
-        del _replaced[name], ALL_ATTENTION_FUNCTIONS[name]
-        if own is not None:
-            ALL_ATTENTION_FUNCTIONS[name] = own
+        del _replaced[name], functions[name]
+        if replaced.own is not None:
+            functions[name] = replaced.own
 
     return restore
