@@ -319,7 +319,6 @@ class StableGPTForCausalLM(StableGPTPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         *,
-        shift_labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         ignore_index: int = -100,
         skip_logits: bool | None = None,
@@ -336,6 +335,9 @@ class StableGPTForCausalLM(StableGPTPreTrainedModel, GenerationMixin):
             skip_logits: whether a call with labels leaves `logits` None, so that no tensor of
                 tokens times vocabulary exists; None skips them in training.
         """
+        # Not in the signature, where Trainer takes every name with "label" in it for a column that
+        # batches must have: it would evaluate without a loss.
+        shift_labels: Any = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

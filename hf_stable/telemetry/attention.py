@@ -189,9 +189,19 @@ def _mask_of(module: nn.Module, query: torch.Tensor, mask: Any, kwargs: dict[str
         starts = documents_of_lengths(lengths, query.shape[2])
         return build_documents(starts) if mask is None else merge(mask, starts)
     is_flash = "flash" in module.config._attn_implementation  # pyright: ignore
-    if is_flash and mask is None and positions is not None:
-        return build_documents(positions == 0)
-    return mask
+    # As Transformers does, which sees packed documents in the positions of a single row only.
+    if is_flash and mask is None and positions is not None and len(query) == 1:
+        mask = build_documents(positions == 0)
+    window = kwargs.get("sliding_window")
+    return _window(query, mask, window) if is_flash and window is not None else mask
+
+
+def _window(query: torch.Tensor, mask: torch.Tensor | None, window: int) -> torch.Tensor:
+    """A mask to the last `window` keys, as other backends have one already."""
+    shape = torch.Size((query.shape[0], 1, query.shape[2], query.shape[2]))
+    visible = visible_keys(mask, shape, slice(None)).to(query.device)
+    places = torch.arange(shape[-1], device=query.device)
+    return visible & (places[:, None] - places < window)
 
 
 def watched_attention(

@@ -129,10 +129,7 @@ def attention_jacobian_norm(layer: Any, rotary: Any, stream: torch.Tensor) -> to
     modes = {module: module.training for module in attention.modules()}
     attention.eval()
     try:
-        with (
-            _eager(attention.config._attn_implementation),
-            torch.autocast(stream.device.type, enabled=False),
-        ):
+        with _eager(attention.config._attn_implementation):
             transpose = vjp(heads, normed)[1]
             return operator_norm(
                 lambda vector: jvp(heads, (normed,), (vector,))[1],
@@ -164,20 +161,23 @@ class Bounds:
         """
         found: dict[str, torch.Tensor] = {}
         for layer in self.layers:
-            block: Any = layer.module
-            norms = {name: _spectral(layer, name) for name in ("proj", "fc1", "fc2")}
-            found.update(
-                {f"{layer.place}.{name}/weight_spectral": norm for name, norm in norms.items()}
-            )
-            if _is_pre_norm(block.input_layernorm, block.post_attention_layernorm):
-                rotary = self._model.base_model.rotary_emb
-                jacobian = attention_jacobian_norm(block, rotary, prefixes[layer.index])
-                gains = _largest(block.input_layernorm) * _largest(block.attention_scale)
-                found[f"{layer.place}/attention_factor"] = norms["proj"] * jacobian * gains
-            if _is_pre_norm(block.pre_feedforward_layernorm, block.post_feedforward_layernorm):
-                gains = _largest(block.pre_feedforward_layernorm) * _largest(block.mlp_scale)
-                found[f"{layer.place}/mlp_factor"] = norms["fc1"] * norms["fc2"] * gains
+            with torch.autocast(prefixes[layer.index].device.type, enabled=False):
+                found.update(self._look_at_layer(layer, prefixes[layer.index]))
         return {name: value.double() for name, value in found.items()}
+
+    def _look_at_layer(self, layer: Layer, prefix: torch.Tensor) -> dict[str, torch.Tensor]:
+        block: Any = layer.module
+        norms = {name: _spectral(layer, name) for name in ("proj", "fc1", "fc2")}
+        found = {f"{layer.place}.{name}/weight_spectral": norm for name, norm in norms.items()}
+        if _is_pre_norm(block.input_layernorm, block.post_attention_layernorm):
+            rotary = self._model.base_model.rotary_emb
+            jacobian = attention_jacobian_norm(block, rotary, prefix)
+            gains = _largest(block.input_layernorm) * _largest(block.attention_scale)
+            found[f"{layer.place}/attention_factor"] = norms["proj"] * jacobian * gains
+        if _is_pre_norm(block.pre_feedforward_layernorm, block.post_feedforward_layernorm):
+            gains = _largest(block.pre_feedforward_layernorm) * _largest(block.mlp_scale)
+            found[f"{layer.place}/mlp_factor"] = norms["fc1"] * norms["fc2"] * gains
+        return found
 
 
 def _spectral(layer: Layer, name: str) -> torch.Tensor:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hf_stable import records
 
@@ -20,7 +21,7 @@ class WatchCallback(TrainerCallback):
     when the optimizer steps, which is after the trainer's clipping.
 
     Args:
-        trainer: given, the numbers also go to its log and trackers.
+        trainer: given, the numbers also go to its trackers (`report_to`).
         every, bounds_every: see `watch`.
         folder: where the records go; the trainer's output folder unless given.
     """
@@ -77,7 +78,11 @@ class WatchCallback(TrainerCallback):
         if self._record is not None:
             self._record.append("telemetry", state.global_step, **pack(numbers))
         if self._trainer is not None:
-            self._trainer.log(scalars(numbers))
+            # Not by `trainer.log`, which would print them and take the place of the step's log.
+            trackers = tuple(INTEGRATION_TO_CALLBACK.values())
+            for callback in self._trainer.callback_handler.callbacks:
+                if isinstance(callback, trackers):
+                    callback.on_log(args, state, control, logs=scalars(numbers), **kwargs)
 
     def on_log(
         self,

@@ -31,10 +31,10 @@ class HeadGauge:
         self._is_capped, self._cap = isinstance(head, StableGPTHead) and cap is not None, cap
         self._input = gauges.sums("head/input", 2)
         self._input_grad = gauges.gradient_sums("head/input_grad", 2)
-        # log Z, targets; logits, their number; z-loss.
+        # log Z, targets; logits, their number; z-losses, their number.
         self._log_z = gauges.sums("head/log_z", 2)
         self._logits = gauges.sums("head/logits", 2)
-        self._z_loss = gauges.sums("head/z_loss", 1)
+        self._z_loss = gauges.sums("head/z_loss", 2)
         self._largest = gauges.maxima("head/largest", 2)
         self._restore: Callable[[], None] | None = None
         self._calls = 0
@@ -68,8 +68,9 @@ class HeadGauge:
         self._restore()
         self._restore = None
         if isinstance(output, tuple):  # StableGPT's loss, cross entropy and z-loss
-            self._z_loss += output[2].detach()
-        else:
+            self._z_loss[0] += output[2].detach()
+            self._z_loss[1] += 1
+        elif output is not None:  # None where the head has failed
             self._look_at_logits(output.detach())
 
     def forget(self) -> None:
@@ -128,7 +129,8 @@ def head_numbers(reduced: Reduced, has_z_loss: bool) -> Numbers:
     if count:
         found["head/logit_mean"] = logits / count
         found["head/logit_max"] = reduced["head/largest"][1]
-    if has_z_loss and targets:
+    z_loss, calls = reduced["head/z_loss"]
+    if has_z_loss and calls:
         # Each process's share is over the mean number of targets of a process.
-        found["head/z_loss"] = reduced["head/z_loss"][0] / world_size()
+        found["head/z_loss"] = z_loss / world_size()
     return found

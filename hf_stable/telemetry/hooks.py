@@ -54,17 +54,8 @@ def _observe_stream(module: Any, args: tuple[torch.Tensor, ...], kwargs: dict[st
 
 
 def _observe_before_norm(module: Any, args: tuple[torch.Tensor, ...]) -> None:
-    if not module.training:
-        return
-    heads, count = args[0], module.watched_heads.shape[1]
-    if (
-        heads.ndim == 3
-    ):  # (B, S, H * D); families that split first give (B, S, H, D) or (B, H, S, D)
-        heads = heads.unflatten(-1, (count, -1))
-    # In memory heads lie beside each other, wherever a view puts their axis.
-    if heads.shape[1] != count or heads.stride(1) > heads.stride(2):
-        heads = heads.transpose(1, 2)
-    observe_heads(heads, module.watched_heads)
+    if module.training:
+        observe_heads(args[0], module.watched_heads)
 
 
 def hook_linear(module: nn.Module, place: str, gauges: Gauges) -> list[Undo]:

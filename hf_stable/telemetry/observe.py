@@ -38,10 +38,17 @@ def observe_spread(tensor: torch.Tensor, sums: torch.Tensor) -> None:
 def observe_heads(heads: torch.Tensor, sums: torch.Tensor) -> None:
     """Add to `sums`, (2, H) float64: each head's sum of squares, and the number of tokens.
 
+    Views are made in here: outside, a compiler would lay out what it fuses with them otherwise.
+
     Args:
-        heads: (B, H, S, D).
+        heads: (B, S, H * D), (B, S, H, D) or (B, H, S, D).
     """
-    heads = heads.detach()
+    heads, count = heads.detach(), sums.shape[1]
+    if heads.ndim == 3:
+        heads = heads.unflatten(-1, (count, -1))
+    # In memory heads lie beside each other, wherever a view has put their axis.
+    if heads.shape[1] != count or (heads.shape[2] == count and heads.stride(1) > heads.stride(2)):
+        heads = heads.transpose(1, 2)
     norms = torch.linalg.vector_norm(heads, dim=(0, 2, 3), dtype=statistics_dtype(heads))
     sums[0] += norms.double().square()
     sums[1] += heads.shape[0] * heads.shape[2]

@@ -48,7 +48,7 @@ class Subject:
         """A compiled block with its hooks compiled in; the one without them stays as it is."""
         if block not in self._watched_calls:
             call = types.MethodType(_watched_call, block)
-            self._watched_calls[block] = torch.compile(call, dynamic=False)
+            self._watched_calls[block] = torch.compile(call, fullgraph=True, dynamic=False)
         return self._watched_calls[block]
 
 
@@ -130,6 +130,9 @@ class Sample:
         def after(model: Any, args: Any, output: Any) -> None:
             if model.training:
                 self._gauges.keep()
+                for layer in self._subject.sites.layers:
+                    if layer.index in self._bounded:
+                        self._prefixes[layer.index] = vars(layer.module)["watched_prefix"]
 
         model, head = self._subject.model, self._subject.sites.head
         self._undos += [
@@ -150,7 +153,6 @@ class Sample:
         for layer in self._subject.sites.layers:
             if layer.index in self._bounded:
                 prefix = torch.zeros(shape, dtype=self._dtype, device=tokens.device)
-                self._prefixes[layer.index] = prefix
                 vars(layer.module)["watched_prefix"] = prefix
 
     def _hook_places(self) -> None:

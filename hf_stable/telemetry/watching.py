@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from .names import Numbers
@@ -62,6 +63,10 @@ def watch(
         )
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
+    for module in inner.modules():
+        if isinstance(module, FSDPModule):
+            # After a forward pass without a backward, parameters are whole and soon freed.
+            module.reshard()
     return Watcher(Subject(inner, optimizer), every, bounds_every, first_step)
 
 

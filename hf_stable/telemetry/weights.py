@@ -32,7 +32,8 @@ def _held(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
         return tensor.detach(), world_size()
     mesh = tensor.device_mesh
     copies = [mesh.size(axis) for axis, kind in enumerate(tensor.placements) if kind.is_replicate()]
-    return tensor.to_local(), math.prod(copies)
+    # A mesh may hold a part of the processes, each part the same.
+    return tensor.to_local(), math.prod(copies) * (world_size() // mesh.size())
 
 
 class Weights:
