@@ -1,5 +1,6 @@
 """Telemetry under `transformers.Trainer`: the same records, in the trainer's output folder."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,10 @@ class WatchCallback(TrainerCallback):
             row = {name: float(logs[name]) for name in names if name in logs}
             self._record.append("train", state.global_step, **row)
         if "eval_loss" in logs:
-            self._record.append("validation", state.global_step, loss=float(logs["eval_loss"]))
+            loss = float(logs["eval_loss"])
+            # exp overflows beyond 709 nats.
+            perplexity = math.inf if loss > 700 else math.exp(loss)
+            self._record.append("validation", state.global_step, loss=loss, perplexity=perplexity)
 
     def on_train_end(
         self,
