@@ -208,8 +208,8 @@ class TelemetryRecipe:
 
     every: Count = 100
     """Steps between looks, of which the first step is one; 0 never looks."""
-    bounds_every: Count = 10
-    """Looks between spectral norms and bounds on gradients; 0 leaves them out."""
+    bounds_every: Count = 1000
+    """Steps between spectral norms and bounds on gradients; 0 leaves them out."""
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -32,7 +32,7 @@ class WatchCallback(TrainerCallback):
         trainer: Trainer | None = None,
         *,
         every: int = 100,
-        bounds_every: int = 10,
+        bounds_every: int = 1000,
         folder: Path | None = None,
     ) -> None:
         self._trainer = trainer

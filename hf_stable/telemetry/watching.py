@@ -28,7 +28,7 @@ def watch(
     optimizer: torch.optim.Optimizer | None = None,
     *,
     every: int = 100,
-    bounds_every: int = 10,
+    bounds_every: int = 1000,
     first_step: int = 0,
 ) -> "Watcher":
     """Watch a causal LM train; see `names` for what is measured.
@@ -44,7 +44,8 @@ def watch(
         optimizer: what updates the model; without it there are no numbers of updates, and weights
             and gradients are looked at in `end_step` unless `gradients` is called before.
         every: steps between samples; the first step is one. 0 never samples.
-        bounds_every: samples between spectral norms and bounds; the first has them. 0 never.
+        bounds_every: steps between spectral norms and bounds, which the first sample has and then
+            the first at or after each multiple. 0 never.
         first_step: steps that were taken before.
 
     In a sampled step a deep copy or a pickle of the model would take the hooks along; `state_dict`
@@ -81,7 +82,7 @@ class Watcher:
     def __init__(self, subject: Subject, every: int, bounds_every: int, first_step: int) -> None:
         self._subject = subject
         self._every, self._bounds_every = every, bounds_every
-        self._step, self._samples = first_step, 0
+        self._step = first_step
         self._sample: Sample | None = None
 
     def __enter__(self) -> Self:
@@ -123,6 +124,9 @@ class Watcher:
         step = self._step + 1
         if self._every == 0 or (step != 1 and step % self._every):
             return
-        bounds = self._bounds_every > 0 and self._samples % self._bounds_every == 0
-        self._samples += 1
-        self._sample = Sample(self._subject, bounds)
+        self._sample = Sample(self._subject, self._has_bounds(step))
+
+    def _has_bounds(self, step: int) -> bool:
+        # A function of the step alone, so that a run that is resumed looks as it would have.
+        every = self._bounds_every
+        return every > 0 and (step == 1 or step // every > (step - self._every) // every)

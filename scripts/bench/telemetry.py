@@ -74,9 +74,9 @@ class Steps:
         return time.perf_counter() - start
 
     def _step(self, watcher: Any) -> None:
-        autocast = torch.autocast("cuda", torch.bfloat16)
         for ids in self.ids:
-            with autocast if self.device.type == "cuda" else nullcontext():
+            is_cuda = self.device.type == "cuda"
+            with torch.autocast("cuda", torch.bfloat16) if is_cuda else nullcontext():
                 self.model(ids, labels=ids, use_cache=False).loss.backward()
         if watcher is not None:
             watcher.gradients()
@@ -112,9 +112,9 @@ def ratio(seconds: dict[str, list[float]], name: str) -> float:
 
 def goals(ratios: dict[str, float], bounds_every: int) -> list[dict[str, Any]]:
     """The two goals from the ratios of single steps."""
-    share = 1 / bounds_every
-    look = (1 - share) * ratios["look"] + share * ratios["look with bounds"]
-    rare = (look + 99 * ratios["between looks"]) / 100
+    bounds = (ratios["look with bounds"] - ratios["look"]) / bounds_every
+    look = ratios["look"] + bounds
+    rare = (ratios["look"] + 99 * ratios["between looks"]) / 100 + bounds
     found = {"training, a look every 100 steps": (rare, 1.02), "training, every step": (look, 1.25)}
     return [
         {"what": what, "ratio": value, "bar": bar, "met": value <= bar}

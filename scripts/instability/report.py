@@ -64,28 +64,38 @@ def read_runs(folder: Path) -> dict[int, Runs]:
     return runs
 
 
-def ratio(runs: Runs, name: str, start: float, stop: float) -> float:
-    """Median, over the samples of steps (start, stop], of diverging over converging."""
+def ratio(runs: Runs, column: str, block: int | None, start: float, stop: float) -> float:
+    """Median, over the samples of steps (start, stop], of diverging over converging.
+
+    Args:
+        block: None takes the largest of all blocks, in either run.
+    """
     low, high = runs["converging"], runs["diverging"]
     steps = np.intersect1d(low.steps, high.steps)
     steps = steps[(steps > start) & (steps <= stop)]
-    above, below = (run.series(name)[np.isin(run.steps, steps)] for run in (high, low))
+    above, below = (
+        values.max(1) if block is None else values[:, block]
+        for values in (run.telemetry[column][np.isin(run.steps, steps)] for run in (high, low))
+    )
     return float(np.median(above / below))
 
 
 def separation(runs: dict[int, Runs], onsets: dict[int, int | None]) -> list[dict[str, Any]]:
-    """Ratios of the second block's norms over all seeds, before the loss moved and at the end."""
+    """Ratios of norms over all seeds, before the loss moved and at the end."""
     rows = []
     for linear, quantity in product(LINEARS, QUANTITIES):
-        name = f"layers.{BLOCK}.{linear}/{quantity}"
-        end, before = [], []
+        column = f"layers.*.{linear}/{quantity}"
+        end, before, largest = [], [], []
         for seed, each in runs.items():
             last, onset = int(each["diverging"].steps[-1]), onsets[seed]
-            end.append(ratio(each, name, 0.75 * last, last))
+            end.append(ratio(each, column, BLOCK, 0.75 * last, last))
+            largest.append(ratio(each, column, None, 0.75 * last, last))
             if onset is not None:
-                before.append(ratio(each, name, onset - 26, onset - 1))
-        row = {"linear": linear, "quantity": quantity, "before": before, "end": end}
+                before.append(ratio(each, column, BLOCK, onset - 26, onset - 1))
+        row: dict[str, Any] = {"linear": linear, "quantity": quantity}
+        row |= {"before": before, "end": end, "largest_block": largest}
         row["paper"] = (linear, quantity) in PAPER
+        row["largest_tells_apart"] = min(largest) > FACTOR
         row["tells_apart"] = min(end) > FACTOR
         row["warns"] = bool(before) and min(before) > FACTOR
         rows.append(row)
@@ -149,7 +159,7 @@ def markdown(runs: dict[int, Runs], results: dict[str, Any]) -> str:
                 "`python scripts/instability/report.py` from records.tar.gz. Revision "
                 f"{high.run['git_revision']}, {high.run['device']}.",
                 *_lead_words(results["leads"]),
-                *_rule_words(results["rules"], len(runs)),
+                *_rule_words(results["rules"], results["leads"]),
                 *_separation_words(results["separation"]),
             ]
         )
@@ -178,8 +188,10 @@ def _lead_words(leads: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _rule_words(rules: dict[str, dict[str, dict[int, int]]], seeds: int) -> list[str]:
-    rows = []
+def _rule_words(
+    rules: dict[str, dict[str, dict[int, int]]], leads: list[dict[str, Any]]
+) -> list[str]:
+    rows, seeds = [], len(leads)
     for rule, kinds in sorted(rules.items()):
         cells = []
         for kind in KINDS:
@@ -188,16 +200,27 @@ def _rule_words(rules: dict[str, dict[str, dict[int, int]]], seeds: int) -> list
             cells.append(f"{len(steps)} of {seeds}{span}")
         rows.append([f"`{rule}`", *cells])
     telling = [
-        f"`{rule}`"
+        f"`{rule}` ({_distances(kinds['diverging'], leads)})"
         for rule, kinds in sorted(rules.items())
         if len(kinds["diverging"]) == seeds and not kinds["calm"] and not kinds["converging"]
     ]
+    false = [f"`{rule}`" for rule, kinds in sorted(rules.items()) if len(kinds["calm"]) == seeds]
     return [
         "## Which alarms tell the runs apart",
         "Seeds with at least one alarm of a rule, and the first step of each.",
         _table(["rule", *KINDS], rows),
-        "Fired with every diverging seed and with no other run: " + (", ".join(telling) or "none."),
+        f"Fired with every diverging seed and with no other run: {', '.join(telling) or 'none'}. "
+        f"Fired even in every calm run, so of no use here: {', '.join(false) or 'none'}.",
     ]
+
+
+def _distances(steps: dict[int, int], leads: list[dict[str, Any]]) -> str:
+    """Steps from the first alarm of each seed to the move of the loss."""
+    found = [f"{row['onset'] - steps[row['seed']]:+d}" for row in leads if row["onset"] is not None]
+    return f"first alarm to the move of the loss, by seed: {', '.join(found)} steps"
+
+
+_VERDICTS = ("warns", "tells_apart", "largest_tells_apart")
 
 
 def _separation_words(rows: list[dict[str, Any]]) -> list[str]:
@@ -207,12 +230,14 @@ def _separation_words(rows: list[dict[str, Any]]) -> list[str]:
             QUANTITIES[row["quantity"]],
             _spread(row["before"]),
             _spread(row["end"]),
-            *("yes" if row[key] else "no" for key in ("warns", "tells_apart")),
+            _spread(row["largest_block"]),
+            *("yes" if row[key] else "no" for key in _VERDICTS),
             "grows" if row["paper"] else "",
         ]
         for row in rows
     ]
-    head = ["map", "norm", "before", "end", "apart before", "apart at the end", "paper"]
+    head = ["map", "norm", "before", "end", "end, largest block"]
+    head += ["apart before", "apart at the end", "apart in the largest block", "paper"]
 
     def names(chosen: list[dict[str, Any]]) -> str:
         each = [f"{QUANTITIES[row['quantity']]} of {LINEARS[row['linear']]}" for row in chosen]
@@ -221,17 +246,20 @@ def _separation_words(rows: list[dict[str, Any]]) -> list[str]:
     agree = names([row for row in rows if row["paper"] and row["tells_apart"]])
     differ = names([row for row in rows if row["paper"] and not row["tells_apart"]])
     more = names([row for row in rows if not row["paper"] and row["tells_apart"]])
+    anywhere = names([row for row in rows if row["largest_tells_apart"]])
     early = names([row for row in rows if row["warns"]])
     return [
         "## Which norms tell the diverging run from the converging one",
         "L2 norms of the second block, as in the paper: the diverging run's over the converging "
         "one's at the same steps, median over seeds (smallest to largest). *Before* is the 25 "
-        "steps up to the move of the loss, *end* the last quarter of the run. A norm tells runs "
+        "steps up to the move of the loss, *end* the last quarter of the run; *largest block* "
+        "takes the block where the norm is largest, in either run. A norm tells runs "
         f"apart if it is more than {FACTOR:g} times larger with every seed.",
         _table(head, cells),
         "Rybakov et al. name five: the outputs of QKV, Proj and FC2, and the input gradients of "
         f"QKV and FC1. At the end these of them tell our runs apart: {agree}. These do not: "
-        f"{differ}. Others do: {more}. Before the loss moved: {early}.",
+        f"{differ}. Others do: {more}. Before the loss moved: {early}. In the largest block, at "
+        f"the end: {anywhere}.",
     ]
 
 
