@@ -25,6 +25,7 @@ _SECTIONS: dict[Location, Any] = {
     ("optimizer",): schema.OptimizerRecipe,
     ("schedule",): schema.ScheduleRecipe,
     ("training",): schema.TrainingRecipe,
+    ("telemetry",): schema.TelemetryRecipe,
 }
 
 
