@@ -5,7 +5,7 @@ cannot say where in the data it is. (A StableGPT trains under it like any other 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,17 +23,28 @@ MAX_NON_FINITE_STEPS = 20
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What `train` leaves: `folder/model` is a Transformers folder with the trained weights."""
+    """What `train` leaves: `folder/model` is a Transformers folder with the trained weights.
+
+    Args:
+        steps: that were taken.
+        stopped: why the run ended early, or None; then there is no `folder/model`.
+    """
 
     folder: Path
     steps: int
     validation_perplexity: float
+    stopped: str | None = None
 
 
-def train(recipe: Recipe, *, resume: str = "auto") -> TrainResult:
+# Told the step, its loss and its gradient norm, it says why the run should end, or None.
+Stop = Callable[[int, float, float], str | None]
+
+
+def train(recipe: Recipe, *, resume: str = "auto", stop: Stop | None = None) -> TrainResult:
     """Train a model as the recipe says, validate it, and write it as a Transformers folder.
 
     Args:
+        stop: asked after every step; a run that it ends is validated, and writes no model.
         resume: "auto" goes on from the newest checkpoint in the recipe's output folder, if there is
             one; "never" refuses a folder that holds a run.
 
@@ -44,16 +55,21 @@ def train(recipe: Recipe, *, resume: str = "auto") -> TrainResult:
     """
     run = prepare_run(recipe, resume)
     try:
-        perplexity = _loop(run)
-        folder = save_model(run)
-        run.reporter.event("finished", recipe.num_steps, f"model written to {folder}")
+        steps, perplexity, stopped = _loop(run, stop)
+        if stopped is None:
+            folder = save_model(run)
+            run.reporter.event("finished", steps, f"model written to {folder}")
     finally:
         run.reporter.close()
-    return TrainResult(run.folder, recipe.num_steps, perplexity)
+    return TrainResult(run.folder, steps, perplexity, stopped)
 
 
-def _loop(run: Run) -> float:
-    """Optimizer steps from `run.first_step` on; returns the last validation perplexity."""
+def _loop(run: Run, stop: Stop | None) -> tuple[int, float, str | None]:
+    """Optimizer steps from `run.first_step` on.
+
+    Returns:
+        Steps done, the last validation perplexity, and why `stop` ended the run, if it did.
+    """
     settings, total_steps = run.recipe.training, run.recipe.num_steps
     processes = run.accelerator.num_processes
     micro_steps = settings.global_batch_size // settings.micro_batch_size // processes
@@ -82,13 +98,18 @@ def _loop(run: Run) -> float:
                 rate = run.recipe.optimizer.learning_rate * factor
                 metrics = {"loss": loss, "z_loss": z_loss, "learning_rate": rate, "grad_norm": norm}
                 run.reporter.train(done, {**metrics, **throughput.read()})
+            reason = None if stop is None else stop(done, loss, norm)
+            if reason is not None:
+                run.reporter.event("stopped", done, f"stopped: {reason}")
+                return done, _validate(run, done), reason
             if _is_due(done, settings.evaluate_every, total_steps):
                 perplexity = _validate(run, done)
                 throughput.restart()
             if _is_due(done, settings.checkpoint_every, total_steps):
                 _checkpoint(run, done)
                 throughput.restart()
-    return _validate(run, total_steps) if perplexity is None else perplexity
+    perplexity = _validate(run, total_steps) if perplexity is None else perplexity
+    return total_steps, perplexity, None
 
 
 def _is_due(done: int, every: int, total_steps: int) -> bool:

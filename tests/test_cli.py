@@ -33,6 +33,8 @@ SURFACE = {
     "export": {"RUN", "--output"},
     "watch": {"RUN", "--refresh", "--once", "--html"},
     "diagnose": {"RUN", "--json"},
+    "sweep": {"PLAN", "--dry-run", "--workers", "--slurm", "--set", "--output"},
+    "report": {"STUDY", "--output"},
     "sample-text": {"--output"},
 }
 

@@ -221,6 +221,35 @@ def _diagnose(arguments: Namespace) -> None:
         write_json(Path(arguments.json), diagnosis.to_dict())
 
 
+def _sweep(arguments: Namespace) -> None:
+    from rich.console import Console
+
+    from hf_stable.recipes import strict_yaml
+    from hf_stable.sweep.execute import execute
+    from hf_stable.sweep.plan import load_plan, planned_runs
+    from hf_stable.sweep.preview import preview
+
+    settings = [setting for group in arguments.set or [] for setting in group]
+    plan = load_plan(Path(arguments.plan), settings, arguments.output)
+    if arguments.dry_run:
+        return Console().print(preview(plan, planned_runs(plan), arguments.workers))
+    slurm = None
+    if arguments.slurm is not None:
+        pairs = (each.partition("=") for each in arguments.slurm)
+        slurm = {key: strict_yaml.parse(value, f"--slurm {key}") for key, _, value in pairs}
+    study = execute(plan, workers=arguments.workers, slurm=slurm)
+    print(f"next: hf-stable report {study}")
+
+
+def _report(arguments: Namespace) -> None:
+    from hf_stable.sweep.report import write_report
+
+    folders = [Path(study) for study in arguments.studies]
+    output = Path(arguments.output) if arguments.output is not None else folders[0]
+    write_report(folders, output)
+    print(f"written: {output / 'report.md'} and {output / 'report.html'}")
+
+
 def _sample_text(arguments: Namespace) -> None:
     from hf_stable.data import write_sample_text
 
@@ -238,5 +267,7 @@ COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "export": _export,
     "watch": _watch,
     "diagnose": _diagnose,
+    "sweep": _sweep,
+    "report": _report,
     "sample-text": _sample_text,
 }

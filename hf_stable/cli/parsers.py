@@ -212,6 +212,37 @@ def _sample_text_parser() -> ArgumentParser:
     return parser
 
 
+def _sweep_parser() -> ArgumentParser:
+    parser = _parser("Train all runs of a plan; goes on where it was stopped, however it was.")
+    parser.add_argument("plan", metavar="PLAN", help="plan, e.g. recipes/sweeps/table3_cpu.yaml")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the runs, their FLOPs and time, and stop"
+    )
+    parser.add_argument(
+        "--workers", type=PositiveInt, default=1, metavar="N", help="runs at once, or Slurm jobs"
+    )
+    parser.add_argument(
+        "--slurm",
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="run as Slurm jobs, with submitit's parameters, e.g. slurm_partition=gpu",
+    )
+    parser.add_argument(
+        "--set", nargs="+", action="append", metavar="KEY=VALUE", help="change a key of every run"
+    )
+    parser.add_argument("--output", metavar="DIR", help="folder, instead of the plan's")
+    return parser
+
+
+def _report_parser() -> ArgumentParser:
+    parser = _parser("Report on studies, from their records alone: report.md and report.html.")
+    parser.add_argument("studies", nargs="+", metavar="STUDY", help="folder of a study")
+    parser.add_argument(
+        "--output", metavar="DIR", help="where the report goes; into the first study unless given"
+    )
+    return parser
+
+
 def build_parser(version: str) -> ArgumentParser:
     """The whole command line."""
     parser = ArgumentParser(
@@ -232,6 +263,8 @@ def build_parser(version: str) -> ArgumentParser:
         ("export", _export_parser()),
         ("watch", _watch_parser()),
         ("diagnose", _diagnose_parser()),
+        ("sweep", _sweep_parser()),
+        ("report", _report_parser()),
         ("sample-text", _sample_text_parser()),
     ):
         subcommands.add_subcommand(name, subparser, help=subparser.description)

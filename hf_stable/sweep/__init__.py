@@ -1,0 +1,1 @@
+"""Sweeps: methods x learning rates x seeds, judged by a declared rule, and what they show."""

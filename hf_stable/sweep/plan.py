@@ -1,0 +1,203 @@
+"""A plan says which runs a study has; it is pure: from a YAML file to recipes with stable ids."""
+
+import dataclasses
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+from hf_stable.errors import RecipeError
+from hf_stable.recipes import Recipe, load_recipe, strict_yaml
+from hf_stable.records import write_json
+
+from .rule import Thresholds
+
+_STRICT = ConfigDict(
+    extra="forbid", allow_inf_nan=False, strict=True, use_attribute_docstrings=True
+)
+Rates = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ScaledRates:
+    """Learning rates of another width, moved to this one by 1 / width.
+
+    An Adam step of size eta moves the spectral norm of a d x d matrix by up to eta * d, so the rate
+    at which training breaks goes with 1 / d.
+    """
+
+    reference_width: Annotated[int, Field(gt=0)]
+    """Width of the model that the rates are of."""
+    values: Rates
+    """Its learning rates."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Plan:
+    """A study: one base recipe, and what varies."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,80}$")]
+    """Name of the study."""
+    base: Annotated[list[str], Field(min_length=1)]
+    """Recipe files that all runs share, relative to the plan, later ones win."""
+    methods: Annotated[list[str], Field(min_length=1)]
+    """Recipe files of the methods, relative to the plan; a file's name is the method's."""
+    learning_rates: Rates | ScaledRates
+    """Peak learning rates, or those of another width to be scaled to this one."""
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    """Seeds of weights and data order."""
+    variants: dict[str, list[str]] = Field(default_factory=lambda: {"": []})
+    """Further settings (key=value) by name, each combined with everything else."""
+    settings: list[str] = Field(default_factory=list)
+    """Settings (key=value) of all runs."""
+    output: str = ""
+    """Folder of the study; `runs/sweeps/<name>` unless given."""
+    keep_models: bool = False
+    """Whether trained weights stay; the report needs none."""
+
+    @model_validator(mode="after")
+    def _no_twins(self) -> "Plan":
+        rates = self.learning_rates
+        values = rates.values if isinstance(rates, ScaledRates) else rates
+        names = [Path(method).stem for method in self.methods]
+        lists = {"methods": names, "seeds": self.seeds, "learning_rates": values}
+        for what, members in lists.items():
+            twins = [member for member in members if members.count(member) > 1]
+            if twins:
+                raise ValueError(f"{what} has {twins[0]!r} twice; name each once")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the study."""
+        return Path(self.output or f"runs/sweeps/{self.name}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """One run of a study."""
+
+    id: str
+    method: str
+    variant: str
+    learning_rate: float
+    seed: int
+    recipe: Recipe
+
+
+_ADAPTER = TypeAdapter(Plan)
+
+
+def load_plan(path: Path, settings: list[str] | None = None, output: str | None = None) -> Plan:
+    """Read a plan.
+
+    Args:
+        settings: `key=value` for every run, after the plan's own. output: instead of the plan's.
+
+    Raises:
+        RecipeError: names the file, the key, what was found and what to do.
+    """
+    content = strict_yaml.load(path)
+    try:
+        plan = _ADAPTER.validate_json(json.dumps(content))
+    except ValidationError as error:
+        problems = [_describe(path, each) for each in error.errors(include_url=False)]
+        raise RecipeError("\n".join(problems)) from error
+    for name in (*plan.base, *plan.methods):
+        if not (path.parent / name).is_file():
+            raise RecipeError(f"{path}: there is no recipe {path.parent / name}; mend its path")
+    return dataclasses.replace(
+        plan,
+        base=[str(path.parent / name) for name in plan.base],
+        methods=[str(path.parent / name) for name in plan.methods],
+        settings=[*plan.settings, *(settings or [])],
+        output=output or plan.output,
+    )
+
+
+def write_plan(plan: Plan, runs: list[Planned], thresholds: Thresholds) -> Path:
+    """Write `plan.json` into the study's folder, for workers and reports; returns the folder."""
+    content = {
+        "name": plan.name,
+        "methods": [Path(method).stem for method in plan.methods],
+        "variants": list(plan.variants),
+        "learning_rates": sorted({run.learning_rate for run in runs}),
+        "seeds": plan.seeds,
+        "thresholds": thresholds.to_dict(),
+        "runs": [run.id for run in runs],
+        "plan": _ADAPTER.dump_python(plan, mode="json"),
+    }
+    write_json(plan.folder / "plan.json", content)
+    return plan.folder
+
+
+def read_plan(study: Path) -> tuple[Plan, Thresholds]:
+    """Read what `write_plan` wrote."""
+    content = json.loads((study / "plan.json").read_text(encoding="utf-8"))
+    plan = _ADAPTER.validate_json(json.dumps(content["plan"]))
+    return plan, Thresholds.from_dict(content["thresholds"])
+
+
+def planned_runs(plan: Plan) -> list[Planned]:
+    """All runs, the highest learning rates first: where runs break is known before the rest is.
+
+    Raises:
+        RecipeError: for a recipe that cannot work, naming file and key.
+    """
+    cells = itertools.product(plan.methods, plan.variants.items(), plan.seeds)
+    runs = [
+        planned
+        for method, (variant, settings), seed in cells
+        for planned in _runs_of_cell(plan, method, (variant, settings), seed)
+    ]
+    return sorted(runs, key=lambda run: (-run.learning_rate, run.seed))
+
+
+def _runs_of_cell(
+    plan: Plan, method: str, variant: tuple[str, list[str]], seed: int
+) -> list[Planned]:
+    name, settings = variant
+    word = Path(method).stem
+    runs = []
+    for rate in _rates(plan, method, settings):
+        slug = re.sub(r"[^A-Za-z0-9.]+", "-", name)
+        parts = [word, *([slug] if slug else []), f"lr-{rate:g}", f"seed-{seed}"]
+        identity = "_".join(parts)
+        overrides = [
+            *plan.settings,
+            *settings,
+            "training.log_every=1",  # the rule is asked after every step
+            f"seed={seed}",
+            f"optimizer.learning_rate={rate!r}",
+            f"name={word}",
+            f"output={json.dumps(str(plan.folder / 'runs' / identity))}",
+        ]
+        recipe = load_recipe([*plan.base, method], overrides)
+        runs.append(Planned(identity, word, name, rate, seed, recipe))
+    return runs
+
+
+def _rates(plan: Plan, method: str, settings: list[str]) -> list[float]:
+    rates = plan.learning_rates
+    if not isinstance(rates, ScaledRates):
+        return rates
+    recipe = load_recipe([*plan.base, method], [*plan.settings, *settings])
+    width = recipe.model_config().hidden_size
+    # Two digits are what a grid has, and what an id should show.
+    return [float(f"{rate * rates.reference_width / width:.2g}") for rate in rates.values]
+
+
+def _describe(path: Path, error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "unexpected_keyword_argument":
+        known = ", ".join(field.name for field in dataclasses.fields(Plan))
+        return f"{path}: {key} is not a key of a plan; known are {known}"
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{path}: {key} is missing"
+    if error["type"] == "value_error":
+        return f"{path}: {error['ctx']['error']}"
+    return f"{path}: {key}: found {error['input']!r}; {error['msg'][:1].lower()}{error['msg'][1:]}"

@@ -1,0 +1,171 @@
+"""One process of a study: takes runs that nobody has, trains them, and writes what came out.
+
+A run's result is the last file written of it, so a run without one is not finished. Whoever holds a
+run's lock trains it; the system takes a lock back when its holder dies, however that happens.
+"""
+
+import contextlib
+import hashlib
+import json
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from hf_stable.checkpoints import list_checkpoints
+from hf_stable.errors import DivergedError
+from hf_stable.recipes import Recipe, to_dict
+from hf_stable.records import write_json
+from hf_stable.telemetry.reading.history import History, read_history
+from hf_stable.training import train
+
+from .plan import Planned, planned_runs, read_plan
+from .rule import Thresholds, is_hopeless, judge
+
+# A run that fails is tried once more: what fails twice will fail again.
+ATTEMPTS = 2
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """What a finished run must still match; where its files lie does not count."""
+    content = {key: value for key, value in to_dict(recipe).items() if key != "output"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def work(study: Path) -> None:
+    """Train runs of a study until none is left that is neither finished nor another's."""
+    plan, thresholds = read_plan(study)
+    for planned in planned_runs(plan):
+        with _taken(study, planned) as mine:
+            if mine:
+                write_json(_result_file(planned), _attempts(study, planned, thresholds))
+                if not plan.keep_models:
+                    _drop_weights(Path(planned.recipe.output))
+
+
+def _result_file(planned: Planned) -> Path:
+    return Path(planned.recipe.output) / "result.json"
+
+
+@contextlib.contextmanager
+def _taken(study: Path, planned: Planned) -> Iterator[bool]:
+    """Whether this process has the run to itself, and it has no result yet."""
+    locks = study / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(locks / f"{planned.id}.lock", timeout=0):
+            yield not _result_file(planned).is_file()
+    except Timeout:
+        yield False
+
+
+def _attempts(study: Path, planned: Planned, thresholds: Thresholds) -> dict[str, Any]:
+    """The result of a run, after a second attempt where the first failed."""
+    failures = study / "failures" / f"{planned.id}.json"
+    failed = json.loads(failures.read_text("utf-8"))["attempts"] if failures.is_file() else 0
+    common = {
+        "id": planned.id,
+        "method": planned.method,
+        "variant": planned.variant,
+        "learning_rate": planned.learning_rate,
+        "seed": planned.seed,
+        "recipe": recipe_digest(planned.recipe),
+        "thresholds": thresholds.to_dict(),
+    }
+    while True:
+        print(f"{planned.id}: attempt {failed + 1}", file=sys.stderr, flush=True)
+        try:
+            found = _train(planned, thresholds)
+            return {**common, **found, "error": None, "attempts": failed + 1}
+        except Exception as error:  # whatever it is, it must not end the study
+            traceback.print_exc()
+            failed += 1
+            text = f"{type(error).__name__}: {error}"
+            write_json(failures, {"attempts": failed, "error": text})
+            if failed >= ATTEMPTS:
+                return {**common, "status": "failed", "error": text, "attempts": failed}
+
+
+def _train(planned: Planned, thresholds: Thresholds) -> dict[str, Any]:
+    folder, start = Path(planned.recipe.output), time.monotonic()
+    if folder.exists() and not list_checkpoints(folder):
+        shutil.rmtree(folder)  # what an interrupted attempt left would stand in the records twice
+    stop = _Stop(planned.recipe, folder, thresholds)
+    status = "finished"
+    try:
+        if train(planned.recipe, stop=stop).stopped is not None:
+            status = "stopped"
+    except DivergedError:
+        status = "stopped"
+    found = _numbers(planned, thresholds, stopped=status == "stopped")
+    return {"status": status, **found, "seconds": time.monotonic() - start}
+
+
+class _Stop:
+    """The declared rule, asked after every step."""
+
+    def __init__(self, recipe: Recipe, folder: Path, thresholds: Thresholds) -> None:
+        self._folder, self._total, self._thresholds = folder, recipe.num_steps, thresholds
+        self._losses: list[float] = []
+        self._unigram = 0.0
+
+    def __call__(self, step: int, loss: float, grad_norm: float) -> str | None:
+        if not self._losses:
+            self._begin(step)
+        self._losses.append(loss)
+        losses = np.array(self._losses)
+        if is_hopeless(losses, step, self._total, self._unigram, self._thresholds):
+            return "hopeless by the declared rule"
+        return None
+
+    def _begin(self, step: int) -> None:
+        history = read_history(self._folder)
+        self._unigram = history.run["data"]["unigram_nats_per_token"]
+        if step > 1:  # resumed
+            self._losses.extend(history.train["loss"][history.train["step"] < step].tolist())
+
+
+def _numbers(planned: Planned, thresholds: Thresholds, stopped: bool) -> dict[str, Any]:
+    """What the records say of a run that has ended."""
+    history = read_history(Path(planned.recipe.output))
+    run, losses = history.run, history.train["loss"]
+    data, steps = run["data"], int(history.train["step"][-1])
+    validation = _last_validation(history)
+    unigram, bigram = data["unigram_nats_per_token"], data["bigram_nats_per_token"]
+    warmup = planned.recipe.warmup_steps
+    verdict = judge(history.train, validation, unigram, bigram, warmup, thresholds, stopped=stopped)
+    tokens = steps * planned.recipe.tokens_per_step
+    return {
+        "steps": steps,
+        "parameters": run["parameters"],
+        "flops": run["flops_per_token"] * tokens,
+        "initial_loss": float(losses[0]),
+        "validation_loss": validation,
+        "unigram": unigram,
+        "bigram": bigram,
+        "warmup_steps": warmup,
+        "verdict": verdict.to_dict(),
+    }
+
+
+def _last_validation(history: History) -> float:
+    """The final validation loss; infinite for a run that gave up on non-finite steps."""
+    if any(row["event"] == "diverged" for row in history.events):
+        return float("inf")
+    rows = [row for row in history.events if row["event"] == "validation"]
+    return float(rows[-1]["loss"])
+
+
+def _drop_weights(folder: Path) -> None:
+    for name in ("model", "checkpoints"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
