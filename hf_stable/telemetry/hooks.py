@@ -13,13 +13,20 @@ from torch import nn
 
 from .attention import ROWS
 from .gauges import Gauges
-from .observe import ObserveGradient, keep_first, observe, observe_heads, observe_spread
+from .observe import (
+    ObserveGradient,
+    keep_first,
+    observe,
+    observe_heads,
+    observe_parts,
+    observe_spread,
+)
 from .sites import Layer
 
 Undo = Callable[[], None]
 
 
-def _attributes(module: nn.Module, **values: Any) -> Undo:
+def give_attributes(module: nn.Module, **values: Any) -> Undo:
     """Give a module attributes for a while. Tensors among them are neither saved nor moved."""
     vars(module).update(values)
 
@@ -53,6 +60,15 @@ def _observe_stream(module: Any, args: tuple[torch.Tensor, ...], kwargs: dict[st
         keep_first(stream, module.watched_prefix)
 
 
+def _observe_parts(module: Any, args: Any, output: torch.Tensor) -> None:
+    """Queries and keys before their norms, which stand beside each other in one projection.
+
+    Handing on slices of it would make a compiler lay out what follows otherwise.
+    """
+    if module.training:
+        observe_parts(output, *module.watched_parts)
+
+
 def _observe_before_norm(module: Any, args: tuple[torch.Tensor, ...]) -> None:
     if module.training:
         observe_heads(args[0], module.watched_heads)
@@ -60,7 +76,7 @@ def _observe_before_norm(module: Any, args: tuple[torch.Tensor, ...]) -> None:
 
 def hook_linear(module: nn.Module, place: str, gauges: Gauges) -> list[Undo]:
     """Input, output and the input's gradient of a linear map."""
-    undo = _attributes(
+    undo = give_attributes(
         module,
         watched_input=gauges.sums(f"{place}/input", 2),
         watched_input_grad=gauges.gradient_sums(f"{place}/input_grad", 2),
@@ -71,13 +87,13 @@ def hook_linear(module: nn.Module, place: str, gauges: Gauges) -> list[Undo]:
 
 def hook_output(module: nn.Module, place: str, gauges: Gauges) -> list[Undo]:
     """The output of a module."""
-    undo = _attributes(module, watched_output=gauges.sums(f"{place}/output", 2))
+    undo = give_attributes(module, watched_output=gauges.sums(f"{place}/output", 2))
     return [undo, module.register_forward_hook(_observe_output).remove]
 
 
 def hook_stream(module: nn.Module, place: str, gauges: Gauges) -> list[Undo]:
     """The residual stream that enters a module; its first tokens, if there is room for them."""
-    undo = _attributes(module, watched_stream=gauges.sums(place, 3), watched_prefix=None)
+    undo = give_attributes(module, watched_stream=gauges.sums(place, 3), watched_prefix=None)
     hook = module.register_forward_pre_hook(_observe_stream, with_kwargs=True)
     return [undo, hook.remove]
 
@@ -88,7 +104,7 @@ def hook_attention(layer: Layer, heads: int, key_heads: int, gauges: Gauges) -> 
     if module is None:
         return []
     undos = [
-        _attributes(
+        give_attributes(
             module,
             watched_queries=gauges.sums(f"{place}/q", 2, heads),
             watched_keys=gauges.sums(f"{place}/k", 2, key_heads),
@@ -97,13 +113,20 @@ def hook_attention(layer: Layer, heads: int, key_heads: int, gauges: Gauges) -> 
         )
     ]
     if "attention_statistics" not in vars(module):  # where kernels leave what they saw
-        undos.append(_attributes(module, attention_statistics=None))
-    norms: dict[str, Any] = dict(module.named_children())
-    for name, count in (("q", heads), ("k", key_heads)):
-        norm = norms.get(f"{name}_norm")
-        if norm is None or isinstance(norm, nn.Identity):
-            continue
-        before = gauges.sums(f"{place}/{name}_before_norm", 2, count)
-        undos.append(_attributes(norm, watched_heads=before))
-        undos.append(norm.register_forward_pre_hook(_observe_before_norm).remove)
+        undos.append(give_attributes(module, attention_statistics=None))
+    children: dict[str, Any] = dict(module.named_children())
+    before = {
+        name: gauges.sums(f"{place}/{name}_before_norm", 2, count)
+        for name, count in (("q", heads), ("k", key_heads))
+        if not isinstance(children.get(f"{name}_norm", nn.Identity()), nn.Identity)
+    }
+    if before and "qkv_proj" in children:
+        projection = children["qkv_proj"]
+        undos.append(give_attributes(projection, watched_parts=tuple(before.values())))
+        undos.append(projection.register_forward_hook(_observe_parts).remove)
+    else:
+        for name, sums in before.items():
+            norm = children[f"{name}_norm"]
+            undos.append(give_attributes(norm, watched_heads=sums))
+            undos.append(norm.register_forward_pre_hook(_observe_before_norm).remove)
     return undos

@@ -54,6 +54,22 @@ def observe_heads(heads: torch.Tensor, sums: torch.Tensor) -> None:
     sums[1] += heads.shape[0] * heads.shape[2]
 
 
+@torch.library.custom_op("hf_stable::observe_parts", mutates_args={"queries", "keys"})
+def observe_parts(projected: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> None:
+    """`observe_heads` of the queries and of the keys in one projection.
+
+    Args:
+        projected: (B, S, (H + 2 G) * D): all query heads, then all key heads, then the values'.
+        queries: (2, H). keys: (2, G).
+    """
+    heads, key_heads = queries.shape[1], keys.shape[1]
+    parts = projected.detach().unflatten(-1, (heads + 2 * key_heads, -1)).transpose(1, 2)
+    for part, sums in ((parts[:, :heads], queries), (parts[:, heads : heads + key_heads], keys)):
+        norms = torch.linalg.vector_norm(part, dim=(0, 2, 3), dtype=statistics_dtype(part))
+        sums[0] += norms.double().square()
+        sums[1] += part.shape[0] * part.shape[2]
+
+
 @torch.library.custom_op("hf_stable::keep_first", mutates_args={"place"})
 def keep_first(tensor: torch.Tensor, place: torch.Tensor) -> None:
     """Copy the first tokens of the first sequence of (B, S, C) into `place`, (1, n, C)."""
@@ -62,6 +78,7 @@ def keep_first(tensor: torch.Tensor, place: torch.Tensor) -> None:
 
 for _operator in (observe, observe_spread, observe_heads, keep_first):
     _operator.register_fake(lambda tensor, place: None)
+observe_parts.register_fake(lambda projected, queries, keys: None)
 
 
 class ObserveGradient(torch.autograd.Function):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from hf_stable.model.functional_stable_gpt import statistics_dtype
 
@@ -14,7 +15,7 @@ from .attention import replace_attention
 from .bounds import PREFIX, Bounds, bound_numbers
 from .gauges import Gauges
 from .head import HeadGauge, head_numbers
-from .hooks import Undo, hook_attention, hook_linear, hook_output, hook_stream
+from .hooks import Undo, give_attributes, hook_attention, hook_linear, hook_output, hook_stream
 from .names import Numbers
 from .numbers import attention_numbers, stream_numbers, tensor_numbers
 from .sites import find_sites
@@ -42,20 +43,28 @@ class Subject:
         self.final_cap: float | None = fields.get("final_logit_softcapping")
         self.has_z_loss = bool(fields.get("z_loss"))
         self.clips = any(fields.get(field) is not None for field in _CLIPS)
-        self._watched_calls: dict[nn.Module, Callable[..., Any]] = {}
+        self._watched: dict[nn.Module, Callable[..., Any]] = {}
 
-    def watched_call(self, block: nn.Module) -> Callable[..., Any]:
-        """A compiled block with its hooks compiled in; the one without them stays as it is."""
-        if block not in self._watched_calls:
-            call = types.MethodType(_watched_call, block)
-            self._watched_calls[block] = torch.compile(call, fullgraph=True, dynamic=False)
-        return self._watched_calls[block]
+    def watched(self, block: nn.Module) -> Callable[..., Any]:
+        """What a compiled block calls instead, with hooks compiled in: its forward if FSDP has
+        hooks on it, which no graph may hold, else its whole call. The graph without them stays."""
+        if block not in self._watched:
+            function = _watched_forward if isinstance(block, FSDPModule) else _watched_call
+            call = types.MethodType(function, block)
+            self._watched[block] = torch.compile(call, fullgraph=True, dynamic=False)
+        return self._watched[block]
+
+
+# Code objects of their own: dynamo would otherwise take the graph without hooks, for which it does
+# not look again.
 
 
 def _watched_call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    # A code object of its own: dynamo would otherwise take the graph without hooks, for which it
-    # does not look again.
     return block._call_impl(*args, **kwargs)
+
+
+def _watched_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return type(block).forward(block, *args, **kwargs)
 
 
 class Sample:
@@ -191,6 +200,12 @@ class Sample:
     def _switch_compiled_blocks(self) -> None:
         for block in self._subject.model.modules():
             plain = block._compiled_call_impl
-            if plain is not None:
-                block._compiled_call_impl = self._subject.watched_call(block)
-                self._undos.append(partial(setattr, block, "_compiled_call_impl", plain))
+            if plain is None:
+                continue
+            self._undos.append(partial(setattr, block, "_compiled_call_impl", plain))
+            watched = self._subject.watched(block)
+            if isinstance(block, FSDPModule):
+                block._compiled_call_impl = None  # pyright: ignore
+                self._undos.append(give_attributes(block, forward=watched))  # pyright: ignore
+            else:
+                block._compiled_call_impl = watched

@@ -69,7 +69,7 @@ def watched_steps(name: str, sharding: str, rank: int) -> list[dict[str, Any]]:
             wrapped.eval()(steps()[0][0]["input_ids"])
             wrapped.train()
     found = []
-    with watch(wrapped, optimizer, every=1, bounds_every=2) as watcher:
+    with watch(wrapped, optimizer, every=1, bounds_every=3) as watcher:
         for batches in steps():
             for index, batch in enumerate(batches):
                 with gradient_sync(wrapped, index == len(batches) - 1):

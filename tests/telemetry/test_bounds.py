@@ -78,7 +78,7 @@ def test_a_run_that_is_not_finite_goes_on_being_watched(value: float) -> None:
 
 
 def test_bounds_are_in_the_first_sample_and_in_every_nth() -> None:
-    found = watched(tiny(), draw(9, 1), every=2, bounds_every=2)
+    found = watched(tiny(), draw(9, 1), every=2, bounds_every=4)
     with_bounds = [
         step
         for step, numbers in enumerate(found, 1)

@@ -48,7 +48,7 @@ def test_every_number_is_its_definition(name: str) -> None:
     model = tiny(preset, **fields)
     reference = Reference(exact_copy(model), Adam())
     steps = draw()
-    found = watched(model, steps, bounds_every=2)
+    found = watched(model, steps, bounds_every=3)
     for index, batches in enumerate(steps):
         assert_numbers(found[index], reference.step(batches, with_bounds=index == 0), 1e-9)
         assert_documented(found[index])
