@@ -26,7 +26,7 @@ class Thresholds:
     collapse: Collapse = "middle"
     """Validation loss from which a run has collapsed: the middle of a unigram's and a bigram's
     cross-entropy (more than half of what a bigram table knows is lost), the bigram's itself (the
-    mark of Wortsman et al. 2023, section 3.1), or the unigram's less 0.2."""
+    mark of Wortsman et al. 2023), or the unigram's less 0.2."""
     decay: float = 0.9
     """Decay a step of the moving average of the training loss."""
     blow_up: float = 1.0
@@ -238,7 +238,7 @@ def _collapse(loss: float, limit: float, kind: str) -> Iterator[str]:
 def _non_finite(train: Mapping[str, np.ndarray], validation_loss: float | None) -> Iterator[str]:
     steps = np.asarray(train["step"])
     for name, words in (("loss", "training loss"), ("grad_norm", "gradient norm")):
-        bad = steps[~np.isfinite(train[name])] if name in train else ()
+        bad = steps[~np.isfinite(train[name])] if name in train else steps[:0]
         if len(bad):
             yield f"non-finite: {words} at step {int(bad[0])}, in {len(bad)} log lines in all"
     if validation_loss is not None and not np.isfinite(validation_loss):

@@ -1,0 +1,288 @@
+"""Learning-rate sensitivity, the best and the largest stable learning rate, and their ratios.
+
+Rows are seeds, columns are learning rates. Intervals are percentiles of the bootstrap over seeds,
+whole rows at a time: of three seeds it is about the range of the three, which covers the truth
+three times in four and not nineteen in twenty.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from hf_stable.errors import UserError
+
+from .bootstrap import CONFIDENCE, SAMPLES, SEED, Interval, interval, resampled
+
+# Fewer than this say nothing of spread, and a majority of two is both.
+MIN_SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The runs of one method, complete: a seed with a missing or failed run is left out.
+
+    Args:
+        rates: (R,) peak learning rates, ascending.
+        losses: (S, R) final validation losses, nats a token; what is not finite counts as initial.
+        initial: (S,) or a number: loss before the first update, nats a token.
+        diverged: (S, R) by the rule.
+
+    Raises:
+        UserError: when shapes disagree, rates are not ascending or an initial loss is not finite.
+    """
+
+    rates: np.ndarray
+    losses: np.ndarray
+    initial: np.ndarray
+    diverged: np.ndarray
+
+    def __post_init__(self) -> None:
+        for name, kind in (("rates", float), ("losses", float), ("diverged", bool)):
+            object.__setattr__(self, name, np.asarray(self.__dict__[name], dtype=kind))
+        shape = self.losses.shape
+        if len(shape) != 2 or not all(shape) or self.diverged.shape != shape:
+            raise UserError(
+                f"losses are {shape} and diverged {self.diverged.shape}; both have to be "
+                "(seeds, learning rates), with at least one of each"
+            )
+        if self.rates.shape != shape[1:] or not (np.diff(self.rates) > 0).all():
+            raise UserError(f"learning rates {self.rates.tolist()}: give {shape[1]}, ascending")
+        object.__setattr__(self, "initial", _initial(self.initial, len(self.losses)))
+
+    @property
+    def num_seeds(self) -> int:
+        return len(self.losses)
+
+    @property
+    def capped(self) -> np.ndarray:
+        """(S, R) losses, at most the initial."""
+        return _capped(self.losses, self.initial)
+
+
+def lr_sensitivity(
+    losses: np.ndarray,
+    initial: np.ndarray | float,
+    *,
+    samples: int = SAMPLES,
+    confidence: float = CONFIDENCE,
+) -> Interval:
+    """LR sensitivity in nats (Wortsman et al. 2023, section 2.2): mean over learning rates of
+    min(loss, initial), less the smallest.
+
+    With several seeds, the capped losses are averaged over seeds first, so that the best learning
+    rate is one and not the luckiest of every seed, which would count noise as sensitivity.
+
+    Args:
+        losses: (S, R) final validation losses; what is not finite counts as initial.
+        initial: (S,) or a number: loss before the first update.
+
+    Raises:
+        UserError: when shapes disagree or an initial loss is not finite.
+    """
+    losses = np.asarray(losses, dtype=float)
+    if losses.ndim != 2 or not losses.size:
+        raise UserError(f"losses are {losses.shape}; they have to be (seeds, learning rates)")
+    return _over_seeds(
+        _capped(losses, _initial(initial, len(losses))), _sensitivity, samples, confidence
+    )
+
+
+def sensitivity_difference(
+    grid: Grid, reference: Grid, *, samples: int = SAMPLES, confidence: float = CONFIDENCE
+) -> Interval:
+    """LR sensitivity less a reference's, on the same learning rates, nats; below 0 is less
+    sensitive. Seeds of the two are resampled apart."""
+    _same_rates(grid, reference)
+    mine = _combinable(grid.capped, _sensitivity, samples)
+    other = _combinable(reference.capped, _sensitivity, samples, seed=SEED + 1)
+    value = _sensitivity(grid.capped.mean(0)) - _sensitivity(reference.capped.mean(0))
+    return interval(float(value), mine - other, confidence)
+
+
+def loss_bands(grid: Grid, *, confidence: float = CONFIDENCE) -> list[Interval]:
+    """For each learning rate, the mean of capped losses over seeds, nats."""
+    means = resampled(lambda index: grid.capped[index].mean(axis=1), grid.num_seeds)
+    values = grid.capped.mean(axis=0)
+    return [
+        interval(float(value), column, confidence)
+        for value, column in zip(values, means.T, strict=True)
+    ]
+
+
+def best_rate(grid: Grid, *, samples: int = SAMPLES, confidence: float = CONFIDENCE) -> Interval:
+    """Learning rate with the lowest mean capped loss, the smaller of two alike; NaN where every run
+    of the grid is no better than before training."""
+    return _over_seeds(grid.capped, _best(grid), samples, confidence)
+
+
+def stable_by_majority(diverged: np.ndarray) -> np.ndarray:
+    """(..., R), whether more than half of the seeds of (..., S, R) did not diverge."""
+    return np.asarray(diverged).mean(axis=-2) < 0.5
+
+
+def largest_stable(
+    grid: Grid, *, samples: int = SAMPLES, confidence: float = CONFIDENCE
+) -> Interval:
+    """Largest learning rate such that at it and at all lower ones most seeds are stable.
+
+    0 stands for none: less than the lowest of the grid. The highest of the grid stands for "that or
+    more": `warnings` says so.
+    """
+    return _over_seeds(grid.diverged.astype(float), _largest(grid), samples, confidence)
+
+
+def best_ratio(
+    grid: Grid, reference: Grid, *, samples: int = SAMPLES, confidence: float = CONFIDENCE
+) -> Interval:
+    """`best_rate` over a reference's. Seeds of the two are resampled apart."""
+    values = [(each.capped, _best(each)) for each in (grid, reference)]
+    return _ratio(values, samples, confidence)
+
+
+def stable_ratio(
+    grid: Grid, reference: Grid, *, samples: int = SAMPLES, confidence: float = CONFIDENCE
+) -> Interval:
+    """`largest_stable` over a reference's: 0 where the method has none, infinite where the
+    reference has none, NaN where both have none. Seeds of the two are resampled apart."""
+    values = [(each.diverged.astype(float), _largest(each)) for each in (grid, reference)]
+    return _ratio(values, samples, confidence)
+
+
+def warnings(grid: Grid, *, sigma_reparam: bool = False, layer_rates: bool = False) -> list[str]:
+    """Where these numbers do not mean what they say (Wortsman et al. 2023, appendix B), a sentence
+    each.
+
+    Args:
+        sigma_reparam: whether weights are divided by their own size.
+        layer_rates: whether layers have factors on the learning rate: muP away from its base.
+    """
+    found = []
+    if sigma_reparam:
+        found.append(
+            "Sigma-Reparam divides weights by their spectral norm: their size does not matter and "
+            "the learning rate means another step, so sensitivity and ratios compare unlike things."
+        )
+    if layer_rates:
+        found.append(
+            "Layers have factors of their own on the learning rate (muP), so its value means "
+            "another step than in other methods: ratios depend on that factor."
+        )
+    if grid.num_seeds < MIN_SEEDS:
+        found.append(
+            f"There are only {grid.num_seeds} complete seed(s): with fewer than {MIN_SEEDS}, "
+            "intervals do not show how much seeds differ."
+        )
+    return found + _about_fate(grid)
+
+
+def _about_fate(grid: Grid) -> list[str]:
+    stable = stable_by_majority(grid.diverged)
+    if not stable.any():
+        return [
+            "It fails at every learning rate: a sensitivity near 0 means that it is always bad, "
+            "not that it is robust."
+        ]
+    found = []
+    best = float(_best(grid)(grid.capped.mean(axis=0)))
+    if best in (grid.rates[0], grid.rates[-1]):
+        side = "lowest" if best == grid.rates[0] else "highest"
+        found.append(
+            f"The best learning rate is the grid's {side}, {best:g}: a better one may lie beyond, "
+            "and sensitivity is measured over one side of the optimum only."
+        )
+    if stable.all():
+        found.append(
+            f"It is stable up to the grid's highest learning rate, {grid.rates[-1]:g}: the largest "
+            "stable one and its ratios are lower bounds."
+        )
+    elif stable[np.argmin(stable) :].any():
+        found.append(
+            "It is stable at a learning rate above one where it diverged: the largest stable one "
+            "is taken below the first failure."
+        )
+    return found
+
+
+def _initial(initial: np.ndarray | float, num_seeds: int) -> np.ndarray:
+    initial = np.asarray(initial, dtype=float)
+    if initial.shape not in ((), (num_seeds,)) or not np.isfinite(initial).all():
+        raise UserError(
+            f"initial losses are {initial.tolist()}; give a finite number, or one for each of "
+            f"{num_seeds} seeds"
+        )
+    return np.broadcast_to(initial, (num_seeds,))
+
+
+def _capped(losses: np.ndarray, initial: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(losses), np.minimum(losses, initial[:, None]), initial[:, None])
+
+
+def _sensitivity(means: np.ndarray) -> np.ndarray:
+    """(...,) of mean capped losses (..., R)."""
+    # Differences first: a method that always has the same loss has exactly 0.
+    return (means - means.min(axis=-1, keepdims=True)).mean(axis=-1)
+
+
+def _best(grid: Grid) -> Callable[[np.ndarray], np.ndarray]:
+    ceiling = grid.initial.max()
+
+    def best(means: np.ndarray) -> np.ndarray:
+        trained = means.min(axis=-1) < ceiling
+        return np.where(trained, grid.rates[means.argmin(axis=-1)], np.nan)
+
+    return best
+
+
+def _largest(grid: Grid) -> Callable[[np.ndarray], np.ndarray]:
+    with_none = np.concatenate([[0.0], grid.rates])
+
+    def largest(parts: np.ndarray) -> np.ndarray:
+        """From the part of seeds that diverged, (..., R)."""
+        return with_none[np.logical_and.accumulate(parts < 0.5, axis=-1).sum(axis=-1)]
+
+    return largest
+
+
+def _over_seeds(
+    rows: np.ndarray,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    samples: int,
+    confidence: float,
+) -> Interval:
+    """Of a statistic of the mean over seeds of (S, R) rows."""
+    found = resampled(lambda index: statistic(rows[index].mean(axis=1)), len(rows), samples)
+    return interval(float(statistic(rows.mean(axis=0))), found, confidence)
+
+
+def _combinable(
+    rows: np.ndarray,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    samples: int,
+    seed: int = SEED,
+) -> np.ndarray:
+    """(samples,) resampled values in random order, to be combined with those of another method."""
+    found = resampled(lambda index: statistic(rows[index].mean(axis=1)), len(rows), samples)
+    return np.random.default_rng(seed).choice(found, samples)
+
+
+def _ratio(
+    values: list[tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]],
+    samples: int,
+    confidence: float,
+) -> Interval:
+    drawn = [
+        _combinable(rows, statistic, samples, SEED + place)
+        for place, (rows, statistic) in enumerate(values)
+    ]
+    above, below = (np.float64(statistic(rows.mean(axis=0))) for rows, statistic in values)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return interval(above / below, drawn[0] / drawn[1], confidence)
+
+
+def _same_rates(grid: Grid, reference: Grid) -> None:
+    if not np.array_equal(grid.rates, reference.rates):
+        raise UserError(
+            f"learning rates {grid.rates.tolist()} and {reference.rates.tolist()}: sensitivity is "
+            "compared on the same grid only; leave out what one of them lacks"
+        )
