@@ -1,0 +1,254 @@
+"""The report of studies: one Markdown file and one HTML page, from records alone, without torch.
+
+What is missing is named, and equal records give equal bytes.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_stable.errors import UserError
+from hf_stable.telemetry.reading.figures import WORTSMAN, Drawing, LeftOut
+
+from .grid import recorded
+from .paper import TABLE_3
+from .report_claims import Quality, paper_section, qualities, quality_section, strangers
+from .report_figures import (
+    drawn,
+    logit_scatter,
+    loss_curves,
+    sensitivity_bars,
+    standalone,
+)
+from .report_page import (
+    Block,
+    Items,
+    Paragraph,
+    Section,
+    Table,
+    to_html,
+    to_markdown,
+    variant_title,
+)
+from .report_predictors import logit_words, logits, predictor_blocks, scale_section
+from .report_tables import (
+    grid_section,
+    highest_section,
+    rejudged_section,
+    sensitivities,
+    sensitivity_blocks,
+)
+from .study import BASELINE, Study, read_study
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAGE, TEXT, FIGURES = "report.html", "report.md", "figures"
+# Of the run, where logits are read: late enough to tell, early enough to stop.
+LOGIT_FRACTION = 0.4
+
+
+def write_report(folders: Sequence[Path], output: Path) -> None:
+    """Write `report.md`, `report.html` and its figures as SVG files, each whole or not at all.
+
+    Args:
+        folders: of studies, finished or not.
+        output: a folder, made if it is not there.
+
+    Raises:
+        UserError: without studies, for a folder that holds none, or without matplotlib.
+    """
+    if not folders:
+        raise UserError("a report needs at least one study's folder, and none was given")
+    if output.is_file():
+        raise UserError(f"{output} is a file: name the folder to write the report to")
+    studies = [read_study(folder) for folder in folders]
+    sections = [section for number, study in enumerate(studies, 1)
+                for section in chapter(study, f"study-{number}")]  # fmt: skip
+    sections.append(scale_section(studies, "scales", LOGIT_FRACTION))
+    title = f"Stability study: {', '.join(study.name for study in studies)}"
+    drawings = [block for each in sections for block in each.blocks if isinstance(block, Drawing)]
+    for drawing in drawings:
+        _write(output / FIGURES / f"{drawing.key}.svg", standalone(drawing))
+    _write(output / TEXT, to_markdown(title, sections, PAGE, FIGURES))
+    _write(output / PAGE, to_html(title, sections))
+
+
+def _write(file: Path, content: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.tmp")
+    # A name in somebody's records may hold what is no text.
+    temporary.write_bytes(content.encode("utf-8", "xmlcharrefreplace"))
+    temporary.replace(file)
+
+
+def chapter(study: Study, key: str) -> list[Section]:
+    """All sections on one study; `key` begins their anchors."""
+    quality = qualities(study)
+    claims, totals = paper_section(study, f"{key}-paper", quality)
+    left_out: list[LeftOut] = []
+    sections = [
+        grid_section(study, f"{key}-grid"),
+        rejudged_section(study, f"{key}-rejudged"),
+        _curves(study, f"{key}-curves", left_out),
+        _sensitivity(study, f"{key}-sensitivity", left_out),
+        highest_section(study, f"{key}-highest"),
+        _logits(study, f"{key}-logits", left_out),
+        *([quality_section(study, f"{key}-perplexity", quality)] if quality else []),
+        Section(f"{key}-predictors", "What foretells divergence", predictor_blocks(study)),
+        claims,
+        _cost(study, f"{key}-cost"),
+        _missing(study, f"{key}-missing", quality, left_out),
+    ]
+    return [_summary(study, key, totals), *sections]
+
+
+def _summary(study: Study, key: str, answers: dict[str, int]) -> Section:
+    """The study in a few lines."""
+    results = study.results
+    planned, ended = len(results) + len(study.unfinished), len(results)
+    counts = Counter(result.status for result in results)
+    lines = [
+        f"{ended} of {planned} runs have ended: {len(study.methods)} methods, "
+        f"{len(study.rates)} learning rates, {len(study.seeds)} seeds, "
+        f"{len(study.variants)} variant(s).",
+        f"{sum(result.diverged for result in results)} diverged, {counts['stopped']} of them "
+        f"stopped early; {counts['failed']} failed.",
+        f"Validation text, nats per token: unigram {_span([run.unigram for run in results])}, "
+        f"bigram {_span([run.bigram for run in results])}; loss at the start "
+        f"{_span([run.initial_loss for run in results])}.",
+        f"Against the paper, row by row: {answers.get('agree', 0)} agree, "
+        f"{answers.get('disagree', 0)} disagree, {answers.get('unresolved', 0)} unresolved.",
+    ]
+    rule = ", ".join(f"{name} {value}" for name, value in study.thresholds.items())
+    lines += [f"The rule's thresholds: {rule}."] if rule else []
+    return Section(key, f"Study {study.name}", [Items(lines)], level=2)
+
+
+def _span(values: Sequence[float], form: str = ".3f") -> str:
+    """One number, or the least and the largest; what is not finite is left out."""
+    known = [value for value in values if math.isfinite(value)]
+    if not known:
+        return "not recorded"
+    low, high = f"{min(known):{form}}", f"{max(known):{form}}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _figure(found: Drawing | LeftOut, left_out: list[LeftOut]) -> list[Block]:
+    if isinstance(found, Drawing):
+        return [found]
+    left_out.append(found)
+    return [Paragraph(f"Left out: {found.reason}.")]
+
+
+def _curves(study: Study, key: str, left_out: list[LeftOut]) -> Section:
+    stable, blocks = recorded(study), []
+    for number, variant in enumerate(study.variants, 1):
+        words = (
+            "A panel a method: median over seeds, band from least to largest, every run a mark. "
+            "Losses above that at the start are drawn there. Behind it the baseline and all other "
+            "methods, and what tables of single words and of pairs of words would have.",
+            "after Wortsman et al. 2023 (arXiv 2309.14322), Figure 1",
+        )
+        title = f"Loss by learning rate: {variant_title(variant)}"
+
+        def draw(variant: str = variant) -> "Figure":
+            return loss_curves(study, variant, stable)
+
+        blocks += _figure(drawn(f"{key}-{number}", title, words, draw), left_out)
+    return Section(key, "Loss by learning rate", blocks)
+
+
+def _sensitivity(study: Study, key: str, left_out: list[LeftOut]) -> Section:
+    found = {variant: sensitivities(study, variant) for variant in study.variants}
+    values = {
+        (method, variant): each.value
+        for variant, methods in found.items()
+        for method, each in methods.items()
+    }
+    words = (
+        "Small is robust only where the curve above it is low: a method that always fails has a "
+        "sensitivity near 0. See the warnings.",
+        WORTSMAN,
+    )
+    figure = drawn(
+        f"{key}-bars",
+        "Learning-rate sensitivity",
+        words,
+        lambda: sensitivity_bars(study.methods, study.variants, values),
+    )
+    blocks = [*_figure(figure, left_out), *sensitivity_blocks(study, found)]
+    return Section(key, "Learning-rate sensitivity", blocks)
+
+
+def _logits(study: Study, key: str, left_out: list[LeftOut]) -> Section:
+    points, stable = logits(study, LOGIT_FRACTION), recorded(study)
+    part = f"{100 * LOGIT_FRACTION:.0f} %"
+    words = (
+        f"Every run: its largest attention logit, over layers and heads and before a cap, at the "
+        f"last sample until {part} of the run, against its final loss. All runs of Wortsman et al. "
+        "whose first block was above the dashed line at 10,000 at step 2,000 diverged.",
+        f"after {WORTSMAN}",
+    )
+    figure = drawn(
+        f"{key}-scatter",
+        f"Largest attention logit at {part} of the run",
+        words,
+        lambda: logit_scatter(study, study.variants, points, stable),
+    )
+    blocks = _figure(figure, left_out)
+    blocks += [Paragraph(logit_words(study, points))] if points else []
+    return Section(key, "Attention logits and the final loss", blocks)
+
+
+def _cost(study: Study, key: str) -> Section:
+    """What it all took."""
+    results = study.results
+    timed = [run.seconds for run in results if math.isfinite(run.seconds)]
+    counted = [run.flops for run in results if run.flops is not None]
+    runs = [run.history.run for run in results if run.history is not None]
+    rows = [
+        ["runs ended", f"{len(results)}, retried {sum(run.attempts > 1 for run in results)}"],
+        ["hours of runs", f"{sum(timed) / 3600:.2f} over {len(timed)} runs"],
+        ["training FLOPs", f"{sum(counted):.3g} over {len(counted)} runs"],
+        ["steps of a run", _span([run.steps for run in results if run.steps], ",.0f")],
+        ["parameters", _span([run.parameters for run in results if run.parameters], ",.0f")],
+        ["device", _tally([run.get("device") for run in runs])],
+        ["revision", _tally([run.get("git_revision") for run in runs])],
+        *([name, _tally([run.get("versions", {}).get(name) for run in runs])]
+          for name in ("torch", "transformers", "numpy")),
+    ]  # fmt: skip
+    return Section(key, "What it cost", [Table("All ended runs", ["", "found"], rows, words=2)])
+
+
+def _tally(values: Sequence[str | None]) -> str:
+    """Every value, with its number of runs where there are several."""
+    counts = Counter(value or "not recorded" for value in values)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{value} ({number} runs)" for value, number in sorted(counts.items())) or "–"
+
+
+def _missing(
+    study: Study, key: str, quality: Sequence[Quality], left_out: Sequence[LeftOut]
+) -> Section:
+    """Everything that the report could not show."""
+    lines = [f"not finished: {identity}" for identity in study.unfinished]
+    lines += [
+        f"failed: {run.id}, {run.attempts} attempts: {run.error or 'no error recorded'}"
+        for run in study.results
+        if run.status == "failed"
+    ]
+    lines += [f"figure left out: {each.title}: {each.reason}" for each in left_out]
+    if not quality:
+        lines.append("no table of perplexity: the study has no perplexity records of ended runs")
+    lines += [f"perplexity record of no ended run: {each}" for each in strangers(study)]
+    if BASELINE not in study.methods:
+        lines.append(f"no ratios and differences: no method of the study is named {BASELINE}")
+    absent = [method for method in TABLE_3 if method not in study.methods]
+    if absent:
+        lines.append(f"methods of the paper that the study lacks: {', '.join(absent)}")
+    lines += study.notes
+    return Section(key, "What is missing", [Items(lines or ["Nothing."])])

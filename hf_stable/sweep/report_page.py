@@ -1,0 +1,218 @@
+"""A report's content, and its two forms: Markdown, and one HTML file that loads and runs nothing.
+
+Both are made of the same blocks, so that they cannot say different things. Whatever a record holds
+is text in them and nothing else. Standard library only.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from hf_stable.telemetry.reading.figures import Drawing
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c1e21; --soft: #5d6470; --line: #d7dbe0;
+  --ground: #f4f5f7; --card: #ffffff; --link: #0b5cad;
+  --good: #d8efe3; --mixed: #fbebc3; --bad: #f8d5cd; --none: #e7e9ec }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --soft: #a3abb6; --line: #3a4049;
+  --ground: #16181c; --card: #1f2329; --link: #8ab8f0;
+  --good: #1d4a37; --mixed: #57481a; --bad: #622b22; --none: #30343b } }
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 1.2rem; max-width: 1160px; background: var(--ground);
+  color: var(--ink); font-size: 16px; line-height: 1.5 }
+body, .paper svg text { font-family: system-ui, "Segoe UI", "DejaVu Sans", sans-serif }
+h1 { font-size: 1.6rem; margin: 0 0 .4rem }
+h2 { font-size: 1.35rem; margin: 2.6rem 0 .6rem; border-bottom: 2px solid var(--line) }
+h3 { font-size: 1.12rem; margin: 2rem 0 .4rem } h4 { font-size: 1rem; margin: 1rem 0 .3rem }
+p { margin: .4rem 0; max-width: 62rem } a { color: var(--link) }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  padding: .6rem 1rem; margin: .5rem .7rem .5rem 0; overflow-x: auto; display: inline-block;
+  vertical-align: top; max-width: calc(100% - .7rem) }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
+caption { text-align: left; font-weight: 600; padding-bottom: .3rem; white-space: nowrap }
+th, td { text-align: right; padding: .26rem .6rem; border-bottom: 1px solid var(--line);
+  vertical-align: top } th { color: var(--soft); font-weight: 600 }
+thead th { vertical-align: bottom }
+tr:last-child td { border-bottom: 0 }
+th.text, td.text { text-align: left } td { white-space: nowrap }
+.prose td.text { white-space: normal; max-width: 34rem }
+td.good { background: var(--good) } td.mixed { background: var(--mixed) }
+td.bad { background: var(--bad) } td.none { background: var(--none) }
+td.mark { white-space: nowrap; text-align: center; border: 2px solid var(--card);
+  min-width: 3.4rem }
+ul { margin: .3rem 0; padding-left: 1.2rem } nav > ul { columns: 2; font-size: .92rem }
+nav li { break-inside: avoid-column }
+figure { margin: 1.2rem 0; break-inside: avoid } figure h4 a { color: inherit;
+  text-decoration: none }
+.paper { background: #ffffff; border: 1px solid var(--line); border-radius: 8px; padding: .5rem;
+  overflow-x: auto }
+.paper svg { display: block; height: auto; min-width: 640px; color-scheme: light;
+  stroke-linejoin: round; stroke-linecap: butt }
+figcaption { font-size: .92rem; margin-top: .45rem; color: var(--soft); max-width: 62rem }
+@media (max-width: 760px) { body { padding: .5rem } .paper { padding: .3rem }
+  nav > ul { columns: 1 } caption { white-space: normal } }
+@media print { nav { display: none } body { max-width: none; background: #ffffff }
+  .paper { border: 0; padding: 0 } .paper svg { min-width: 0 } }
+"""
+# How a cell of a grid is coloured; the words say the same.
+MARKS = ("good", "mixed", "bad", "none")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table; `mark` is one of MARKS."""
+
+    text: str
+    mark: str
+
+    def __post_init__(self) -> None:
+        assert self.mark in MARKS
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Items:
+    """A list."""
+
+    lines: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; the first `words` columns are text, the others numbers."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str | Cell]]
+    words: int = 1
+
+
+Block = Paragraph | Items | Table | Drawing
+
+
+@dataclass(frozen=True)
+class Section:
+    """A headline with what stands under it; `key` is its anchor, `level` 2 or 3."""
+
+    key: str
+    title: str
+    blocks: Sequence[Block]
+    level: int = 3
+
+
+def variant_title(variant: str) -> str:
+    """A variant in a headline."""
+    return variant or "no variant"
+
+
+def interval_words(ends: Sequence[float], form: str) -> str:
+    """An interval in a table."""
+    return "–" if any(map(math.isnan, ends)) else " to ".join(f"{end:{form}}" for end in ends)
+
+
+def to_html(title: str, sections: Sequence[Section]) -> str:
+    """The report as a page of its own."""
+    parts = [
+        "<!DOCTYPE html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>",
+        f"<h1>{escape(title)}</h1>",
+        *_contents(sections),
+        *(line for section in sections for line in _section(section)),
+        "</body></html>\n",
+    ]
+    return "\n".join(parts)
+
+
+def _contents(sections: Sequence[Section]) -> Iterable[str]:
+    yield '<nav aria-label="Contents"><ul>'
+    for section in sections:
+        mark = ' class="deep"' if section.level > 2 else ""
+        yield f'<li{mark}><a href="#{section.key}">{escape(section.title)}</a></li>'
+    yield "</ul></nav>"
+
+
+def _section(section: Section) -> Iterable[str]:
+    level = section.level
+    yield f'<h{level} id="{section.key}">{escape(section.title)}</h{level}>'
+    for block in section.blocks:
+        if isinstance(block, Paragraph):
+            yield f"<p>{escape(block.text)}</p>"
+        elif isinstance(block, Items):
+            yield f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in block.lines)}</ul>"
+        elif isinstance(block, Table):
+            yield from _table(block)
+        else:
+            yield from _figure(block)
+
+
+def _table(table: Table) -> Iterable[str]:
+    kinds = [' class="text"' if index < table.words else "" for index in range(len(table.head))]
+    prose = ' class="prose"' if table.words > 1 else ""
+    yield f'<div class="card"><table{prose}><caption>{escape(table.title)}</caption><thead><tr>'
+    heads = zip(kinds, table.head, strict=True)
+    yield "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in heads)
+    yield "</tr></thead><tbody>"
+    for row in table.rows:
+        yield f"<tr>{''.join(map(_cell, kinds, row))}</tr>"
+    yield "</tbody></table></div>"
+
+
+def _cell(kind: str, cell: str | Cell) -> str:
+    if isinstance(cell, Cell):
+        return f'<td class="mark {cell.mark}">{escape(cell.text)}</td>'
+    return f"<td{kind}>{escape(cell)}</td>"
+
+
+def _figure(drawing: Drawing) -> Iterable[str]:
+    heading = f'<h4><a href="#{drawing.key}">{escape(drawing.title)}</a></h4>'
+    yield f'<figure id="{drawing.key}">{heading}'
+    yield f'<div class="paper">{drawing.svg}</div>'
+    yield f"<figcaption>{escape(drawing.caption)} <em>Source: {escape(drawing.source)}.</em>"
+    yield "</figcaption></figure>"
+
+
+def to_markdown(title: str, sections: Sequence[Section], page: str, figures: str) -> str:
+    """The report as Markdown.
+
+    Args:
+        page: the HTML file beside it. figures: the folder beside it with `<key>.svg` of each.
+    """
+    parts = [f"# {_plain(title)}", f"[{page}]({page}) says the same on one page."]
+    for section in sections:
+        parts.append(f"{'#' * section.level} {_plain(section.title)}")
+        parts += [_markdown(block, figures) for block in section.blocks]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown(block: Block, figures: str) -> str:
+    if isinstance(block, Paragraph):
+        return _plain(block.text)
+    if isinstance(block, Items):
+        return "\n".join(f"- {_plain(line)}" for line in block.lines)
+    if isinstance(block, Drawing):
+        image = f"![{_plain(block.title)}]({figures}/{block.key}.svg)"
+        return f"{image}\n\n{_plain(block.caption)} Source: {_plain(block.source)}."
+    rule = ["---" if index < block.words else "---:" for index in range(len(block.head))]
+    rows = [[cell.text if isinstance(cell, Cell) else cell for cell in row] for row in block.rows]
+    lines = [[_plain(cell) for cell in row] for row in (block.head, *rows)]
+    lines.insert(1, rule)
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"**{_plain(block.title)}**\n\n{table}"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown takes as it is."""
+    text = re.sub(r"([\\|*`\[\]])", r"\\\1", " ".join(text.split()))
+    return text.replace("&", "&amp;").replace("<", "&lt;")

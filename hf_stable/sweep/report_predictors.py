@@ -1,0 +1,153 @@
+"""Sections of a report on telemetry: what foretells divergence, and logits across scales."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from hf_stable.telemetry.reading.drawing import plain_text
+
+from .predictors import features_at, fit_power_law, foretell
+from .report_page import Block, Paragraph, Section, Table, interval_words
+from .study import Result, Study
+
+FRACTIONS = (0.1, 0.2, 0.4)
+# Largest attention logit above which all runs of Wortsman et al. 2023 diverged.
+LOGIT_LINE = 1e4
+_WORDS = {
+    "max_logit": "largest attention logit",
+    "entropy": "smallest attention entropy",
+    "update_per_rate": "largest update ÷ learning rate",
+    "grad_norm": "gradient norm",
+    "learning_rate": "learning rate (reference)",
+    "loss": "smoothed training loss (reference)",
+}
+
+
+def features(study: Study, fraction: float) -> dict[str, dict[str, float]]:
+    """By run id, what ended runs looked like after a part of their planned steps, but for failed
+    ones and those without log lines."""
+    return {
+        run.id: features_at(run.history, fraction, planned_steps(study, run), _rate(run))
+        for run in study.results
+        if run.status != "failed"
+        and run.history is not None
+        and {"step", "loss", "grad_norm"} <= set(run.history.train)
+    }
+
+
+def planned_steps(study: Study, run: Result) -> int:
+    """Steps of the whole run, which one that was stopped has not done."""
+    assert run.history is not None
+    steps = run.history.run.get("recipe", {}).get("training", {}).get("steps")
+    return int(steps or max(each.steps for each in study.results))
+
+
+def _rate(run: Result) -> float:
+    return run.place.learning_rate
+
+
+def logits(study: Study, fraction: float) -> dict[str, float]:
+    """By run id, the largest attention logit over layers and heads, where it was recorded."""
+    found = {identity: each["max_logit"] for identity, each in features(study, fraction).items()}
+    return {identity: logit for identity, logit in found.items() if not np.isnan(logit)}
+
+
+def predictor_blocks(study: Study) -> list[Block]:
+    """AUC of each feature against divergence, at parts of the run."""
+    fates = {run.id: run.diverged for run in study.results}
+    rows: dict[str, list[str]] = {}
+    counts = []
+    for fraction in FRACTIONS:
+        early = features(study, fraction)
+        counts.append((len(early), sum(fates[each] for each in early)))
+        for found in foretell(list(early.values()), [fates[each] for each in early]):
+            row = rows.setdefault(found.feature, [_WORDS.get(found.feature, found.feature)])
+            unknown = np.isnan(found.auc.value)
+            row += ["–" if unknown else f"{found.auc.value:.3f}"]
+            row += [interval_words(found.auc[1:], ".3f"), f"{found.diverged}/{found.runs}"]
+    head = ["sign"]
+    for fraction in FRACTIONS:
+        head += [f"AUC at {100 * fraction:.0f} %", "interval", "of"]
+    words = (
+        "The probability that a run that diverges has a worse number than one that does not: 0.5 "
+        "is no sign, 1 a perfect one; of how many diverged out of how many runs. Taken from the "
+        "last sample until then. The learning rate and the loss are what telemetry has to beat. "
+        "Intervals are 95 % of a bootstrap over "
+        "runs, those that diverged and those that did not each among themselves."
+    )
+    if not max(number for number, _ in counts):
+        return [Paragraph("Nothing: no ended run has log lines.")]
+    return [Paragraph(words), Table("Signs of divergence", head, list(rows.values()))]
+
+
+def logit_words(study: Study, points: Mapping[str, float]) -> str:
+    """How many runs diverged on either side of the line."""
+    runs = [run for run in study.results if run.id in points]
+    above = [run.diverged for run in runs if points[run.id] > LOGIT_LINE]
+    below = [run.diverged for run in runs if not points[run.id] > LOGIT_LINE]
+    return (
+        f"Of {len(above)} runs above the line at 10,000, {sum(above)} diverged; of {len(below)} "
+        f"at or below it, {sum(below)}."
+    )
+
+
+def scale_section(studies: Sequence[Study], key: str, fraction: float) -> Section:
+    """Growth of logits with width at one learning rate, and where it reaches the line."""
+    rows = []
+    for (method, variant, rate), found in sorted(_by_scale(studies, fraction).items()):
+        sizes, values = zip(*found, strict=True)
+        if len(set(sizes)) < 2:
+            continue
+        law = fit_power_law(sizes, values)
+        reached = law.size_at(LOGIT_LINE)
+        rows.append(
+            [
+                method,
+                variant,
+                plain_text(rate),
+                ", ".join(f"{size:g}" for size in sorted(set(sizes))),
+                f"{law.exponent.value:.2f}",
+                interval_words(law.exponent[1:], ".2f"),
+                plain_text(reached) if law.exponent.value > 0 else "never",
+            ]
+        )
+    head = ["method", "variant", "learning rate", "widths", "exponent", "interval"]
+    words = (
+        "After Wortsman et al. 2023, section 3.3: the largest attention logit at "
+        f"{100 * fraction:.0f} % of the run against the model's width, at one learning rate, over "
+        "runs that did not diverge, by a power law; and the width at which it would be 10,000."
+    )
+    blocks: list[Block] = [Paragraph(words)]
+    if rows:
+        title = "Logits by width"
+        blocks.append(Table(title, [*head, "width at 10,000"], rows, words=2))
+    else:
+        blocks.append(
+            Paragraph(
+                "Nothing: it needs runs of at least two widths at one learning rate that recorded "
+                "logits and did not diverge. Pass the folders of studies of other widths as well."
+            )
+        )
+    return Section(key, "Logit growth across scales", blocks, level=2)
+
+
+def _by_scale(
+    studies: Sequence[Study], fraction: float
+) -> dict[tuple[str, str, float], list[tuple[float, float]]]:
+    """(width, logit) of runs that did not diverge."""
+    found = defaultdict(list)
+    for study in studies:
+        points = logits(study, fraction)
+        for run in study.results:
+            width = _width(run)
+            logit = points.get(run.id, np.nan)
+            if width and run.stable and np.isfinite(logit) and logit > 0:
+                place = run.place
+                found[place.method, place.variant, place.learning_rate].append((width, logit))
+    return found
+
+
+def _width(run: Result) -> float | None:
+    content = {} if run.history is None else run.history.run
+    return content.get("model_config", {}).get("hidden_size")

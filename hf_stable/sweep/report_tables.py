@@ -1,0 +1,274 @@
+"""Sections of a report on the grid of a study: what is stable, how sensitive, and how it ends."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hf_stable.telemetry.reading.drawing import plain_text
+
+from .bootstrap import Interval
+from .grid import KINDS, Stable, count, judged, largest_stable, not_judged, recorded, reversals
+from .report_page import (
+    Block,
+    Cell,
+    Items,
+    Paragraph,
+    Section,
+    Table,
+    interval_words,
+    variant_title,
+)
+from .sensitivity import Grid, best_rate, lr_sensitivity, stable_ratio, warnings
+from .study import BASELINE, Result, Study
+
+_KIND_WORDS = {
+    "middle": "(H1 + H2) / 2",
+    "bigram": "H2, the bigram's",
+    "unigram-0.2": "H1 - 0.2, near the unigram's",
+}
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """A method of a variant: LR sensitivity in nats, best learning rate, and the largest stable one
+    over the baseline's (None without a baseline)."""
+
+    value: Interval
+    best: Interval
+    ratio: Interval | None
+    seeds: int
+    warnings: list[str]
+
+
+def grid_section(study: Study, key: str) -> Section:
+    """Rybakov et al.'s Table 3, with seeds."""
+    stable = recorded(study)
+    blocks: list[Block] = [
+        Paragraph(
+            "Stable of ended seeds. s: stopped early as hopeless, which is diverged; f: failed "
+            "with an error twice, which is neither but counts against; w: waiting, not ended. The "
+            "largest stable learning rate is the largest such that at it and at all lower ones "
+            "more than half of the ended seeds are stable; ≥ marks the end of the grid."
+        )
+    ]
+    blocks += [_grid_table(study, stable, variant, "") for variant in study.variants]
+    return Section(key, "Which learning rates are stable (in the style of Table 3)", blocks)
+
+
+def _grid_table(study: Study, stable: Stable, variant: str, more: str) -> Table:
+    rates = study.rates_of(variant)
+    base = largest_stable(study, stable, BASELINE, variant) if BASELINE in study.methods else None
+    rows: list[list[str | Cell]] = []
+    for method in study.methods:
+        largest = largest_stable(study, stable, method, variant)
+        cells = [count(study, stable, method, variant, rate).cell() for rate in rates]
+        ratio = _ratio_words(largest, base, rates)
+        rows.append([method, *cells, _largest_words(largest, rates), ratio])
+    head = ["method \\ learning rate", *map(plain_text, rates), "largest stable", "÷ baseline"]
+    return Table(variant_title(variant) + more, head, rows)
+
+
+def _ratio_words(largest: float | None, base: float | None, rates: Sequence[float]) -> str:
+    """Over the baseline's; where that is stable to the end of the grid nothing is known."""
+    if largest is None or not base or base == rates[-1]:
+        return "–"
+    return ("≥ " if largest == rates[-1] else "") + f"{largest / base:.3g}"
+
+
+def _largest_words(largest: float | None, rates: Sequence[float]) -> str:
+    if largest is None:
+        return "–"
+    if largest == 0:
+        return "none"
+    return ("≥ " if largest == rates[-1] else "") + plain_text(largest)
+
+
+def rejudged_section(study: Study, key: str) -> Section:
+    """The same grid under every collapse threshold, and whether the order of methods holds."""
+    grids = {kind: judged(study, kind) for kind in KINDS}
+    blocks: list[Block] = [
+        Paragraph(
+            "Every run judged again from its log, with another validation loss from which a run "
+            "counts as collapsed: H1 is the unigram's cross-entropy of the same text and H2 the "
+            "bigram's. All else of the rule is as recorded."
+        )
+    ]
+    if lost := not_judged(study):
+        names = ", ".join(lost)
+        blocks.append(Paragraph(f"Without log lines, so with the verdict recorded: {names}."))
+    blocks.append(Paragraph(_as_recorded(study)))
+    for variant in study.variants:
+        orders = [
+            {
+                method: largest_stable(study, grids[kind], method, variant)
+                for method in study.methods
+            }
+            for kind in KINDS
+        ]
+        rows = [
+            [method, *(_largest_words(order[method], study.rates_of(variant)) for order in orders)]
+            for method in study.methods
+        ]
+        head = ["largest stable learning rate", *(_KIND_WORDS[kind] for kind in KINDS)]
+        blocks.append(Table(f"{variant_title(variant)}: by threshold", head, rows))
+        blocks.append(Paragraph(_order_words(variant, orders)))
+    for kind in KINDS:
+        for variant in study.variants if kind != study.thresholds.get("collapse") else ():
+            changed = _changed(study, grids[kind], variant)
+            words = f": collapse at {_KIND_WORDS[kind]}; judged otherwise: {changed or 'none'}"
+            blocks.append(_grid_table(study, grids[kind], variant, words))
+    return Section(key, "Does the order depend on the rule?", blocks)
+
+
+def _changed(study: Study, stable: Stable, variant: str) -> int:
+    runs = [run for run in study.results if run.place.variant == variant]
+    return sum(run.stable != stable[run.id] for run in runs)
+
+
+def _as_recorded(study: Study) -> str:
+    kind = study.thresholds.get("collapse", KINDS[0])
+    again, before = judged(study, kind), recorded(study)
+    differ = [identity for identity in before if before[identity] != again[identity]]
+    if differ:
+        return f"Judged again as recorded, these have another verdict: {', '.join(differ)}."
+    return f"Judged again as recorded ({kind}), all {len(before)} ended runs have their verdict."
+
+
+def _order_words(variant: str, orders: Sequence[dict[str, float | None]]) -> str:
+    turned, split = reversals(orders)
+    name = variant_title(variant)
+    words = (
+        f"{name}: no pair of methods changes its order with the threshold."
+        if not turned
+        else f"{name}: the order of these pairs turns around: {'; '.join(turned)}."
+    )
+    if split:
+        words += f" Apart under some and equal under others: {'; '.join(split)}."
+    unknown = [method for method in orders[0] if any(order[method] is None for order in orders)]
+    return words + (f" Not known yet: {', '.join(unknown)}." if unknown else "")
+
+
+def sensitivities(study: Study, variant: str) -> dict[str, Sensitivity]:
+    """Of every method that has at least one seed with a loss at each learning rate."""
+    grids = {method: complete(study, method, variant) for method in study.methods}
+    base, found = grids.get(BASELINE), {}
+    for method, grid in grids.items():
+        if grid is None:
+            continue
+        ratio = None if base is None else stable_ratio(grid, base)
+        found[method] = Sensitivity(
+            value=lr_sensitivity(grid.losses, grid.initial),
+            best=best_rate(grid),
+            ratio=ratio,
+            seeds=grid.num_seeds,
+            warnings=warnings(
+                grid, sigma_reparam="sigma_reparam" in method, layer_rates="mup" in method
+            ),
+        )
+    return found
+
+
+def complete(study: Study, method: str, variant: str) -> Grid | None:
+    """The seeds of a method that have an ended run at every learning rate; None without any."""
+    status = study.numbers(method, variant, lambda run: float(run.status != "failed"))
+    seeds = (status == 1).all(axis=1)
+    if not seeds.any() or not study.rates_of(variant):
+        return None
+    parts = [
+        study.numbers(method, variant, number)[seeds]
+        for number in (lambda run: run.validation_loss, lambda run: run.initial_loss, _diverged)
+    ]
+    return Grid(
+        rates=np.array(study.rates_of(variant)),
+        losses=parts[0],
+        initial=parts[1][:, 0],
+        diverged=parts[2] == 1,
+    )
+
+
+def _diverged(run: Result) -> float:
+    return float(run.diverged)
+
+
+def sensitivity_blocks(study: Study, found: dict[str, dict[str, Sensitivity]]) -> list[Block]:
+    """LR sensitivity by variant and method, with its warnings."""
+    blocks: list[Block] = [
+        Paragraph(
+            "Wortsman et al. 2023, section 2.2: the mean over the grid of min(loss, loss at the "
+            "start), less the smallest; in nats. Intervals are 95 % percentiles of the bootstrap "
+            "over seeds. A seed counts that has a loss at every learning rate."
+        )
+    ]
+    for variant in study.variants:
+        rows = [_sensitivity_row(method, each) for method, each in found[variant].items()]
+        head = ["method", "seeds", "sensitivity", "interval", "best rate", "interval"]
+        head += ["stable ÷ baseline", "interval"]
+        if rows:
+            blocks.append(Table(f"{variant_title(variant)}: sensitivity", head, rows))
+        lacking = [method for method in study.methods if method not in found[variant]]
+        if lacking:
+            names = ", ".join(lacking)
+            text = f"{variant_title(variant)}: no seed has all learning rates yet: {names}."
+            blocks.append(Paragraph(text))
+        blocks.append(Items(_warning_lines(variant, found[variant])))
+    return [block for block in blocks if not isinstance(block, Items) or block.lines]
+
+
+def _warning_lines(variant: str, found: dict[str, Sensitivity]) -> list[str]:
+    """Each warning once, with the methods that it is about."""
+    about: dict[str, list[str]] = {}
+    for method, each in found.items():
+        for words in each.warnings:
+            about.setdefault(words, []).append(method)
+    name = variant_title(variant)
+    return [f"{name}, {', '.join(methods)}: {words}" for words, methods in about.items()]
+
+
+def _sensitivity_row(method: str, found: Sensitivity) -> list[str]:
+    row = [
+        method,
+        str(found.seeds),
+        f"{found.value[0]:.3f}",
+        interval_words(found.value[1:], ".3f"),
+    ]
+    for each in (found.best, found.ratio):
+        if each is None:
+            row += ["–", "–"]
+        else:
+            row += [f"{each[0]:.3g}", interval_words(each[1:], ".3g")]
+    return row
+
+
+def highest_section(study: Study, key: str) -> Section:
+    """Validation loss at one very high learning rate, the number that tells methods apart best."""
+    blocks: list[Block] = []
+    for variant in study.variants:
+        rates = study.rates_of(variant)
+        ended = [r for r in rates if all(study.cell(m, variant, r) for m in study.methods)]
+        if not ended:
+            name = variant_title(variant)
+            blocks.append(Paragraph(f"{name}: no learning rate has a run of every method yet."))
+            continue
+        rows = [_loss_row(study, method, variant, ended[-1]) for method in study.methods]
+        rows.sort(key=lambda row: (math.isnan(row[1]), row[1]))
+        shown = [[row[0], *(f"{each:.3f}" for each in row[1:4]), str(row[4])] for row in rows]
+        head = ["method, best first", "median", "least", "largest", "seeds"]
+        title = f"{variant_title(variant)}: validation loss at {plain_text(ended[-1])}, nats"
+        blocks.append(Table(title, head, shown))
+    words = (
+        "At the highest learning rate that every method has run at; over seeds. A loss above that "
+        "at the start, or not finite, counts as that at the start; failed runs have none."
+    )
+    return Section(key, "Loss at a very high learning rate", [Paragraph(words), *blocks])
+
+
+def _loss_row(
+    study: Study, method: str, variant: str, rate: float
+) -> tuple[str, float, float, float, int]:
+    losses = [run.capped_loss for run in study.cell(method, variant, rate)]
+    losses = [loss for loss in losses if not math.isnan(loss)]
+    if not losses:
+        return method, math.nan, math.nan, math.nan, 0
+    return method, float(np.median(losses)), min(losses), max(losses), len(losses)

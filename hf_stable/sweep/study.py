@@ -1,0 +1,281 @@
+"""What a study's folder tells of it: every run by method, variant, learning rate and seed.
+
+From records alone and without torch. A study that is not finished can be read: what is missing is
+named.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_stable.errors import UserError
+from hf_stable.telemetry.reading.history import History, read_history
+
+BASELINE = "baseline"
+STATUSES = ("finished", "stopped", "failed")
+_NUMBERS = ("seconds", "initial_loss", "validation_loss", "unigram", "bigram", "warmup_steps")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run stands in the grid of a study; `learning_rate` is the peak."""
+
+    method: str
+    variant: str
+    learning_rate: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run that has ended. Losses in nats per token, NaN where there is none.
+
+    Args:
+        status: "finished"; "stopped" by the rule as hopeless, which is diverged; or "failed", which
+            is neither stable nor diverged.
+        flops: of all its training; None where it is not known.
+        initial_loss: of the first batch, before any update.
+        unigram, bigram: entropies of the text that it was validated on.
+        verdict: as recorded: "diverged", "degraded", "spiked", "reasons".
+        history: its records; None where they are missing or damaged.
+    """
+
+    id: str
+    place: Place
+    status: str
+    error: str | None
+    attempts: int
+    seconds: float
+    steps: int
+    parameters: int | None
+    flops: float | None
+    initial_loss: float
+    validation_loss: float
+    unigram: float
+    bigram: float
+    warmup_steps: float
+    thresholds: dict[str, Any]
+    verdict: dict[str, Any]
+    history: History | None
+
+    @property
+    def diverged(self) -> bool:
+        """By the verdict in its record."""
+        return self.status == "stopped" or (
+            self.status == "finished" and bool(self.verdict.get("diverged"))
+        )
+
+    @property
+    def capped_loss(self) -> float:
+        """Validation loss, nats, but at most that at the start; NaN for a failed run."""
+        if self.status == "failed":
+            return math.nan
+        loss, start = self.validation_loss, self.initial_loss
+        return min(loss, start) if math.isfinite(loss) else start
+
+    @property
+    def stable(self) -> bool:
+        """Whether it was trained to its end and did not diverge."""
+        return self.status == "finished" and not self.diverged
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study's records.
+
+    Args:
+        methods, variants, seeds: in the order of the plan. rates: ascending.
+        thresholds: of the divergence rule, as planned.
+        results: of the runs that have ended, in the order of the plan.
+        unfinished: ids of planned runs without a result, in the order of the plan.
+        awaited: places of those of them whose id says where they stand.
+        perplexities: by run id, (documents, 4) float64 sums: NLL in nats, tokens, words, bytes.
+        notes: what could not be read, and why.
+    """
+
+    folder: Path
+    name: str
+    methods: list[str]
+    variants: list[str]
+    rates: list[float]
+    seeds: list[int]
+    thresholds: dict[str, Any]
+    results: list[Result]
+    unfinished: list[str]
+    awaited: list[Place]
+    perplexities: dict[str, np.ndarray]
+    notes: list[str]
+
+    def cell(self, method: str, variant: str, rate: float) -> list[Result]:
+        """Results of one cell of the grid, by seed."""
+        found = [each for each in self.results if _cell(each.place) == (method, variant, rate)]
+        return sorted(found, key=lambda each: each.place.seed)
+
+    def missing(self, method: str, variant: str, rate: float) -> int:
+        """How many planned runs of one cell have not ended."""
+        return sum(_cell(place) == (method, variant, rate) for place in self.awaited)
+
+    def rates_of(self, variant: str) -> list[float]:
+        """Learning rates at which a variant has runs, or is to have them; ascending."""
+        places = [*(each.place for each in self.results), *self.awaited]
+        return sorted({each.learning_rate for each in places if each.variant == variant})
+
+    def numbers(self, method: str, variant: str, number: Callable[[Result], float]) -> np.ndarray:
+        """(S, R) of a number of each run, NaN without a result: the study's seeds by its rates of
+        the variant."""
+        rates = self.rates_of(variant)
+        out = np.full((len(self.seeds), len(rates)), np.nan)
+        for each in self.results:
+            place = each.place
+            if (place.method, place.variant) == (method, variant):
+                out[self.seeds.index(place.seed), rates.index(place.learning_rate)] = number(each)
+        return out
+
+
+def _cell(place: Place) -> tuple[str, str, float]:
+    return place.method, place.variant, place.learning_rate
+
+
+def read_study(folder: Path) -> Study:
+    """Read a study's records, also while it is running.
+
+    Raises:
+        UserError: when the folder holds no study, or a plan or result that cannot be read.
+    """
+    if not (folder / "plan.json").is_file():
+        raise UserError(
+            f"{folder} holds no study: there is no plan.json in it; pass the folder that "
+            "`hf-stable sweep` wrote"
+        )
+    plan = _read(folder / "plan.json")
+    notes: list[str] = []
+    try:
+        ids, seeds = [str(each) for each in plan["runs"]], [int(each) for each in plan["seeds"]]
+        ended = [each for each in ids if (folder / "runs" / each / "result.json").is_file()]
+        results = [_result(folder / "runs" / each, notes) for each in ended]
+        methods, variants = list(plan["methods"]), list(plan["variants"])
+        unfinished = [each for each in ids if each not in set(ended)]
+        places = _places(plan)
+        study = Study(
+            folder=folder,
+            name=str(plan["name"]),
+            methods=methods,
+            variants=variants,
+            rates=sorted(float(each) for each in plan["learning_rates"]),
+            seeds=seeds,
+            thresholds=dict(plan.get("thresholds") or {}),
+            results=results,
+            unfinished=unfinished,
+            awaited=[places[each] for each in unfinished if each in places],
+            perplexities=_perplexities(folder / "perplexity", notes),
+            notes=notes,
+        )
+    except KeyError as error:
+        raise UserError(f"{folder / 'plan.json'} has no {error}; write it anew") from error
+    _check_places(study)
+    return study
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{file} is not JSON: {error}; restore it, or take it away and run the sweep again"
+        ) from error
+
+
+def _number(value: Any) -> float:
+    """Records spell out what is not finite, and have null for what is not known."""
+    return float("nan") if value is None else float(value)
+
+
+def _result(folder: Path, notes: list[str]) -> Result:
+    file = folder / "result.json"
+    content = _read(file)
+    try:
+        place = Place(
+            method=str(content["method"]),
+            variant=str(content["variant"]),
+            learning_rate=float(content["learning_rate"]),
+            seed=int(content["seed"]),
+        )
+        result = Result(
+            id=str(content["id"]),
+            place=place,
+            status=str(content["status"]),
+            error=content.get("error"),
+            attempts=int(content.get("attempts", 1)),
+            steps=int(content.get("steps") or 0),
+            parameters=content.get("parameters"),
+            flops=content.get("flops"),
+            **{key: _number(content.get(key)) for key in _NUMBERS},
+            thresholds=dict(content.get("thresholds") or {}),
+            verdict=dict(content.get("verdict") or {}),
+            history=_history(folder, notes if content["status"] != "failed" else []),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file}: {type(error).__name__} {error}; take the file away and run the sweep again"
+        ) from error
+    if result.status not in STATUSES:
+        raise UserError(f"{file}: status is {result.status!r}; known are {', '.join(STATUSES)}")
+    return result
+
+
+def _history(folder: Path, notes: list[str]) -> History | None:
+    try:
+        return read_history(folder)
+    except (UserError, ValueError) as error:
+        notes.append(f"{folder.name}: {error}".replace(str(folder), folder.name))
+        return None
+
+
+def _places(plan: dict[str, Any]) -> dict[str, Place]:
+    """Where runs stand, by their ids, which is all that is known of one without a result."""
+    axes = [plan[key] for key in ("methods", "variants", "learning_rates", "seeds")]
+    places = {}
+    for method, variant, rate, seed in product(*axes):
+        slug = re.sub(r"[^A-Za-z0-9.]+", "-", variant)
+        parts = [method, *([slug] if slug else []), f"lr-{rate:g}", f"seed-{seed}"]
+        places["_".join(parts)] = Place(method, variant, float(rate), int(seed))
+    return places
+
+
+def _perplexities(folder: Path, notes: list[str]) -> dict[str, np.ndarray]:
+    sums: dict[str, np.ndarray] = {}
+    for file in sorted(folder.glob("*.json")):
+        content = _read(file)
+        try:
+            documents = np.array(content["documents"], dtype=np.float64)
+            identity = str(content["id"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{file}: {type(error).__name__} {error}; evaluate again") from error
+        if documents.ndim != 2 or documents.shape[1] != 4 or not np.isfinite(documents).all():
+            notes.append(f"perplexity/{file.name}: not rows of four finite numbers, left out")
+        else:
+            sums[identity] = documents
+    return sums
+
+
+def _check_places(study: Study) -> None:
+    """A run outside of its plan's grid would be in no table."""
+    for each in study.results:
+        place = each.place
+        for what, value, known in (
+            ("method", place.method, study.methods),
+            ("variant", place.variant, study.variants),
+            ("seed", place.seed, study.seeds),
+        ):
+            if value not in known:
+                raise UserError(
+                    f"{study.folder / 'runs' / each.id / 'result.json'}: {what} {value!r} is not "
+                    f"in plan.json, which has {known}; mend the one or the other"
+                )
