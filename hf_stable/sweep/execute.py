@@ -162,9 +162,9 @@ class Progress:
         """A bar, counts, and a row of each method: stable of finished, by learning rate."""
         done = [result for result in self._results if result is not None]
         counts = Counter(result["status"] for result in done)
-        diverged = sum(_is_diverged(result) for result in done)
+        diverged = sum(result["status"] != "failed" and not _is_stable(result) for result in done)
         text = f"{len(done)} of {len(self._runs)} runs"
-        text += f", {diverged} diverged, {counts['stopped']} of them stopped early"
+        text += f", {diverged} diverged ({counts['stopped']} stopped early)"
         text += f", {counts['failed']} failed" if counts["failed"] else ""
         text += self._time_left(done)
         bar = ProgressBar(total=len(self._runs), completed=len(done))
@@ -189,13 +189,14 @@ class Progress:
         return table
 
 
-def _is_diverged(result: dict[str, Any]) -> bool:
-    return result["status"] == "failed" or result["verdict"]["diverged"]
+def _is_stable(result: dict[str, Any]) -> bool:
+    """Whether a run went to its end without diverging; one that failed has shown nothing."""
+    return result["status"] != "failed" and not result["verdict"]["diverged"]
 
 
 def _cell(results: list[dict[str, Any] | None]) -> str:
     """Stable of finished runs, such as 2/3; a dot for each that is not finished."""
     done = [result for result in results if result is not None]
-    stable = sum(not _is_diverged(result) for result in done)
+    stable = sum(_is_stable(result) for result in done)
     waiting = "." * (len(results) - len(done))
     return (f"{stable}/{len(done)}" if done else "") + waiting
