@@ -34,7 +34,6 @@ class Subject:
         self.weights = Weights(self.sites)
         self.bounds = Bounds(self.sites)
         config = model.config.get_text_config(decoder=True)
-        self.attn_implementation = config._attn_implementation
         self.width: int = config.hidden_size
         fields = config.to_dict()
         self.heads: int = config.num_attention_heads
@@ -144,12 +143,14 @@ class Sample:
                         self._prefixes[layer.index] = vars(layer.module)["watched_prefix"]
 
         model, head = self._subject.model, self._subject.sites.head
+        # Asked anew for each sample: `set_attn_implementation` may have changed it since.
+        backend = model.config.get_text_config(decoder=True)._attn_implementation
         self._undos += [
             model.register_forward_pre_hook(before, with_kwargs=True).remove,
             model.register_forward_hook(after).remove,
             head.register_forward_pre_hook(self._head.before).remove,
             head.register_forward_hook(self._head.after, always_call=True).remove,
-            replace_attention(self._subject.attn_implementation),
+            replace_attention(backend),
         ]
 
     def _make_prefixes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -274,3 +274,19 @@ def test_numbers_that_are_not_finite_are_told() -> None:
     assert math.isfinite(found["layers.0.attention/max_logit"][1])
     assert math.isnan(found["layers.0.attention/entropy"][0])
     assert math.isnan(found["head/log_z_mean"])
+
+
+def test_the_backend_may_change_between_samples() -> None:
+    model, batch = tiny(), draw(1, 1)[0][0]
+    model.set_attn_implementation("eager")
+    with watch(model, every=1, bounds_every=0) as watcher:
+        model(**batch).loss.backward()
+        eager = watcher.end_step()
+        watcher.__exit__()
+        model.set_attn_implementation("sdpa")
+        watcher.__enter__()
+        model.zero_grad()
+        model(**batch).loss.backward()
+        sdpa = watcher.end_step()
+    name = "layers.1.attention/entropy"
+    assert sdpa[name] == pytest.approx(eager[name], rel=1e-4)
