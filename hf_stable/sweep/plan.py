@@ -58,6 +58,8 @@ class Plan:
     """Folder of the study; `runs/sweeps/<name>` unless given."""
     keep_models: bool = False
     """Whether trained weights stay; the report needs none."""
+    perplexity_documents: Annotated[int, Field(ge=0)] = 0
+    """Validation documents that every finished model is scored on, for paired comparisons."""
 
     @model_validator(mode="after")
     def _no_twins(self) -> "Plan":

@@ -11,7 +11,9 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,10 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from hf_stable.checkpoints import list_checkpoints
+from hf_stable.corpus import sources_of
+from hf_stable.data import ReadReport, expand, read_documents
 from hf_stable.errors import DivergedError
+from hf_stable.evaluation import load_model, perplexity
 from hf_stable.recipes import Recipe, to_dict
 from hf_stable.records import write_json
 from hf_stable.telemetry.reading.history import History, read_history
@@ -44,7 +49,8 @@ def work(study: Path) -> None:
     for planned in planned_runs(plan):
         with _taken(study, planned) as mine:
             if mine:
-                write_json(_result_file(planned), _attempts(study, planned, thresholds))
+                attempt = partial(_train, study, planned, thresholds, plan.perplexity_documents)
+                write_json(_result_file(planned), _attempts(study, planned, thresholds, attempt))
                 if not plan.keep_models:
                     _drop_weights(Path(planned.recipe.output))
 
@@ -65,7 +71,9 @@ def _taken(study: Path, planned: Planned) -> Iterator[bool]:
         yield False
 
 
-def _attempts(study: Path, planned: Planned, thresholds: Thresholds) -> dict[str, Any]:
+def _attempts(
+    study: Path, planned: Planned, thresholds: Thresholds, attempt: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
     """The result of a run, after a second attempt where the first failed."""
     failures = study / "failures" / f"{planned.id}.json"
     failed = json.loads(failures.read_text("utf-8"))["attempts"] if failures.is_file() else 0
@@ -81,8 +89,7 @@ def _attempts(study: Path, planned: Planned, thresholds: Thresholds) -> dict[str
     while True:
         print(f"{planned.id}: attempt {failed + 1}", file=sys.stderr, flush=True)
         try:
-            found = _train(planned, thresholds)
-            return {**common, **found, "error": None, "attempts": failed + 1}
+            return {**common, **attempt(), "error": None, "attempts": failed + 1}
         except Exception as error:  # whatever it is, it must not end the study
             traceback.print_exc()
             failed += 1
@@ -92,7 +99,7 @@ def _attempts(study: Path, planned: Planned, thresholds: Thresholds) -> dict[str
                 return {**common, "status": "failed", "error": text, "attempts": failed}
 
 
-def _train(planned: Planned, thresholds: Thresholds) -> dict[str, Any]:
+def _train(study: Path, planned: Planned, thresholds: Thresholds, documents: int) -> dict[str, Any]:
     folder, start = Path(planned.recipe.output), time.monotonic()
     if folder.exists() and not list_checkpoints(folder):
         shutil.rmtree(folder)  # what an interrupted attempt left would stand in the records twice
@@ -104,6 +111,8 @@ def _train(planned: Planned, thresholds: Thresholds) -> dict[str, Any]:
     except DivergedError:
         status = "stopped"
     found = _numbers(planned, thresholds, stopped=status == "stopped")
+    if documents and status == "finished":
+        _score(study, planned, documents)
     return {"status": status, **found, "seconds": time.monotonic() - start}
 
 
@@ -152,6 +161,16 @@ def _numbers(planned: Planned, thresholds: Thresholds, stopped: bool) -> dict[st
         "warmup_steps": warmup,
         "verdict": verdict.to_dict(),
     }
+
+
+def _score(study: Path, planned: Planned, limit: int) -> None:
+    """Write what every document's tokens cost the trained model: (nats, tokens, words, bytes)."""
+    sources = expand(sources_of(planned.recipe)[1])
+    documents = (text for source in sources for text in read_documents(source, ReadReport()))
+    model, tokenizer = load_model(str(Path(planned.recipe.output) / "model"))
+    result = perplexity(model, tokenizer, islice(documents, limit))
+    content = {"id": planned.id, "documents": result.document_sums.tolist()}
+    write_json(study / "perplexity" / f"{planned.id}.json", content)
 
 
 def _last_validation(history: History) -> float:

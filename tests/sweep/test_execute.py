@@ -1,5 +1,6 @@
 """A study survives whatever happens to it: its results are those of an undisturbed one."""
 
+import dataclasses
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from hf_stable.errors import UserError
 from hf_stable.sweep.execute import Progress, execute
 from hf_stable.sweep.plan import Plan, load_plan, planned_runs, write_plan
 from hf_stable.sweep.rule import Thresholds
+from hf_stable.sweep.study import read_study
 from hf_stable.sweep.worker import work
 from hf_stable.telemetry.reading.history import read_history
 from tests.training import write_text
@@ -95,7 +97,7 @@ def test_a_study_killed_again_and_again_has_the_same_results(
     study = write_plan(plan, planned_runs(plan), Thresholds())
     command = [sys.executable, "-m", "hf_stable.sweep.worker", str(study)]
     moments = random.Random(0)
-    for _ in range(3):
+    for _ in range(5):
         worker = subprocess.Popen(
             command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -108,6 +110,22 @@ def test_a_study_killed_again_and_again_has_the_same_results(
     work(study)
     assert results(plan) == results(undisturbed)
     assert losses(plan) == losses(undisturbed)
+
+
+def test_finished_models_are_scored_on_the_same_documents(folder: Path) -> None:
+    plan = plan_of(folder, "scored", "1e-2", "data.holdout=0.2")
+    plan = dataclasses.replace(plan, perplexity_documents=6)
+    work(write_plan(plan, planned_runs(plan), Thresholds()))
+    sums = read_study(plan.folder).perplexities
+    assert sums.keys() == {run.id for run in planned_runs(plan)}
+    baseline, qk_norm = sums.values()
+    assert baseline.shape == (6, 4)
+    assert (baseline[:, 1:] == qk_norm[:, 1:]).all()
+    assert (baseline[:, 0] != qk_norm[:, 0]).all()
+    for run in planned_runs(plan):
+        loss = json.loads((Path(run.recipe.output) / "result.json").read_text())["validation_loss"]
+        nll, tokens, *_ = sums[run.id].sum(axis=0)
+        assert nll / tokens == pytest.approx(loss, abs=0.5)  # other windows of much the same text
 
 
 def test_two_workers_share_the_runs(folder: Path, undisturbed: Plan) -> None:
