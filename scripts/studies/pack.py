@@ -38,6 +38,7 @@ def main() -> None:
     files = [
         study / "plan.json",
         *(file for name in names for file in study.glob(f"runs/*/{name}")),
+        *study.glob("perplexity/*.json"),
     ]
     with tarfile.open(archive, "w:xz") as packed:
         for file in sorted(files):
