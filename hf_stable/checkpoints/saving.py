@@ -1,0 +1,118 @@
+"""Saving: at once, or in the background while training goes on."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from .directory import begin, finish, folder_of, give_up, prune, sync_files
+from .layouts import write_files
+from .state import State, take_state
+from .together import from_main, rank_of, together
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay.
+
+    Args:
+        last: so many of the newest.
+        every: and all whose step this number divides; 0 keeps no others.
+    """
+
+    last: int = 2
+    every: int = 0
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run; all processes make one, and call it together.
+
+    Args:
+        tokenizer: written beside the weights, so that a checkpoint's model/ is a whole model.
+        asynchronous: copies the state to CPU memory and writes it in the background, a checkpoint
+            at a time. What fails there is raised by the next `save` or `wait`.
+    """
+
+    def __init__(
+        self, run: Path, accelerator: Accelerator, keep: Keep, *,
+        tokenizer: Any = None, asynchronous: bool = False,
+    ) -> None:  # fmt: skip
+        self._parent, self._accelerator = run / "checkpoints", accelerator
+        self._keep, self._tokenizer = keep, tokenizer
+        self._pending: Future[Path] | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        # Training talks over the default group meanwhile: sharing it aborted processes.
+        own = asynchronous and dist.is_initialized()
+        self._group: Any = dist.new_group(backend="gloo") if own else None
+
+    def save(
+        self, step: int, model: Any, optimizer: torch.optim.Optimizer, scalars: dict[str, Any]
+    ) -> Path:
+        """Write the state after `step` optimizer steps; collective.
+
+        Args:
+            scalars: JSON-able, given back by `load_newest`.
+
+        Returns:
+            The checkpoint's folder, which exists under this name only when it is complete.
+
+        Raises:
+            CheckpointError: on all processes, when this checkpoint (or, in the background, the one
+                before it) could not be written; those that were there before are untouched.
+        """
+        self.wait()
+        state = take_state(model, optimizer, self._accelerator, scalars, self._tokenizer)
+        if self._thread is None:
+            return _write(self._parent, step, state, self._keep, self._group)
+        staged = state.staged()
+        self._pending = self._thread.submit(
+            _write, self._parent, step, staged, self._keep, self._group
+        )
+        return folder_of(self._parent, step)
+
+    def wait(self) -> None:
+        """Until the checkpoint in the background is on the disk; call it at the end of a run.
+
+        Raises:
+            CheckpointError: when it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+
+def save_checkpoint(
+    run: Path, step: int, model: Any, optimizer: torch.optim.Optimizer, accelerator: Accelerator,
+    scalars: dict[str, Any], keep: Keep, tokenizer: Any = None,
+) -> Path:  # fmt: skip
+    """Write one checkpoint now; see `CheckpointWriter.save`."""
+    writer = CheckpointWriter(run, accelerator, keep, tokenizer=tokenizer)
+    return writer.save(step, model, optimizer, scalars)
+
+
+def _write(
+    parent: Path, step: int, state: State, keep: Keep, group: dist.ProcessGroup | None
+) -> Path:
+    rank, folder = rank_of(group), folder_of(parent, step)
+    what = f"{folder} could not be written, the checkpoints before it are untouched"
+    temporary = from_main(lambda: begin(parent, step), what, group)
+    if temporary is None:
+        return folder
+    try:
+        parts = together(
+            lambda: sync_files(temporary, write_files(temporary, step, state, group, rank)),
+            what,
+            group,
+        )
+        files = {name: about for part in parts for name, about in part.items()}
+        from_main(lambda: finish(temporary, step, files), what, group)
+    except BaseException:
+        if rank == 0:
+            give_up(temporary)
+        raise
+    from_main(lambda: prune(parent, keep.last, keep.every), "old checkpoints stay", group)
+    return folder

@@ -1,0 +1,151 @@
+"""What of a run's processes a checkpoint holds, in memory: tensors by name, sharded or not."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
+
+from hf_stable.errors import CheckpointError
+from hf_stable.parallel import unwrap_model
+
+
+@dataclass(frozen=True)
+class State:
+    """The state after an optimizer step.
+
+    Args:
+        tensors: by "model/NAME" or "optimizer/NAME/KIND", where NAME is a parameter's or buffer's
+            and KIND the optimizer's word; DTensors are this process's shards of a whole. A tied
+            weight is there once, under its source's name, as Transformers saves it.
+        param_groups: of the optimizer, with names for parameters.
+        random: states of every process's generators, one row of bytes a process.
+        scalars: the loop's own, JSON-able.
+        describe: writes config and tokenizer into a folder.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    param_groups: list[dict[str, Any]]
+    random: dict[str, torch.Tensor]
+    scalars: dict[str, Any]
+    describe: Callable[[Path], None]
+
+    @property
+    def sharded(self) -> bool:
+        return any(isinstance(tensor, DTensor) for tensor in self.tensors.values())
+
+    def staged(self) -> "State":
+        """A copy in CPU memory that training does not change."""
+        tensors = {name: each.to("cpu", copy=True) for name, each in self.tensors.items()}
+        return replace(self, tensors=tensors, param_groups=copy.deepcopy(self.param_groups))
+
+
+def take_state(
+    model: Any, optimizer: torch.optim.Optimizer, accelerator: Accelerator,
+    scalars: dict[str, Any], tokenizer: Any = None,
+) -> State:  # fmt: skip
+    """The state of a run now; collective. Its tensors are the run's own, not copies."""
+    tensors, groups = tensors_of(model, optimizer)
+    inner = unwrap_model(model)
+    config, generation = copy.deepcopy(inner.config), copy.deepcopy(inner.generation_config)
+    config.architectures = [type(inner).__name__.removeprefix("FSDP")]
+    config.dtype = str(inner.dtype).removeprefix("torch.")
+
+    def describe(folder: Path) -> None:
+        config.save_pretrained(folder)
+        generation.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+    return State(tensors, groups, _random_states(accelerator), copy.deepcopy(scalars), describe)
+
+
+def tensors_of(
+    model: Any, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """The tensors of `State`, and the optimizer's groups; an unused optimizer gets its zeros."""
+    weights, state = cast(tuple[dict[str, Any], dict[str, Any]], get_state_dict(model, optimizer))
+    for name in unwrap_model(model).all_tied_weights_keys:
+        weights.pop(name, None)
+    tensors = {f"model/{name}": weight for name, weight in weights.items()}
+    for name, kinds in state["state"].items():
+        for kind, value in kinds.items():
+            if not isinstance(value, torch.Tensor):
+                raise TypeError(f"optimizer state {kind} of {name} is {value!r}, not a tensor")
+            tensors[f"optimizer/{name}/{kind}"] = value
+    return tensors, state["param_groups"]
+
+
+def put_tensors(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, torch.Tensor],
+    groups: list[dict[str, Any]],
+) -> None:
+    """Put back what `tensors_of` gave, or what has its names, shapes and shards."""
+    weights: dict[str, Any] = {}
+    state: dict[str, Any] = {"state": {}, "param_groups": groups}
+    for key, tensor in tensors.items():
+        part, name = key.split("/", 1)
+        if part == "model":
+            weights[name] = tensor
+        else:
+            name, kind = name.rsplit("/", 1)
+            state["state"].setdefault(name, {})[kind] = tensor
+    for name, source in unwrap_model(model).all_tied_weights_keys.items():
+        weights[name] = weights[source]
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+
+
+def check_names(
+    place: Path, found: dict[str, tuple[int, ...]], expected: dict[str, torch.Tensor]
+) -> None:
+    """Refuse tensors of another model or optimizer.
+
+    Args:
+        found: shapes of what lies in `place`.
+
+    Raises:
+        CheckpointError: with the first differences.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    differences = [
+        f"  {name}: {found.get(name, 'nothing')} there, {wanted.get(name, 'nothing')} here"
+        for name in sorted(found.keys() | wanted.keys())
+        if found.get(name) != wanted.get(name)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{place} is of another model or optimizer; {len(differences)} tensors differ:\n"
+            + "\n".join(differences[:10])
+            + "\nTake back the change of the recipe, or give another output folder."
+        )
+
+
+def _random_states(accelerator: Accelerator) -> dict[str, torch.Tensor]:
+    """Dropout draws from them."""
+    states = {"cpu": torch.get_rng_state()}
+    if accelerator.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state()
+    gathered: dict[str, Any] = {
+        name: accelerator.gather(state[None].to(accelerator.device))
+        for name, state in states.items()
+    }
+    return {name: rows.cpu() for name, rows in gathered.items()}
+
+
+def put_random_states(states: dict[str, torch.Tensor], accelerator: Accelerator) -> None:
+    """Another number of processes has no states of its own to go on from, and keeps its seeds."""
+    if len(states["cpu"]) != accelerator.num_processes:
+        return
+    # A clone, since torch reads a generator's state as aligned words, and a row of a file is not:
+    # a second process ended with SIGSEGV.
+    row = accelerator.process_index
+    torch.set_rng_state(states["cpu"][row].clone())
+    if "cuda" in states and accelerator.device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"][row].clone())
