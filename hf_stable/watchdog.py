@@ -1,0 +1,196 @@
+"""Heartbeats of every process, and a watchdog that ends a process whose main thread has stopped.
+
+One process that hangs makes all others wait in a collective, without a word. Each tells where it
+is in a file of its own, and each looks at its own clock: when its main thread has not moved for
+too long it reads all files, names the ranks that the others wait for, writes the stacks of its
+threads and ends with EXIT_HANG. Standard library only.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+EXIT_HANG = 76
+FOLDER = "heartbeats"
+
+# What a process does, in the order of a step; step is the number of steps that are done.
+Phase = Literal[
+    "start", "data", "gradients", "update", "telemetry", "validation", "checkpoint", "ended"
+]
+_PHASES = get_args(Phase)
+_INTERVAL = 1.0  # seconds between writes of a file
+_SHOWN = 8  # ranks named in a report
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """Where a process was when its main thread last told.
+
+    Args:
+        step: optimizer steps done.
+        time: seconds since the epoch, by the clock of `host`.
+    """
+
+    rank: int
+    step: int
+    phase: Phase
+    time: float
+    pid: int
+    host: str
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """What a process that has come further has more of."""
+        return self.step, _PHASES.index(self.phase)
+
+    def __str__(self) -> str:
+        age = time.time() - self.time
+        return (
+            f"rank {self.rank} (pid {self.pid} on {self.host}): "
+            f"{self.step} steps done, at {self.phase}, {age:.0f} s ago"
+        )
+
+
+def heartbeat_file(folder: Path, rank: int) -> Path:
+    """Where a rank's heartbeat is in the folder of heartbeats."""
+    return folder / f"rank-{rank:05d}.json"
+
+
+def read_heartbeats(folder: Path, world_size: int) -> list[Heartbeat]:
+    """Heartbeats of the ranks below `world_size` that have a readable one."""
+    beats = []
+    for rank in range(world_size):
+        try:
+            content = json.loads(heartbeat_file(folder, rank).read_text(encoding="utf-8"))
+            beats.append(Heartbeat(rank=rank, **content))
+        except (OSError, ValueError, TypeError):
+            continue
+    return beats
+
+
+def furthest_behind(beats: Sequence[Heartbeat]) -> list[Heartbeat]:
+    """Those whom the others wait for: at the earliest place of all, the longest silent first.
+
+    Empty when all are at the same place, and so none waits for another one's Python.
+    """
+    earliest = min((beat.place for beat in beats), default=None)
+    behind = [beat for beat in beats if beat.place == earliest]
+    return [] if len(behind) == len(beats) else sorted(behind, key=lambda beat: beat.time)
+
+
+def describe_hang(beats: Sequence[Heartbeat], world_size: int) -> str:
+    """Which ranks are behind, in a few lines."""
+    lines = []
+    missing = sorted(set(range(world_size)) - {beat.rank for beat in beats})
+    if missing:
+        lines.append(f"ranks without a heartbeat: {_first(missing)}")
+    if behind := furthest_behind(beats):
+        lines.append(f"{len(beats) - len(behind)} of {world_size} ranks are ahead of:")
+    else:
+        lines.append("no rank is behind the others; the longest silent first:")
+        behind = sorted(beats, key=lambda beat: beat.time)
+    lines += [f"  {beat}" for beat in behind[:_SHOWN]]
+    if len(behind) > _SHOWN:
+        lines.append(f"  and {len(behind) - _SHOWN} more")
+    return "\n".join(lines)
+
+
+def _first(ranks: Sequence[int]) -> str:
+    more = ", ..." if len(ranks) > _SHOWN else ""
+    return ", ".join(str(rank) for rank in ranks[:_SHOWN]) + more
+
+
+class Watchdog:
+    """Context in which a process tells where it is, and is ended when it stops telling.
+
+    Args:
+        folder: of all heartbeats of the run; every rank must see it.
+        timeout: seconds of the main thread's silence after which the process ends with EXIT_HANG;
+            0 never. Longer than the longest step, validation or checkpoint. Time in which the whole
+            process was stopped (SIGSTOP, a suspended job) does not count.
+    """
+
+    def __init__(self, folder: Path, rank: int, world_size: int, timeout: float) -> None:
+        self._folder, self._rank, self._world_size = folder, rank, world_size
+        self._timeout = timeout
+        self._interval = min(_INTERVAL, timeout / 4) if timeout else _INTERVAL
+        self._host = socket.gethostname()
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self.beat(0, "start")
+
+    def beat(self, step: int, phase: Phase) -> None:
+        """Tell where the main thread is. Cheap: a file is written by the watchdog's own thread.
+
+        Args:
+            step: optimizer steps done.
+        """
+        self._newest = (step, phase, time.time())
+
+    def __enter__(self) -> "Watchdog":
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._write()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._left.set()
+        self._thread.join()
+        if kind is None:
+            self.beat(self._newest[0], "ended")
+        self._write()
+
+    def _watch(self) -> None:
+        seen, silent, last = self._newest, 0.0, time.monotonic()
+        while not self._left.wait(self._interval):
+            now = time.monotonic()
+            # A longer interval than asked for: this thread was stopped, and with it all others.
+            silent += min(now - last, 2 * self._interval)
+            last = now
+            if self._newest is not seen:
+                seen, silent = self._newest, 0.0
+                self._write()
+            if self._timeout and silent > self._timeout:
+                self._end(silent)
+
+    def _write(self) -> None:
+        step, phase, when = self._newest
+        beat = Heartbeat(self._rank, step, phase, when, os.getpid(), self._host)
+        content = asdict(beat)
+        del content["rank"]  # the file's name
+        file = heartbeat_file(self._folder, self._rank)
+        temporary = file.with_suffix(".tmp")
+        # Not fsynced: what a crash of the machine loses here is worth nothing afterwards.
+        # A full disk must end neither the run nor the watch.
+        with contextlib.suppress(OSError):
+            temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+            temporary.replace(file)
+
+    def _end(self, silent: float) -> None:
+        """Say who is behind, write all stacks, and end the process."""
+        try:
+            beats = read_heartbeats(self._folder, self._world_size)
+            stacks = self._folder / f"hang-rank-{self._rank:05d}.txt"
+            text = (
+                f"hang: rank {self._rank} has not moved for {silent:.0f} s "
+                f"(training.hang_timeout is {self._timeout:g})\n"
+                f"{describe_hang(beats, self._world_size)}\n"
+            )
+            print(f"{text}The stacks are in {stacks}", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(sys.__stderr__ or 2)
+            with stacks.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                faulthandler.dump_traceback(file)
+                os.fsync(file.fileno())
+        finally:
+            os._exit(EXIT_HANG)
