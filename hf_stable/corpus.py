@@ -1,18 +1,26 @@
-"""From a recipe's text to what the loop reads: a tokenizer and blocks of tokens."""
+"""From a recipe's text to what the loop reads: a tokenizer and blocks of tokens, in an order."""
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from torch.utils.data import ConcatDataset, Subset
 from transformers import PreTrainedTokenizerBase
 
 from .data import (
     BlockDataset,
+    DataOrder,
+    MixtureOrder,
+    Order,
     ReadReport,
     Source,
     TokenFile,
+    TokenMixture,
+    apportion,
     build_token_file,
     expand,
     load_tokenizer,
@@ -23,22 +31,54 @@ from .data.identity import identify
 from .errors import DataError
 from .recipes import Recipe, SourceRecipe
 
+# Muennighoff et al. 2023 (arXiv 2305.16264): up to here text read again is worth about as much as
+# new text.
+_HARMLESS_EPOCHS = 4
+
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token files and their blocks of the recipe's sequence length."""
+    """Token files and their blocks of the recipe's sequence length.
 
-    train_tokens: TokenFile
+    Training sources with weights have a file each, whose blocks stand one after another in `train`;
+    `training_order` says which comes when. Their validation blocks are shuffled once, so that the
+    first ones are not all of one source.
+    """
+
+    train_tokens: TokenFile | TokenMixture
     validation_tokens: TokenFile
-    train: BlockDataset
-    validation: BlockDataset
+    train: BlockDataset | ConcatDataset[Any]
+    validation: BlockDataset | Subset[Any]
+
+
+@dataclass(frozen=True)
+class SourceUse:
+    """What a run takes of one training source, or of all of them where they have no weights."""
+
+    paths: list[str]
+    share: float
+    """Of the training tokens."""
+    tokens: int
+    """What the source has."""
+    epochs: float
+    """How often the run reads it."""
+
+    def line(self) -> str:
+        """One line to print before training."""
+        more = " (more than 4: worth less than new text)" if self.epochs > _HARMLESS_EPOCHS else ""
+        return (
+            f"{', '.join(self.paths)}: {self.share:.2%} of the tokens, has {self.tokens:,}, "
+            f"read {self.epochs:.2f} times{more}"
+        )
 
 
 def sources_of(recipe: Recipe) -> tuple[list[Source], list[Source]]:
     """Training and validation sources; without validation text, a part of each training source."""
 
     def convert(source: SourceRecipe, **changes: object) -> Source:
-        return Source(**{**asdict(source), **changes})
+        fields = asdict(source)
+        del fields["weight"]
+        return Source(**{**fields, **changes})
 
     data = recipe.data
     if data.validation:
@@ -50,7 +90,7 @@ def sources_of(recipe: Recipe) -> tuple[list[Source], list[Source]]:
     )
 
 
-def _first_bytes(sources: list[Source], limit: int) -> Iterator[str]:
+def _first_bytes(sources: Sequence[Source], limit: int) -> Iterator[str]:
     """Documents of the sources in order, up to `limit` bytes of UTF-8."""
     seen = 0
     for source in expand(sources):
@@ -61,19 +101,31 @@ def _first_bytes(sources: list[Source], limit: int) -> Iterator[str]:
                 return
 
 
+def _tokenizer_text(
+    sources: list[Source], weights: list[float] | None, limit: int
+) -> Iterator[str]:
+    """What a tokenizer is trained on; of weighted sources, bytes in proportion to the weights."""
+    if weights is None:
+        yield from _first_bytes(sources, limit)
+        return
+    for source, part in zip(sources, apportion(weights, limit), strict=True):
+        yield from _first_bytes([source], part)
+
+
 def _tokenizer(recipe: Recipe, sources: list[Source]) -> PreTrainedTokenizerBase:
     """The recipe's tokenizer, trained on the training text where no finished one is named."""
     wanted = recipe.tokenizer
     if wanted.path is not None:
         return load_tokenizer(wanted.path)
-    cache = Path(recipe.data.cache)
+    cache, weights = Path(recipe.data.cache), recipe.data.weights
     contents = [item["content"] for item in identify(expand(sources), cache / "hashes.json")]
-    identity = json.dumps([asdict(wanted), contents], sort_keys=True)
+    parts = [asdict(wanted), contents, *([weights] if weights else [])]
+    identity = json.dumps(parts, sort_keys=True)
     digest = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
     folder = cache / "tokenizers" / f"{wanted.kind}-{wanted.vocab_size}-{digest}"
     if (folder / "tokenizer.json").is_file():
         return load_tokenizer(folder)
-    texts = _first_bytes(sources, wanted.training_bytes)
+    texts = _tokenizer_text(sources, weights, wanted.training_bytes)
     return train_tokenizer(texts, kind=wanted.kind, vocab_size=wanted.vocab_size, folder=folder)
 
 
@@ -91,12 +143,56 @@ def prepare_corpus(recipe: Recipe, *, progress: bool) -> tuple[PreTrainedTokeniz
             f"{len(tokenizer)} tokens: raise it to at least that."
         )
     folder = Path(recipe.data.cache) / "tokens"
-    separate = recipe.data.separate_documents
+    separate, weights = recipe.data.separate_documents, recipe.data.weights
 
-    def blocks(sources: list[Source]) -> tuple[TokenFile, BlockDataset]:
+    def blocks(sources: list[Source]) -> BlockDataset:
         file = build_token_file(sources, tokenizer, folder, progress=progress)
-        return file, BlockDataset(file, recipe.data.sequence_length, separate_documents=separate)
+        try:
+            return BlockDataset(file, recipe.data.sequence_length, separate_documents=separate)
+        except DataError as error:
+            raise DataError(f"{', '.join(source.path for source in sources)}: {error}") from error
 
-    train_tokens, train_blocks = blocks(train)
-    validation_tokens, validation_blocks = blocks(validation)
-    return tokenizer, Corpus(train_tokens, validation_tokens, train_blocks, validation_blocks)
+    if weights is None:
+        whole, held_out = blocks(train), blocks(validation)
+        return tokenizer, Corpus(whole.token_file, held_out.token_file, whole, held_out)
+    each, held_out = [blocks([source]) for source in train], blocks(validation)
+    tokens = TokenMixture([part.token_file for part in each], weights)
+    shuffled = DataOrder(0, len(held_out)).blocks(np.arange(len(held_out))).tolist()
+    return tokenizer, Corpus(
+        tokens, held_out.token_file, ConcatDataset(each), Subset(held_out, shuffled)
+    )
+
+
+def training_order(
+    recipe: Recipe, corpus: Corpus, skipped: Sequence[tuple[int, int]] = ()
+) -> Order:
+    """Which block of `corpus.train` comes when; `skipped` are ranges of absolute positions.
+
+    Raises:
+        DataError: a weight too small for one block in `data.mixture.PERIOD`.
+    """
+    if recipe.data.weights is None:
+        return DataOrder(recipe.seed, len(corpus.train), skipped)
+    return MixtureOrder(recipe.seed, _block_counts(corpus), recipe.data.weights, skipped)
+
+
+def _block_counts(corpus: Corpus) -> list[int]:
+    if isinstance(corpus.train, BlockDataset):
+        return [len(corpus.train)]
+    ends = corpus.train.cumulative_sizes
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def planned_epochs(recipe: Recipe, corpus: Corpus) -> list[SourceUse]:
+    """How often the whole run reads each weighted source, or all sources as one text."""
+    samples = recipe.num_steps * recipe.training.global_batch_size
+    order = training_order(recipe, corpus)
+    paths, tokens = [source.path for source in recipe.data.train], corpus.train_tokens
+    if isinstance(order, MixtureOrder) and isinstance(tokens, TokenMixture):
+        total = sum(order.counts)
+        uses = zip(paths, order.counts, tokens.files, order.epochs(samples), strict=True)
+        return [
+            SourceUse([path], count / total, file.num_tokens, epochs)
+            for path, count, file, epochs in uses
+        ]
+    return [SourceUse(paths, 1.0, tokens.num_tokens, samples / len(corpus.train))]

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,11 +15,13 @@ from filelock import FileLock, Timeout
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hf_stable.data.blocks import FORMAT, TOKEN, TokenFile
 from hf_stable.data.identity import estimated_bytes, identify
 from hf_stable.data.progress import Progress
 from hf_stable.data.report import ReadReport
-from hf_stable.data.sources import Source, expand, read_documents
+from hf_stable.data.shards import SHARD_TOKENS, TOKEN, ShardWriter, open_at, sync
+from hf_stable.data.sources import Source, expand, is_dataset, read_documents
+from hf_stable.data.streams import DatasetRows
+from hf_stable.data.token_file import FORMAT, TokenFile
 from hf_stable.data.tokenizer import boundary_ids
 from hf_stable.errors import DataError
 from hf_stable.records import write_json
@@ -27,6 +29,9 @@ from hf_stable.records import write_json
 # Text tokenized at once (bytes), and tokens between two points from which a killed build goes on.
 BATCH_BYTES = 2_000_000
 RECORD_TOKENS = 4_000_000
+# Part of every fingerprint; another number where the same text and tokenizer give other tokens.
+_RULES = 1
+_START = np.dtype("<i8")
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class _Plan:
         return hashlib.blake2b(self.backend.to_str().encode(), digest_size=16).hexdigest()
 
     def fingerprint(self) -> str:
-        parts = [FORMAT, self.tokenizer_hash(), self.prefix, self.suffix]
+        parts = [_RULES, self.tokenizer_hash(), self.prefix, self.suffix]
         parts.append([identity["content"] for identity in self.identities])
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
@@ -53,8 +58,9 @@ class _Plan:
 class _State:
     """Where a build stands: everything before this point is on disk.
 
-    `report` is what was counted before the current source, which is counted anew when it is read
-    again.
+    Of a file, `report` is what was counted before it: it is read and counted again from its begin,
+    without being tokenized. Of a `datasets` name, it is what was counted before `rows`, the place
+    to go on from.
     """
 
     source: int = 0
@@ -62,6 +68,7 @@ class _State:
     documents: int = 0
     tokens: int = 0
     report: dict[str, Any] = field(default_factory=dict)
+    rows: dict[str, Any] | None = None
 
 
 def build_token_file(
@@ -74,13 +81,15 @@ def build_token_file(
     """Tokenize all documents into `folder/<fingerprint>/`, or reuse what is there.
 
     The fingerprint is a pure function of the tokenizer and of the content of the sources (not of
-    their place or time). A build that was killed goes on from its last recorded point; a second
-    process that wants the same file waits for the first. Text that spells a special token stays
-    text. What was left out is in `meta["report"]` and is printed to stderr when it is found.
+    their place or time). A build that was killed goes on from its last recorded point, at most
+    RECORD_TOKENS tokens and a batch back; sources that changed meanwhile have another fingerprint
+    and are built anew. A second process that wants the same file waits for the first. Text that
+    spells a special token stays text. What was left out is in `meta["report"]` and is printed to
+    stderr when it is found.
 
     Raises:
-        DataError: a source is unusable, all of them together give no document, or the tokenizer has
-            no fast backend or no eos token.
+        DataError: a source is unusable or changed while it was read, all of them together give no
+            document, or the tokenizer has no fast backend or no eos token.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +101,7 @@ def build_token_file(
             _build(plan, place, progress)
         elif progress:
             print(f"tokens: using {place}", file=sys.stderr, flush=True)
-    return TokenFile.open(place)
+    return TokenFile.open(place, verify=False)
 
 
 def _plan(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, folder: Path) -> _Plan:
@@ -140,17 +149,41 @@ def _build(plan: _Plan, place: Path, progress: bool) -> None:
     ):
         for index in range(state.source, len(plan.sources)):
             state.report = report.to_dict()
-            documents = read_documents(plan.sources[index], report, skip=state.source_documents)
-            for texts in _batches(documents):
+            rows = _rows_of(plan.sources[index], state)
+            skip = 0 if rows else state.source_documents
+            for texts in _batches(read_documents(plan.sources[index], report, skip, rows)):
                 writer.write(texts)
+                if writer.is_record_due():
+                    if rows:
+                        state.rows, state.report = rows.place(), report.to_dict()
+                    writer.record()
                 shown.update(report.text_bytes + report.other_part_bytes, state.tokens)
-            state.source, state.source_documents = index + 1, 0
+            state.source, state.source_documents, state.rows = index + 1, 0, None
         state.report = report.to_dict()
         writer.record()
     report.ignored_files = plan.ignored_files
     for line in report.lines() if progress else report.problem_lines():
         print(f"tokens: {line}", file=sys.stderr, flush=True)
-    _finish(plan, place, state, report)
+    _refuse_changes(plan, place)
+    _finish(plan, place, state, report, writer.shards)
+
+
+def _rows_of(source: Source, state: _State) -> DatasetRows | None:
+    """The rows of a `datasets` name from the recorded place on; None for files."""
+    return DatasetRows(source, state.rows) if is_dataset(source) else None
+
+
+def _refuse_changes(plan: _Plan, place: Path) -> None:
+    """Give up what was made of a file that is no longer what the fingerprint says."""
+    files = [i for i, source in enumerate(plan.sources) if not is_dataset(source)]
+    now = identify([plan.sources[i] for i in files], place.parent / "identities.json")
+    for i, identity in zip(files, now, strict=True):
+        if identity["content"] != plan.identities[i]["content"]:
+            (place / "progress.json").unlink()
+            raise DataError(
+                f"{plan.sources[i].path} changed while it was read: run again when nothing writes "
+                "to it"
+            )
 
 
 def _resume(place: Path) -> _State:
@@ -188,8 +221,8 @@ class _Writer:
         self._plan = plan
         self._state = state
         self._recorded = state.tokens
-        self._tokens = _open_at(place / "tokens.bin", state.tokens * TOKEN.itemsize)
-        self._starts = _open_at(place / "documents.bin", state.documents * 8)
+        self._tokens = ShardWriter(place, state.tokens, SHARD_TOKENS)
+        self._starts = open_at(place / "documents.bin", state.documents * _START.itemsize)
 
     def __enter__(self) -> "_Writer":
         return self
@@ -198,42 +231,37 @@ class _Writer:
         self._tokens.close()
         self._starts.close()
 
+    @property
+    def shards(self) -> list[tuple[str, int]]:
+        return self._tokens.shards
+
     def write(self, texts: list[str]) -> None:
         plan, state = self._plan, self._state
         encodings = plan.backend.encode_batch_fast(texts, add_special_tokens=False)
         documents = [plan.prefix + encoding.ids + plan.suffix for encoding in encodings]
         lengths = np.array([len(ids) for ids in documents], dtype=np.int64)
         ends = state.tokens + np.cumsum(lengths)
-        np.fromiter(chain.from_iterable(documents), TOKEN, count=lengths.sum()).tofile(self._tokens)
-        (ends - lengths).astype("<i8").tofile(self._starts)
+        self._tokens.write(
+            np.fromiter(chain.from_iterable(documents), TOKEN, count=int(lengths.sum()))
+        )
+        (ends - lengths).astype(_START).tofile(self._starts)
         state.tokens = int(ends[-1])
         state.documents += len(texts)
         state.source_documents += len(texts)
-        if state.tokens - self._recorded >= RECORD_TOKENS:
-            self.record()
+
+    def is_record_due(self) -> bool:
+        return self._state.tokens - self._recorded >= RECORD_TOKENS
 
     def record(self) -> None:
-        for file in (self._tokens, self._starts):
-            file.flush()
-            os.fsync(file.fileno())
+        self._tokens.sync()
+        sync(self._starts)
         write_json(self._path, asdict(self._state))
         self._recorded = self._state.tokens
 
 
-def _open_at(path: Path, size: int) -> Any:
-    """Open for appending at `size` bytes; what a killed build wrote behind that is cut off."""
-    file = path.open("r+b" if path.exists() else "w+b")
-    if file.seek(0, os.SEEK_END) < size:
-        file.close()
-        raise DataError(
-            f"{path} is shorter than recorded ({size} bytes): delete {path.parent}, run again"
-        )
-    file.truncate(size)
-    file.seek(size)
-    return file
-
-
-def _finish(plan: _Plan, place: Path, state: _State, report: ReadReport) -> None:
+def _finish(
+    plan: _Plan, place: Path, state: _State, report: ReadReport, shards: list[tuple[str, int]]
+) -> None:
     """Write the index and, last, meta.json, which makes the folder a finished token file."""
     if not state.documents:
         hint = ""
@@ -243,17 +271,14 @@ def _finish(plan: _Plan, place: Path, state: _State, report: ReadReport) -> None
                 "`holdout` or give validation data of its own"
             )
         raise DataError(f"{[source.path for source in plan.sources]} give no document{hint}")
-    starts = np.fromfile(place / "documents.bin", "<i8")
-    with (place / "documents.npy").open("wb") as file:
-        np.save(file, starts)
-        file.flush()
-        os.fsync(file.fileno())
+    _write_starts(place, state.documents)
     vocabulary = plan.backend.get_vocab(with_added_tokens=True)
     meta = {
         "format": FORMAT,
         "fingerprint": plan.fingerprint(),
         "tokens": state.tokens,
         "documents": state.documents,
+        "shards": shards,
         "vocab_size": max(vocabulary.values()) + 1,
         "prefix": plan.prefix,
         "suffix": plan.suffix,
@@ -264,3 +289,12 @@ def _finish(plan: _Plan, place: Path, state: _State, report: ReadReport) -> None
     write_json(place / "meta.json", meta)
     (place / "documents.bin").unlink()
     (place / "progress.json").unlink()
+
+
+def _write_starts(place: Path, count: int) -> None:
+    """documents.bin as documents.npy, piece by piece: there may be more than memory holds."""
+    header = {"descr": _START.str, "fortran_order": False, "shape": (count,)}
+    with (place / "documents.bin").open("rb") as old, (place / "documents.npy").open("wb") as new:
+        np.lib.format.write_array_header_1_0(new, header)
+        shutil.copyfileobj(old, new, 2**20)
+        sync(new)

@@ -5,43 +5,37 @@ any number of processes and workers.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, TypedDict, Unpack
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
 
 from hf_stable.errors import DataError
 
 _ROUNDS = 8
 
 
-class DataOrder:
-    """An endless order of blocks; each epoch is another permutation of all of them.
+class Order(ABC):
+    """An endless order of blocks, of which ranges may be left out.
 
     A *position* counts the samples that training takes, from 0 and for ever. Its *absolute*
     position also counts the samples of the skipped ranges before it, so that a range that is
-    skipped leaves all that comes before and after it where it was. Block = permutation of epoch
-    (absolute // num_blocks).
+    skipped leaves all that comes before and after it where it was.
 
     Args:
         seed: any integer of 64 bits.
         skipped: [start, stop) ranges of absolute positions to leave out; overlapping ones are
-        merged.
+            merged.
 
     Raises:
-        DataError: no blocks, a seed out of range, or a range that is none.
+        DataError: a seed out of range, or a range that is none.
     """
 
-    def __init__(self, seed: int, num_blocks: int, skipped: Sequence[tuple[int, int]] = ()) -> None:
-        if num_blocks < 1:
-            raise DataError(f"num_blocks is {num_blocks}, must be at least 1")
+    def __init__(self, seed: int, skipped: Sequence[tuple[int, int]] = ()) -> None:
         if not 0 <= seed < 2**64:
             raise DataError(f"seed is {seed}, must be at least 0 and less than 2**64")
         self.seed = seed
-        self.num_blocks = num_blocks
         self.skipped = _merged(skipped)
         starts = np.array([start for start, _ in self.skipped], dtype=np.int64)
         lengths = np.array([stop - start for start, stop in self.skipped], dtype=np.int64)
@@ -56,21 +50,47 @@ class DataOrder:
         return positions + self._left_out[np.searchsorted(self._turns, positions, side="right")]
 
     def blocks(self, positions: np.ndarray) -> np.ndarray:
-        """Block ids (int64, in [0, num_blocks)) at positions of any shape."""
-        epochs, places = np.divmod(self.absolute(positions), self.num_blocks)
-        found = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            found[here] = _permute(places[here], self.num_blocks, _keys(self.seed, int(epoch)))
-        return found
+        """Block ids (int64) at positions of any shape."""
+        return self._blocks_at(self.absolute(positions))
 
     def block(self, position: int) -> int:
         """Block id at one position."""
         return int(self.blocks(np.array([position]))[0])
 
-    def with_skipped(self, start: int, stop: int) -> "DataOrder":
+    @abstractmethod
+    def with_skipped(self, start: int, stop: int) -> "Order":
         """The same order that also leaves out the absolute positions [start, stop)."""
+
+    @abstractmethod
+    def _blocks_at(self, absolute: np.ndarray) -> np.ndarray:
+        """Block ids at absolute positions."""
+
+
+class DataOrder(Order):
+    """Each epoch is another permutation of all blocks, of which there are [0, num_blocks).
+
+    Block = permutation of epoch (absolute // num_blocks). Arguments are those of `Order`.
+
+    Raises:
+        DataError: no blocks, a seed out of range, or a range that is none.
+    """
+
+    def __init__(self, seed: int, num_blocks: int, skipped: Sequence[tuple[int, int]] = ()) -> None:
+        if num_blocks < 1:
+            raise DataError(f"num_blocks is {num_blocks}, must be at least 1")
+        super().__init__(seed, skipped)
+        self.num_blocks = num_blocks
+
+    def with_skipped(self, start: int, stop: int) -> "DataOrder":
         return DataOrder(self.seed, self.num_blocks, [*self.skipped, (start, stop)])
+
+    def _blocks_at(self, absolute: np.ndarray) -> np.ndarray:
+        epochs, places = np.divmod(absolute, self.num_blocks)
+        found = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            found[here] = _permute(places[here], self.num_blocks, _keys(self.seed, int(epoch)))
+        return found
 
 
 def _merged(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
@@ -85,7 +105,7 @@ def _merged(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     return tuple(merged)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=1024)
 def _keys(seed: int, epoch: int) -> tuple[np.uint64, ...]:
     """One 64-bit key for each round of the permutation of this epoch."""
     digest = hashlib.blake2b(f"{seed}:{epoch}".encode(), digest_size=8 * _ROUNDS).digest()
@@ -121,84 +141,3 @@ def _mix(values: np.ndarray) -> np.ndarray:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
-
-
-def microbatches(
-    order: DataOrder,
-    *,
-    start_step: int,
-    num_steps: int,
-    global_batch_size: int,
-    micro_batch_size: int,
-    rank: int,
-    world_size: int,
-) -> Iterator[list[int]]:
-    """Block ids of this rank's microbatches, `global_batch_size / (micro * world)` of them a step.
-
-    Step s takes positions [s*G, (s+1)*G) for every world size. Within a step the microbatches go
-    through the batch in order, each rank taking its part of every `micro_batch_size * world_size`
-    samples.
-
-    Raises:
-        DataError: the sizes do not divide, or the rank is none of the world's.
-    """
-    together = micro_batch_size * world_size
-    if not 0 <= rank < world_size:
-        raise DataError(f"rank is {rank}, must be at least 0 and less than world_size {world_size}")
-    if micro_batch_size < 1 or global_batch_size < 1 or global_batch_size % together:
-        raise DataError(
-            f"global_batch_size {global_batch_size} is no multiple of micro_batch_size "
-            f"{micro_batch_size} * {world_size} processes = {together}: change one of them"
-        )
-    if start_step < 0 or num_steps < 0:
-        raise DataError(f"start_step {start_step} and num_steps {num_steps} must not be negative")
-    begin, end = start_step * global_batch_size, (start_step + num_steps) * global_batch_size
-    return (
-        order.blocks(np.arange(first, first + micro_batch_size)).tolist()
-        for first in range(begin + rank * micro_batch_size, end, together)
-    )
-
-
-class StepSizes(TypedDict):
-    """The keywords of `microbatches`."""
-
-    start_step: int
-    num_steps: int
-    global_batch_size: int
-    micro_batch_size: int
-    rank: int
-    world_size: int
-
-
-class _Microbatches:
-    """The microbatches, as often as asked for; a generator would be empty the second time."""
-
-    def __init__(self, order: DataOrder, sizes: StepSizes) -> None:
-        self._order = order
-        self._sizes = sizes
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return microbatches(self._order, **self._sizes)
-
-    def __len__(self) -> int:
-        sizes = self._sizes
-        together = sizes["micro_batch_size"] * sizes["world_size"]
-        return sizes["num_steps"] * sizes["global_batch_size"] // together
-
-
-def data_loader(
-    dataset: Dataset[Any], order: DataOrder, *, num_workers: int = 0, **sizes: Unpack[StepSizes]
-) -> DataLoader[Any]:
-    """A loader of this rank's microbatches (sizes as in `microbatches`), as stacked tensors.
-
-    It draws from a generator of its own: the global random numbers, and with them dropout, are the
-    same whether batches were loaded before or not.
-    """
-    microbatches(order, **sizes)
-    return DataLoader(
-        dataset,
-        batch_sampler=_Microbatches(order, sizes),  # pyright: ignore[reportArgumentType]
-        num_workers=num_workers,
-        generator=torch.Generator().manual_seed(order.seed % 2**63),
-        pin_memory=torch.cuda.is_available(),
-    )

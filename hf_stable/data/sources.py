@@ -9,20 +9,20 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from hf_stable.data.formats import (
     MAX_DOCUMENT_BYTES,
     READABLE,
     Row,
     SampleBy,
-    check_record,
     file_format,
     read_json_lines,
     read_parquet,
     read_text,
 )
 from hf_stable.data.report import ReadReport
+from hf_stable.data.streams import DatasetRows
 from hf_stable.errors import DataError
 
 Part = Literal["all", "train", "validation"]
@@ -128,20 +128,29 @@ def _check_dataset_name(source: Source) -> None:
         )
 
 
-def read_documents(source: Source, report: ReadReport, skip: int = 0) -> Iterator[str]:
+def is_dataset(source: Source) -> bool:
+    """Whether an expanded source is a `datasets` name rather than a file."""
+    return not Path(source.path).exists()
+
+
+def read_documents(
+    source: Source, report: ReadReport, skip: int = 0, rows: DatasetRows | None = None
+) -> Iterator[str]:
     """Read the documents of one expanded source, in order, and count all that happens in `report`.
 
-    `skip` leaves out the first documents that would be handed on, for a second, resumed reading.
-    They are counted all the same, so that the report of a resumed reading equals that of one in a
-    go.
+    Args:
+        skip: leave out the first documents that would be handed on, for a second, resumed reading.
+            They are counted all the same, so that the report of a resumed reading equals that of
+            one in a go.
+        rows: of a `datasets` name, where the caller wants to know or choose their place.
 
     Raises:
         DataError: the source is unusable as a whole (missing, empty, binary, truncated, not UTF-8,
             without the column), has no single good document, or has fewer than `skip`.
     """
-    unit, rows = _rows(source)
+    unit, found = ("row", rows) if rows else _rows(source)
     handed_on, good = 0, 0
-    for row in rows:
+    for row in found:
         data = _usable(row, f"{unit} {row.number}", source.path, report)
         if data is None:
             continue
@@ -155,7 +164,7 @@ def read_documents(source: Source, report: ReadReport, skip: int = 0) -> Iterato
         handed_on += 1
         if handed_on > skip:
             yield row.text
-    if not good:
+    if not good and not (rows and rows.resumed):
         bad = "; ".join(report.bad.get(source.path, [])) or "only white space"
         raise DataError(f"{source.path} holds no usable document: {bad}")
     if handed_on < skip:
@@ -196,9 +205,9 @@ def _in_part(source: Source, data: bytes) -> bool:
 def _rows(source: Source) -> tuple[str, Iterator[Row]]:
     """The rows of a source and what their numbers count."""
     path = Path(source.path)
-    if not path.exists():
+    if is_dataset(source):
         _check_dataset_name(source)
-        return "row", _dataset_rows(source)
+        return "row", iter(DatasetRows(source))
     kind = file_format(path)
     if kind == "text":
         return "line", read_text(path, source.sample_by)
@@ -207,30 +216,3 @@ def _rows(source: Source) -> tuple[str, Iterator[Row]]:
     if kind == "parquet":
         return "row", read_parquet(path, source.column)
     raise DataError(f"{path}: do not know how to read this; readable are {READABLE}")
-
-
-def _dataset_rows(source: Source) -> Iterator[Row]:
-    # Half a second that readers of files need not wait.
-    import datasets  # noqa: PLC0415
-    from datasets.exceptions import DatasetsError  # noqa: PLC0415
-
-    number = 0
-    try:
-        rows: Any = datasets.load_dataset(
-            source.path, source.name, split=source.split, streaming=source.streaming
-        )
-        columns = rows.column_names
-        if columns is not None and source.column not in columns:
-            raise DataError(
-                f"dataset {source.path} has no column {source.column!r}; it has {columns}: "
-                "set the source's `column`"
-            )
-        for number, record in enumerate(rows, start=1):
-            yield check_record(number, record, source.column)
-    except DataError:
-        raise
-    except (OSError, ValueError, DatasetsError) as error:
-        raise DataError(
-            f"{source.path} is no file or folder here, and as a dataset it failed "
-            f"(name={source.name}, split={source.split}, after row {number}): {error}"
-        ) from error

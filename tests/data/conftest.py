@@ -7,7 +7,7 @@ import pytest
 
 from hf_stable.data import Source, load_tokenizer, train_tokenizer
 
-FILES = ("tokens.bin", "documents.npy", "meta.json")
+FILES = ("tokens-00000.bin", "documents.npy", "meta.json")
 WORDS = [
     *("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven"),
     *("wizards", "boil", "strange", "old", "soup"),

@@ -22,18 +22,18 @@ def change_bytes(file: TokenFile, name: str, change) -> None:
 
 
 DAMAGE = {
-    "odd length": ("tokens.bin", lambda data: data[:-1]),
-    "a token missing": ("tokens.bin", lambda data: data[:-4]),
-    "a token more": ("tokens.bin", lambda data: data + data[:4]),
-    "no token": ("tokens.bin", lambda data: b""),
-    "id outside": ("tokens.bin", lambda data: data[:400] + b"\xff\xff\xff\xff" + data[404:]),
-    "id = vocabulary": ("tokens.bin", lambda data: (400).to_bytes(4, "little") + data[4:]),
+    "odd length": ("tokens-00000.bin", lambda data: data[:-1]),
+    "a token missing": ("tokens-00000.bin", lambda data: data[:-4]),
+    "a token more": ("tokens-00000.bin", lambda data: data + data[:4]),
+    "no token": ("tokens-00000.bin", lambda data: b""),
+    "id outside": ("tokens-00000.bin", lambda data: data[:400] + b"\xff\xff\xff\xff" + data[404:]),
+    "id = vocabulary": ("tokens-00000.bin", lambda data: (400).to_bytes(4, "little") + data[4:]),
     "index cut": ("documents.npy", lambda data: data[:-8]),
     "index empty": ("documents.npy", lambda data: b""),
     "index disordered": ("documents.npy", lambda data: data[:-24] + data[-16:-8] * 2 + data[-8:]),
     "meta cut": ("meta.json", lambda data: data[:50]),
     "meta is a list": ("meta.json", lambda data: b"[]"),
-    "later format": ("meta.json", lambda data: data.replace(b'"format": 1', b'"format": 2')),
+    "later format": ("meta.json", lambda data: data.replace(b'"format": 2', b'"format": 3')),
 }
 
 
@@ -63,7 +63,7 @@ def test_a_missing_file_is_named(token_file, name):
 def test_a_pickled_file_is_small_and_equal(token_file):
     data = pickle.dumps(token_file)
     assert len(data) < 1000
-    assert np.array_equal(pickle.loads(data).tokens, token_file.tokens)
+    assert np.array_equal(pickle.loads(data).tokens[:], token_file.tokens[:])
 
 
 @pytest.mark.parametrize("length", [1, 7, 64])
@@ -72,7 +72,7 @@ def test_every_token_but_the_first_is_a_label_once_and_follows_its_input(token_f
     everything = [blocks[i] for i in range(len(blocks))]
     inputs = torch.cat([block["input_ids"] for block in everything])
     labels = torch.cat([block["shift_labels"] for block in everything])
-    tokens = torch.from_numpy(np.asarray(token_file.tokens, dtype=np.int64))
+    tokens = torch.from_numpy(token_file.tokens[:].astype(np.int64))
     assert torch.equal(inputs, tokens[: len(blocks) * length])
     assert torch.equal(labels, tokens[1 : len(blocks) * length + 1])
     assert len(labels) + blocks.num_unused_tokens == token_file.num_tokens - 1

@@ -23,20 +23,28 @@ from hf_stable.data import (
     expand,
     load_tokenizer,
     read_documents,
+    shards,
+    streams,
 )
 from hf_stable.errors import DataError
-from tests.data.conftest import FILES, make_texts, write_sources
+from tests.data.conftest import make_texts, write_sources
 
 
 @pytest.fixture
 def small_steps(monkeypatch):
     monkeypatch.setattr(building, "BATCH_BYTES", 2000)
     monkeypatch.setattr(building, "RECORD_TOKENS", 1500)
+    monkeypatch.setattr(building, "SHARD_TOKENS", 4000)
 
 
 def contents(file: TokenFile) -> dict[str, bytes]:
-    assert {path.name for path in file.folder.iterdir()} == set(FILES)
-    return {name: (file.folder / name).read_bytes() for name in FILES}
+    shards = [name for name, _ in file.meta["shards"]]
+    assert {path.name for path in file.folder.iterdir()} == {*shards, "documents.npy", "meta.json"}
+    return {path.name: path.read_bytes() for path in file.folder.iterdir()}
+
+
+def all_tokens(found: dict[str, bytes]) -> bytes:
+    return b"".join(found[name] for name in sorted(found) if name.startswith("tokens-"))
 
 
 def test_documents_come_back_from_the_file(sources, bpe, tmp_path):
@@ -62,7 +70,7 @@ def test_text_that_spells_special_tokens_makes_no_boundary(bpe, tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one <|endoftext|> two <|padding|>")
     file = build_token_file([Source(str(path))], bpe, tmp_path / "cache", progress=False)
-    assert (np.asarray(file.tokens) == bpe.eos_token_id).nonzero()[0].tolist() == [0]
+    assert (file.tokens[:] == bpe.eos_token_id).nonzero()[0].tolist() == [0]
     assert bpe.decode(file.tokens[1:].tolist()) == path.read_text()
 
 
@@ -100,10 +108,11 @@ def crash_at(monkeypatch, call: int) -> None:
 
         return wrapped
 
-    monkeypatch.setattr(building.os, "fsync", dying(os.fsync))
+    monkeypatch.setattr(os, "fsync", dying(os.fsync))
     monkeypatch.setattr(building, "write_json", dying(building.write_json))
     monkeypatch.setattr(building._Writer, "write", dying(building._Writer.write))
-    monkeypatch.setattr(building.np, "save", dying(np.save))
+    monkeypatch.setattr(shards, "open_at", dying(shards.open_at))
+    monkeypatch.setattr(building, "_write_starts", dying(building._write_starts))
     monkeypatch.setattr(Path, "unlink", dying(Path.unlink))
 
 
@@ -121,12 +130,13 @@ def test_killed_anywhere_and_resumed_gives_the_same_bytes(bpe, tmp_path, monkeyp
             else:
                 break
         # What a dying machine may leave behind the last record.
-        for path in folder.glob("*/*.bin"):
+        last = sorted(folder.glob("*/tokens-*.bin"))[-1:]
+        for path in (*last, *folder.glob("*/documents.bin")):
             if not (path.parent / "meta.json").exists():
                 with path.open("ab") as file:
                     file.write(b"garbage")
         file = build_token_file(sources, bpe, folder, progress=False)
-        assert {name: (file.folder / name).read_bytes() for name in FILES} == expected, call
+        assert {name: (file.folder / name).read_bytes() for name in expected} == expected, call
     # Each record is three steps; a build that makes few of them would prove little.
     assert call > 40
 
@@ -143,7 +153,7 @@ def test_killed_again_and_again_gives_the_same_bytes(
                 break
             except CrashError:
                 continue
-    assert {name: (file.folder / name).read_bytes() for name in FILES} == expected
+    assert {name: (file.folder / name).read_bytes() for name in expected} == expected
 
 
 CHILD = """
@@ -151,7 +161,7 @@ import sys, time
 from pathlib import Path
 from tests.data.conftest import write_sources
 from hf_stable.data import build_token_file, building, load_tokenizer
-building.BATCH_BYTES, building.RECORD_TOKENS = 2000, 1500
+building.BATCH_BYTES, building.RECORD_TOKENS, building.SHARD_TOKENS = 2000, 1500, 4000
 write = building._Writer.write
 def slow(*arguments):
     time.sleep(0.05)
@@ -179,8 +189,10 @@ def test_a_real_kill_leaves_a_build_that_goes_on(tmp_path, bpe, bpe_folder, smal
     file = build_token_file(sources, bpe, cache, progress=False)
     assert "going on" in capsys.readouterr().err
     assert file.num_documents == len(file.document_starts)
-    for name in ("tokens.bin", "documents.npy"):
-        assert (file.folder / name).read_bytes() == expected[name]
+    found = contents(file)
+    assert found.keys() == expected.keys()
+    assert len(found) > 4
+    assert all(found[name] == expected[name] for name in expected if name != "meta.json")
     assert file.meta["report"] == json.loads(expected["meta.json"])["report"]
 
 
@@ -237,6 +249,63 @@ def test_a_finished_file_is_used_again(sources, bpe, tmp_path, monkeypatch):
     assert build_token_file(sources, bpe, tmp_path / "cache", progress=False).folder == first.folder
 
 
+def test_shards_are_the_tokens_of_one_file_cut_at_equal_lengths(
+    sources, bpe, tmp_path, monkeypatch
+):
+    whole = build_token_file(sources, bpe, tmp_path / "whole", progress=False)
+    monkeypatch.setattr(building, "SHARD_TOKENS", 1000)
+    cut = build_token_file(sources, bpe, tmp_path / "cut", progress=False)
+    assert cut.fingerprint == whole.fingerprint
+    assert len(whole.meta["shards"]) == 1
+    lengths = [length for _, length in cut.meta["shards"]]
+    assert len(lengths) > 5
+    assert lengths[:-1] == [1000] * (len(lengths) - 1)
+    assert 0 < lengths[-1] <= 1000
+    assert all_tokens(contents(cut)) == all_tokens(contents(whole))
+    assert np.array_equal(cut.document_starts, whole.document_starts)
+
+
+def test_a_whole_number_of_shards_leaves_no_empty_one(bpe, tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text("one two three")
+    whole = build_token_file([Source(str(path))], bpe, tmp_path / "whole", progress=False)
+    monkeypatch.setattr(building, "SHARD_TOKENS", whole.num_tokens)
+    again = build_token_file([Source(str(path))], bpe, tmp_path / "again", progress=False)
+    assert contents(again) == contents(whole)
+
+
+def test_what_changed_after_a_kill_is_built_anew(bpe, tmp_path, monkeypatch, small_steps):
+    sources = write_sources(tmp_path / "texts", 120)
+    with monkeypatch.context() as patch:
+        crash_at(patch, 30)
+        with pytest.raises(CrashError):
+            build_token_file(sources, bpe, tmp_path / "cache", progress=False)
+    (old,) = (path.parent for path in (tmp_path / "cache").glob("*/progress.json"))
+    path = Path(sources[0].path)
+    path.write_text(path.read_text().replace("fox", "cat"))
+    built = build_token_file(sources, bpe, tmp_path / "cache", progress=False)
+    assert built.folder != old
+    expected = build_token_file(sources, bpe, tmp_path / "whole", progress=False)
+    assert all_tokens(contents(built)) == all_tokens(contents(expected))
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(sources, bpe, tmp_path, monkeypatch):
+    path, write = Path(sources[0].path), building._Writer.write
+
+    def meddling(*arguments):
+        path.write_text(path.read_text() + json.dumps({"text": "more"}))
+        write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(building._Writer, "write", meddling)
+        with pytest.raises(DataError, match=r"a\.jsonl changed while"):
+            build_token_file(sources, bpe, tmp_path / "cache", progress=False)
+    assert not list((tmp_path / "cache").glob("*/meta.json"))
+    again = build_token_file(sources, bpe, tmp_path / "cache", progress=False)
+    expected = build_token_file(sources, bpe, tmp_path / "whole", progress=False)
+    assert all_tokens(contents(again)) == all_tokens(contents(expected))
+
+
 class Builder:
     """What `datasets.load_dataset_builder` gives, as far as it is read."""
 
@@ -268,6 +337,48 @@ def test_a_dataset_is_built_resumed_and_known_by_its_revision(
     assert other.fingerprint != whole.fingerprint
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_of_files_goes_on_at_its_row(bpe, tmp_path, monkeypatch, small_steps, streaming):
+    texts, load = make_texts(150), datasets.load_dataset
+    files = [str(tmp_path / f"{part}.parquet") for part in range(3)]
+    for part, file in enumerate(files):
+        rows = [{"text": text} for text in texts[50 * part : 50 * part + 50]]
+        rows[7:7] = [{"text": ""}, {"text": None}]
+        datasets.Dataset.from_list(rows).to_parquet(file)
+
+    def from_files(*_, **__):
+        cache = str(tmp_path / "datasets")
+        options = {"data_files": files, "split": "train", "cache_dir": cache}
+        return load("parquet", streaming=streaming, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", from_files)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: Builder("first"))
+    source, read = Source("somebody/something", streaming=streaming), []
+    check = streams.check_record
+
+    def counting(number, *arguments):
+        read.append(number)
+        return check(number, *arguments)
+
+    monkeypatch.setattr(streams, "check_record", counting)
+    expected = contents(build_token_file([source], bpe, tmp_path / "whole", progress=False))
+    assert read == list(range(1, 157))
+    resumed = []
+    for call in (10, 17, 24):
+        folder = tmp_path / f"at_{call}"
+        with monkeypatch.context() as patch:
+            crash_at(patch, call)
+            with pytest.raises(CrashError):
+                build_token_file([source], bpe, folder, progress=False)
+        read.clear()
+        file = build_token_file([source], bpe, folder, progress=False)
+        assert {name: (file.folder / name).read_bytes() for name in expected} == expected
+        assert read == list(range(read[0], 157))
+        resumed.append(read[0])
+    # The first file has 52 rows.
+    assert 1 < resumed[0] < 52 < resumed[-1]
+
+
 def test_a_set_without_documents_is_an_error_with_the_remedy(bpe, tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("only one document")
@@ -296,8 +407,8 @@ def test_a_damaged_record_of_a_build_is_told(sources, bpe, tmp_path, monkeypatch
         crash_at(patch, 20)
         with pytest.raises(CrashError):
             build_token_file(sources, bpe, tmp_path / "cache", progress=False)
-    (place,) = (path.parent for path in (tmp_path / "cache").glob("*/tokens.bin"))
-    (place / "tokens.bin").write_bytes(b"")
+    (place,) = (path.parent for path in (tmp_path / "cache").glob("*/tokens-00000.bin"))
+    (place / "tokens-00000.bin").write_bytes(b"")
     with pytest.raises(DataError, match="run again"):
         build_token_file(sources, bpe, tmp_path / "cache", progress=False)
     shutil.rmtree(place)

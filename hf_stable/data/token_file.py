@@ -1,0 +1,161 @@
+"""Packed tokens on disk.
+
+The shards are one run of uint32 (little endian), document after document with the boundary ids of
+`boundary_ids`, cut without regard to documents; `documents.npy` has each document's start (int64);
+`meta.json`, written last, has the index of the shards and says what they were made of.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_stable.data.shards import REMEDY, TokenShards, find_shard
+from hf_stable.errors import DataError
+
+FORMAT = 2
+# Format 1 had all tokens in one file.
+_READABLE_FORMATS = (1, FORMAT)
+_SCANNED_AT_ONCE = 2**24
+
+
+class TokenFile:
+    """A finished token file, read through memory maps. Make one with `build_token_file`.
+
+    Attributes:
+        folder: where its files are.
+        tokens: (num_tokens,) uint32, of which shards are mapped when they are read.
+        document_starts: (num_documents,) int64, memory-mapped, strictly increasing from 0.
+        meta: content of meta.json: counts, shards, boundary ids, fingerprint, tokenizer hash,
+            sources, read report.
+    """
+
+    def __init__(
+        self, folder: Path, tokens: TokenShards, document_starts: np.ndarray, meta: dict[str, Any]
+    ) -> None:
+        self.folder = folder
+        self.tokens = tokens
+        self.document_starts = document_starts
+        self.meta = meta
+
+    @classmethod
+    def open(cls, folder: str | Path, *, verify: bool = True) -> "TokenFile":
+        """Open a folder, in a time that does not grow with its tokens unless they are verified.
+
+        Args:
+            verify: read every token and document start once; else ids are compared with the
+                vocabulary when they are read.
+
+        Raises:
+            DataError: a file is missing or damaged, counts differ, or an id is outside the
+                vocabulary.
+        """
+        folder = Path(folder)
+        meta = _read_meta(folder)
+        names = meta.get("shards", [["tokens.bin", meta["tokens"]]])
+        tokens = TokenShards([find_shard(folder / name, length) for name, length in names])
+        if not len(tokens) == meta["tokens"] > 0:
+            raise DataError(
+                f"{folder / 'meta.json'}: shards hold {len(tokens)} of {meta['tokens']} tokens: "
+                f"{REMEDY}"
+            )
+        starts = _map_starts(folder / "documents.npy", meta["documents"], meta["tokens"])
+        file = cls(folder, tokens, starts, meta)
+        if verify:
+            for start in range(0, file.num_tokens, _SCANNED_AT_ONCE):
+                file.read(start, start + _SCANNED_AT_ONCE)
+            _check_starts(folder / "documents.npy", starts)
+        return file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A pickled memory map is a copy of all tokens; workers of a loader open the file instead.
+        return _reopen, (self.folder,)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop), uint32.
+
+        Raises:
+            DataError: an id is outside the vocabulary.
+        """
+        tokens = self.tokens[start:stop]
+        if tokens.max() >= self.vocab_size:
+            offset = int(np.argmax(tokens >= self.vocab_size))
+            path, place = self._place_of(start + offset)
+            raise DataError(
+                f"{path}: token {place} is id {tokens[offset]}, but the vocabulary has "
+                f"{self.vocab_size} ids: {REMEDY}"
+            )
+        return tokens
+
+    def _place_of(self, token: int) -> tuple[Path, int]:
+        """The shard that holds a token, and the token's place in it."""
+        for shard in self.tokens.shards:
+            if token < shard.length:
+                return shard.path, token
+            token -= shard.length
+        raise AssertionError(f"{self.folder} ends before token {token}")
+
+    def sample(self, num_tokens: int) -> np.ndarray:
+        """About `num_tokens` tokens to count, uint32: the first ones."""
+        return self.tokens[:num_tokens]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.document_starts)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.meta["fingerprint"]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.meta["vocab_size"]
+
+
+def _reopen(folder: Path) -> TokenFile:
+    return TokenFile.open(folder, verify=False)
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    path = folder / "meta.json"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}): no finished token file"
+        ) from error
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}): {REMEDY}") from error
+    needed = {"format", "fingerprint", "tokens", "documents", "vocab_size", "prefix", "suffix"}
+    if not isinstance(meta, dict) or not needed <= set(meta):
+        raise DataError(f"{path} lacks one of {sorted(needed)}: {REMEDY}")
+    if meta["format"] not in _READABLE_FORMATS:
+        raise DataError(
+            f"{path} has format {meta['format']}, this version reads {FORMAT}: {REMEDY}"
+        )
+    return meta
+
+
+def _map_starts(path: Path, expected: int, num_tokens: int) -> np.ndarray:
+    try:
+        starts = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} cannot be read ({error}): {REMEDY}") from error
+    if starts.dtype != np.int64 or starts.shape != (expected,) or not expected:
+        raise DataError(
+            f"{path} holds {starts.dtype} {starts.shape} where {expected} int64 belong: {REMEDY}"
+        )
+    if starts[0] != 0 or starts[-1] >= num_tokens:
+        raise DataError(f"{path} does not start at 0 or points behind the last token: {REMEDY}")
+    return starts
+
+
+def _check_starts(path: Path, starts: np.ndarray) -> None:
+    for start in range(0, len(starts), _SCANNED_AT_ONCE):
+        if (np.diff(starts[start : start + _SCANNED_AT_ONCE + 1]) <= 0).any():
+            raise DataError(f"{path}: document starts do not increase: {REMEDY}")
