@@ -22,9 +22,11 @@ from rich.text import Text
 
 from hf_stable.errors import UserError
 
+from .baselines import check_baselines
+from .jobs import Jobs
 from .plan import Plan, Planned, planned_runs, write_plan
 from .rule import Thresholds
-from .worker import recipe_digest, work
+from .worker import recipe_digest
 
 # A worker that dies is replaced, but not for ever: it may be the machine's memory that ends.
 _REPLACEMENTS = 3
@@ -42,18 +44,24 @@ def execute(
 
     Args:
         workers: processes on this machine, over its GPUs in turn, or jobs of Slurm.
-        slurm: parameters of submitit, such as {"slurm_partition": "gpu", "timeout_min": 600}.
+        slurm: parameters of submitit, such as {"slurm_partition": "gpu", "timeout_min": 600};
+            {"cluster": "local"} rehearses on this machine. A job that reaches its time limit is
+            submitted again.
+        thresholds: of the rule; the plan's unless given.
 
     Returns:
         The study's folder.
 
     Raises:
-        UserError: when finished runs there are of other recipes, or workers keep dying.
+        UserError: when finished runs there are of other recipes, when the rule has no marks on the
+            study's text, or when workers keep dying.
     """
     runs = planned_runs(plan)
     _check_finished(runs)
-    study = write_plan(plan, runs, thresholds or Thresholds())
-    crew = _Jobs(study, workers, slurm) if slurm is not None else _Processes(study, workers)
+    thresholds = thresholds or plan.rule
+    check_baselines(runs, thresholds)
+    study = write_plan(plan, runs, thresholds)
+    crew = Jobs(study, workers, slurm) if slurm is not None else _Processes(study, workers)
     console = Console(stderr=True)
     try:
         with Live(console=console, auto_refresh=False, transient=not console.is_terminal) as live:
@@ -64,8 +72,9 @@ def execute(
                 time.sleep(_POLL_SECONDS)
     finally:
         crew.end()
-    progress = Progress(runs, time.monotonic() - start)
-    console.print(progress.view())
+    console.print(Progress(runs, time.monotonic() - start).view())
+    if any(read_result(run) is None for run in runs):
+        crew.check()
     return study
 
 
@@ -130,25 +139,8 @@ class _Processes:
         for process in self._workers.values():
             process.wait()
 
-
-class _Jobs:
-    """Workers as jobs of Slurm, through submitit; they go on when this process ends."""
-
-    def __init__(self, study: Path, workers: int, parameters: dict[str, Any]) -> None:
-        try:
-            import submitit  # noqa: PLC0415 (an extra)
-        except ImportError as error:
-            raise UserError("Slurm needs submitit: pip install 'hf_stable[slurm]'") from error
-        cluster = parameters.pop("cluster", None)
-        executor = submitit.AutoExecutor(folder=study / "slurm", cluster=cluster)
-        executor.update_parameters(name=study.name, **parameters)
-        self._jobs = [executor.submit(work, study) for _ in range(workers)]
-
-    def is_working(self) -> bool:
-        return not all(job.done() for job in self._jobs)
-
-    def end(self) -> None:
-        """Leave the jobs to Slurm."""
+    def check(self) -> None:
+        """Nothing: workers that fail are replaced, and a run without a result is another's."""
 
 
 class Progress:

@@ -53,8 +53,8 @@ def recorded(study: Study) -> dict[str, bool]:
 def judged(study: Study, kind: Collapse) -> dict[str, bool]:
     """The same with the collapse threshold `kind`, everything else of the rule as recorded.
 
-    A run whose log lines are missing keeps the verdict in its record, as does one that failed; see
-    `not_judged`.
+    A run that failed keeps the verdict in its record, as does one whose log lines are missing (see
+    `not_judged`), or whose text has no mark of this kind (see `unmarked`).
     """
     return {result.id: _is_stable(result, kind) for result in study.results}
 
@@ -62,6 +62,13 @@ def judged(study: Study, kind: Collapse) -> dict[str, bool]:
 def not_judged(study: Study) -> list[str]:
     """Ids of finished runs that cannot be judged again, for want of log lines."""
     return [each.id for each in study.results if each.status == "finished" and not _has_log(each)]
+
+
+def unmarked(study: Study) -> list[Result]:
+    """Runs on a text of which a bigram table knows no more than a unigram table, so that there is
+    nothing between the two, and nothing that they could be degraded to."""
+    counted = [each for each in study.results if np.isfinite([each.unigram, each.bigram]).all()]
+    return [each for each in counted if not each.has_marks]
 
 
 def _has_log(result: Result) -> bool:
@@ -73,13 +80,16 @@ def _is_stable(result: Result, kind: Collapse) -> bool:
     if result.status != "finished" or not _has_log(result):
         return result.stable
     assert result.history is not None
+    thresholds = replace(Thresholds.from_dict(result.thresholds), collapse=kind)
+    if thresholds.needs_bigram and not result.has_marks:
+        return result.stable
     verdict = judge(
         result.history.train,
         result.validation_loss,
         result.unigram,
         result.bigram,
         result.warmup_steps,
-        replace(Thresholds.from_dict(result.thresholds), collapse=kind),
+        thresholds,
     )
     return not verdict.diverged
 

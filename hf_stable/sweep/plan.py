@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from hf_stable.errors import RecipeError
+from hf_stable.errors import RecipeError, UserError
 from hf_stable.recipes import Recipe, load_recipe, strict_yaml
 from hf_stable.records import write_json
 
@@ -60,6 +60,8 @@ class Plan:
     """Whether trained weights stay; the report needs none."""
     perplexity_documents: Annotated[int, Field(ge=0)] = 0
     """Validation documents that every finished model is scored on, for paired comparisons."""
+    thresholds: dict[str, str | float | int] = Field(default_factory=dict)
+    """Numbers of the divergence rule (see `rule.Thresholds`) that are not its defaults."""
 
     @model_validator(mode="after")
     def _no_twins(self) -> "Plan":
@@ -77,6 +79,11 @@ class Plan:
     def folder(self) -> Path:
         """Folder of the study."""
         return Path(self.output or f"runs/sweeps/{self.name}")
+
+    @property
+    def rule(self) -> Thresholds:
+        """The divergence rule of its runs."""
+        return Thresholds.from_dict(self.thresholds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +119,10 @@ def load_plan(path: Path, settings: list[str] | None = None, output: str | None 
     for name in (*plan.base, *plan.methods):
         if not (path.parent / name).is_file():
             raise RecipeError(f"{path}: there is no recipe {path.parent / name}; mend its path")
+    try:
+        Thresholds.from_dict(plan.thresholds)
+    except UserError as error:
+        raise RecipeError(f"{path}: {error}") from error
     return dataclasses.replace(
         plan,
         base=[str(path.parent / name) for name in plan.base],
@@ -173,6 +184,7 @@ def _runs_of_cell(
             *plan.settings,
             *settings,
             "training.log_every=1",  # the rule is asked after every step
+            "guard.actions=[]",  # a study wants to see what diverges
             f"seed={seed}",
             f"optimizer.learning_rate={rate!r}",
             f"name={word}",

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from hf_stable.errors import UserError
 from hf_stable.telemetry.reading.figures import WORTSMAN, Drawing, LeftOut
+from hf_stable.telemetry.reading.html_kit import write_whole
 
-from .grid import recorded
+from .grid import recorded, unmarked
 from .paper import TABLE_3
 from .report_claims import Quality, paper_section, qualities, quality_section, strangers
 from .report_figures import (
@@ -71,17 +72,9 @@ def write_report(folders: Sequence[Path], output: Path) -> None:
     title = f"Stability study: {', '.join(study.name for study in studies)}"
     drawings = [block for each in sections for block in each.blocks if isinstance(block, Drawing)]
     for drawing in drawings:
-        _write(output / FIGURES / f"{drawing.key}.svg", standalone(drawing))
-    _write(output / TEXT, to_markdown(title, sections, PAGE, FIGURES))
-    _write(output / PAGE, to_html(title, sections))
-
-
-def _write(file: Path, content: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
-    # A name in somebody's records may hold what is no text.
-    temporary.write_bytes(content.encode("utf-8", "xmlcharrefreplace"))
-    temporary.replace(file)
+        write_whole(output / FIGURES / f"{drawing.key}.svg", standalone(drawing))
+    write_whole(output / TEXT, to_markdown(title, sections, PAGE, FIGURES))
+    write_whole(output / PAGE, to_html(title, sections))
 
 
 def chapter(study: Study, key: str) -> list[Section]:
@@ -122,6 +115,13 @@ def _summary(study: Study, key: str, answers: dict[str, int]) -> Section:
         f"Against the paper, row by row: {answers.get('agree', 0)} agree, "
         f"{answers.get('disagree', 0)} disagree, {answers.get('unresolved', 0)} unresolved.",
     ]
+    if bare := unmarked(study):
+        lines.append(
+            f"Warning: {len(bare)} of them ran on text of which a bigram table knows no more than "
+            "a unigram table (too little text, or too large a vocabulary). The middle of the two "
+            "marks nothing there, and neither does the bigram's: verdicts by them, recorded or "
+            "judged again, say nothing; only the threshold near the unigram's does."
+        )
     rule = ", ".join(f"{name} {value}" for name, value in study.thresholds.items())
     lines += [f"The rule's thresholds: {rule}."] if rule else []
     return Section(key, f"Study {study.name}", [Items(lines)], level=2)

@@ -11,20 +11,18 @@ from dataclasses import dataclass
 from html import escape
 
 from hf_stable.telemetry.reading.figures import Drawing
+from hf_stable.telemetry.reading.html_kit import BODY, PAPER, document, figure, palette
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c1e21; --soft: #5d6470; --line: #d7dbe0;
-  --ground: #f4f5f7; --card: #ffffff; --link: #0b5cad;
-  --good: #d8efe3; --mixed: #fbebc3; --bad: #f8d5cd; --none: #e7e9ec }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --soft: #a3abb6; --line: #3a4049;
-  --ground: #16181c; --card: #1f2329; --link: #8ab8f0;
-  --good: #1d4a37; --mixed: #57481a; --bad: #622b22; --none: #30343b } }
-* { box-sizing: border-box }
-body { margin: 0 auto; padding: 1.2rem; max-width: 1160px; background: var(--ground);
-  color: var(--ink); font-size: 16px; line-height: 1.5 }
-body, .paper svg text { font-family: system-ui, "Segoe UI", "DejaVu Sans", sans-serif }
-h1 { font-size: 1.6rem; margin: 0 0 .4rem }
+_COLOURS = palette(
+    """;
+  --good: #d8efe3; --mixed: #fbebc3; --bad: #f8d5cd; --none: #e7e9ec""",
+    """;
+  --good: #1d4a37; --mixed: #57481a; --bad: #622b22; --none: #30343b""",
+)
+_STYLE = (
+    _COLOURS
+    + BODY
+    + """
 h2 { font-size: 1.35rem; margin: 2.6rem 0 .6rem; border-bottom: 2px solid var(--line) }
 h3 { font-size: 1.12rem; margin: 2rem 0 .4rem } h4 { font-size: 1rem; margin: 1rem 0 .3rem }
 p { margin: .4rem 0; max-width: 62rem } a { color: var(--link) }
@@ -47,16 +45,15 @@ ul { margin: .3rem 0; padding-left: 1.2rem } nav > ul { columns: 2; font-size: .
 nav li { break-inside: avoid-column }
 figure { margin: 1.2rem 0; break-inside: avoid } figure h4 a { color: inherit;
   text-decoration: none }
-.paper { background: #ffffff; border: 1px solid var(--line); border-radius: 8px; padding: .5rem;
-  overflow-x: auto }
-.paper svg { display: block; height: auto; min-width: 640px; color-scheme: light;
-  stroke-linejoin: round; stroke-linecap: butt }
-figcaption { font-size: .92rem; margin-top: .45rem; color: var(--soft); max-width: 62rem }
+"""
+    + PAPER
+    + """figcaption { font-size: .92rem; margin-top: .45rem; color: var(--soft); max-width: 62rem }
 @media (max-width: 760px) { body { padding: .5rem } .paper { padding: .3rem }
   nav > ul { columns: 1 } caption { white-space: normal } }
 @media print { nav { display: none } body { max-width: none; background: #ffffff }
   .paper { border: 0; padding: 0 } .paper svg { min-width: 0 } }
 """
+)
 # How a cell of a grid is coloured; the words say the same.
 MARKS = ("good", "mixed", "bad", "none")
 
@@ -70,6 +67,17 @@ class Cell:
 
     def __post_init__(self) -> None:
         assert self.mark in MARKS
+
+
+@dataclass(frozen=True)
+class Name:
+    """The first cell of a row that others link to."""
+
+    text: str
+    key: str
+
+    def __post_init__(self) -> None:
+        assert re.fullmatch(r"[A-Za-z0-9._-]+", self.key)
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ class Table:
 
     title: str
     head: Sequence[str]
-    rows: Sequence[Sequence[str | Cell]]
+    rows: Sequence[Sequence[str | Cell | Name]]
     words: int = 1
 
 
@@ -121,18 +129,12 @@ def interval_words(ends: Sequence[float], form: str) -> str:
 
 def to_html(title: str, sections: Sequence[Section]) -> str:
     """The report as a page of its own."""
-    parts = [
-        "<!DOCTYPE html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>",
+    body = [
         f"<h1>{escape(title)}</h1>",
         *_contents(sections),
         *(line for section in sections for line in _section(section)),
-        "</body></html>\n",
     ]
-    return "\n".join(parts)
+    return document(title, _STYLE, body)
 
 
 def _contents(sections: Sequence[Section]) -> Iterable[str]:
@@ -154,7 +156,7 @@ def _section(section: Section) -> Iterable[str]:
         elif isinstance(block, Table):
             yield from _table(block)
         else:
-            yield from _figure(block)
+            yield from figure(block, level=4)
 
 
 def _table(table: Table) -> Iterable[str]:
@@ -169,18 +171,12 @@ def _table(table: Table) -> Iterable[str]:
     yield "</tbody></table></div>"
 
 
-def _cell(kind: str, cell: str | Cell) -> str:
+def _cell(kind: str, cell: str | Cell | Name) -> str:
+    if isinstance(cell, Name):
+        return f'<td{kind} id="{cell.key}">{escape(cell.text)}</td>'
     if isinstance(cell, Cell):
         return f'<td class="mark {cell.mark}">{escape(cell.text)}</td>'
     return f"<td{kind}>{escape(cell)}</td>"
-
-
-def _figure(drawing: Drawing) -> Iterable[str]:
-    heading = f'<h4><a href="#{drawing.key}">{escape(drawing.title)}</a></h4>'
-    yield f'<figure id="{drawing.key}">{heading}'
-    yield f'<div class="paper">{drawing.svg}</div>'
-    yield f"<figcaption>{escape(drawing.caption)} <em>Source: {escape(drawing.source)}.</em>"
-    yield "</figcaption></figure>"
 
 
 def to_markdown(title: str, sections: Sequence[Section], page: str, figures: str) -> str:
@@ -205,11 +201,16 @@ def _markdown(block: Block, figures: str) -> str:
         image = f"![{_plain(block.title)}]({figures}/{block.key}.svg)"
         return f"{image}\n\n{_plain(block.caption)} Source: {_plain(block.source)}."
     rule = ["---" if index < block.words else "---:" for index in range(len(block.head))]
-    rows = [[cell.text if isinstance(cell, Cell) else cell for cell in row] for row in block.rows]
-    lines = [[_plain(cell) for cell in row] for row in (block.head, *rows)]
+    lines = [[_markdown_cell(cell) for cell in row] for row in (block.head, *block.rows)]
     lines.insert(1, rule)
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"**{_plain(block.title)}**\n\n{table}"
+
+
+def _markdown_cell(cell: str | Cell | Name) -> str:
+    if isinstance(cell, Name):
+        return f'<a id="{cell.key}"></a>{_plain(cell.text)}'
+    return _plain(cell.text if isinstance(cell, Cell) else cell)
 
 
 def _plain(text: str) -> str:

@@ -1,8 +1,10 @@
 """Sections of a report on the grid of a study: what is stable, how sensitive, and how it ends."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from .report_page import (
     Block,
     Cell,
     Items,
+    Name,
     Paragraph,
     Section,
     Table,
@@ -53,21 +56,28 @@ def grid_section(study: Study, key: str) -> Section:
             "more than half of the ended seeds are stable; ≥ marks the end of the grid."
         )
     ]
-    blocks += [_grid_table(study, stable, variant, "") for variant in study.variants]
+    blocks += [_grid_table(study, stable, variant, "", key) for variant in study.variants]
     return Section(key, "Which learning rates are stable (in the style of Table 3)", blocks)
 
 
-def _grid_table(study: Study, stable: Stable, variant: str, more: str) -> Table:
+def _grid_table(study: Study, stable: Stable, variant: str, more: str, key: str = "") -> Table:
     rates = study.rates_of(variant)
     base = largest_stable(study, stable, BASELINE, variant) if BASELINE in study.methods else None
-    rows: list[list[str | Cell]] = []
+    rows: list[list[str | Cell | Name]] = []
     for method in study.methods:
         largest = largest_stable(study, stable, method, variant)
         cells = [count(study, stable, method, variant, rate).cell() for rate in rates]
         ratio = _ratio_words(largest, base, rates)
-        rows.append([method, *cells, _largest_words(largest, rates), ratio])
+        name = Name(method, _row_key(key, variant, method)) if key else method
+        rows.append([name, *cells, _largest_words(largest, rates), ratio])
     head = ["method \\ learning rate", *map(plain_text, rates), "largest stable", "÷ baseline"]
     return Table(variant_title(variant) + more, head, rows)
+
+
+def _row_key(section: str, variant: str, method: str) -> str:
+    """What a link to a method's row ends with."""
+    words = (section, variant, method)
+    return "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", word) for word in words if word)
 
 
 def _ratio_words(largest: float | None, base: float | None, rates: Sequence[float]) -> str:
@@ -158,16 +168,28 @@ def sensitivities(study: Study, variant: str) -> dict[str, Sensitivity]:
         if grid is None:
             continue
         ratio = None if base is None else stable_ratio(grid, base)
+        configs = [
+            run.model_config
+            for run in study.results
+            if (run.place.method, run.place.variant) == (method, variant)
+        ]
         found[method] = Sensitivity(
             value=lr_sensitivity(grid.losses, grid.initial),
             best=best_rate(grid),
             ratio=ratio,
             seeds=grid.num_seeds,
             warnings=warnings(
-                grid, sigma_reparam="sigma_reparam" in method, layer_rates="mup" in method
+                grid,
+                sigma_reparam=any(config.get("sigma_reparam") for config in configs),
+                layer_rates=any(map(_has_layer_rates, configs)),
             ),
         )
     return found
+
+
+def _has_layer_rates(config: Mapping[str, Any]) -> bool:
+    """Whether layers have factors on the learning rate: muP away from its base width."""
+    return config.get("mup_base_width") not in (None, config.get("hidden_size"))
 
 
 def complete(study: Study, method: str, variant: str) -> Grid | None:

@@ -71,19 +71,25 @@ class Thresholds:
             )
         return cls(**values)
 
+    @property
+    def needs_bigram(self) -> bool:
+        """Whether collapse is measured by a bigram's cross-entropy, which then has to lie below a
+        unigram's."""
+        return self.collapse != "unigram-0.2"
+
     def collapse_at(self, unigram: float, bigram: float) -> float:
         """The validation loss, in nats, from which a run has collapsed.
 
         Raises:
             UserError: when the bigram table is no better than the unigram table.
         """
-        if self.collapse == "unigram-0.2":
+        if not self.needs_bigram:
             return unigram - 0.2
         if not bigram < unigram:
             raise UserError(
                 f"bigram_nats_per_token is {bigram:.4g} and unigram_nats_per_token {unigram:.4g}: "
-                f'a bigram table that is no better marks nothing. Set collapse to "unigram-0.2", '
-                "or take more text or a smaller vocabulary"
+                "a bigram table that is no better marks nothing. Take more text or a smaller "
+                "vocabulary, or set the plan's thresholds to {collapse: unigram-0.2}"
             )
         return bigram if self.collapse == "bigram" else (unigram + bigram) / 2
 

@@ -150,8 +150,8 @@ def stable_ratio(
 
 
 def warnings(grid: Grid, *, sigma_reparam: bool = False, layer_rates: bool = False) -> list[str]:
-    """Where these numbers do not mean what they say (Wortsman et al. 2023, appendix B), a sentence
-    each.
+    """Where these numbers do not mean what they say, a sentence each (after Wortsman et al. 2023,
+    appendix B, who hold muP's sensitivity, though not its learning rates, comparable).
 
     Args:
         sigma_reparam: whether weights are divided by their own size.

@@ -7,7 +7,7 @@ named.
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -79,6 +79,16 @@ class Result:
             return math.nan
         loss, start = self.validation_loss, self.initial_loss
         return min(loss, start) if math.isfinite(loss) else start
+
+    @property
+    def has_marks(self) -> bool:
+        """Whether a bigram's cross-entropy lies below a unigram's, as the rule's marks need."""
+        return self.bigram < self.unigram
+
+    @property
+    def model_config(self) -> Mapping[str, Any]:
+        """The model's config, as its run resolved it; empty where that is not recorded."""
+        return {} if self.history is None else self.history.run.get("model_config", {})
 
     @property
     def stable(self) -> bool:

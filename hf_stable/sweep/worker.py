@@ -25,6 +25,7 @@ from hf_stable.corpus import sources_of
 from hf_stable.data import ReadReport, expand, read_documents
 from hf_stable.errors import DivergedError
 from hf_stable.evaluation import load_model, perplexity
+from hf_stable.preemption import EXIT_PREEMPTED
 from hf_stable.recipes import Recipe, to_dict
 from hf_stable.records import write_json
 from hf_stable.telemetry.reading.history import History, read_history
@@ -43,14 +44,19 @@ def recipe_digest(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def work(study: Path) -> None:
-    """Train runs of a study until none is left that is neither finished nor another's."""
+def work(study: Path, ended_by: tuple[type[Exception], ...] = ()) -> None:
+    """Train runs of a study until none is left that is neither finished nor another's.
+
+    Args:
+        ended_by: errors that end this worker; all others are a run's, which has then failed.
+    """
     plan, thresholds = read_plan(study)
     for planned in planned_runs(plan):
         with _taken(study, planned) as mine:
             if mine:
                 attempt = partial(_train, study, planned, thresholds, plan.perplexity_documents)
-                write_json(_result_file(planned), _attempts(study, planned, thresholds, attempt))
+                result = _attempts(study, planned, thresholds, attempt, ended_by)
+                write_json(_result_file(planned), result)
                 if not plan.keep_models:
                     _drop_weights(Path(planned.recipe.output))
 
@@ -72,7 +78,11 @@ def _taken(study: Path, planned: Planned) -> Iterator[bool]:
 
 
 def _attempts(
-    study: Path, planned: Planned, thresholds: Thresholds, attempt: Callable[[], dict[str, Any]]
+    study: Path,
+    planned: Planned,
+    thresholds: Thresholds,
+    attempt: Callable[[], dict[str, Any]],
+    ended_by: tuple[type[Exception], ...],
 ) -> dict[str, Any]:
     """The result of a run, after a second attempt where the first failed."""
     failures = study / "failures" / f"{planned.id}.json"
@@ -90,6 +100,8 @@ def _attempts(
         print(f"{planned.id}: attempt {failed + 1}", file=sys.stderr, flush=True)
         try:
             return {**common, **attempt(), "error": None, "attempts": failed + 1}
+        except ended_by:
+            raise
         except Exception as error:  # whatever it is, it must not end the study
             traceback.print_exc()
             failed += 1
@@ -106,7 +118,10 @@ def _train(study: Path, planned: Planned, thresholds: Thresholds, documents: int
     stop = _Stop(planned.recipe, folder, thresholds)
     status = "finished"
     try:
-        if train(planned.recipe, stop=stop).stopped is not None:
+        result = train(planned.recipe, stop=stop)
+        if result.preempted:
+            raise SystemExit(EXIT_PREEMPTED)
+        if result.stopped is not None:
             status = "stopped"
     except DivergedError:
         status = "stopped"

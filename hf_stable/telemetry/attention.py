@@ -16,44 +16,15 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_stable.kernels.documents import build_documents, documents_of_lengths, merge
 from hf_stable.model.functional_stable_gpt import softcap as cap_logits
-from hf_stable.model.functional_stable_gpt import statistics_dtype
 
 from .observe import observe_heads
+from .scores import mask_of, score_chunks
 
-# Elements of one chunk of scores: near the caches of a CPU, few launches on a GPU.
-_CHUNK = {"cpu": 2**20, "cuda": 2**27}
-# Additive masks hide a key by -inf, by the smallest number of their dtype, by -1e9 or by -1e4.
-_HIDDEN = -9999.0
 # Rows of `watched_rows`: sums over rows of each head.
 ENTROPY, LONG_ROWS, CLIPPED, ROWS = range(4)
 # Names of a family's own eager attention: Transformers', and StableGPT's.
 _EAGER_NAMES = ("eager_attention_forward", "attention_forward")
-
-
-def visible_keys(mask: torch.Tensor | None, shape: torch.Size, rows: slice) -> torch.Tensor:
-    """Which keys the queries of `rows` see, (B or 1, 1, rows, K) bool.
-
-    Args:
-        mask: None is causal, the last query sees all keys; (B, K) is causal with 1 for tokens and 0
-            for padding; documents as in `kernels.documents`; (B or 1, 1 or H, Q, K) is bool or
-            additive, and its heads are taken as alike.
-        shape: (B, H, Q, K).
-    """
-    _, _, num_queries, num_keys = shape
-    documents = mask is not None and mask.dtype == torch.int32
-    if mask is not None and mask.ndim == 4 and not documents:
-        part = mask[:, :1, rows]
-        return part if part.dtype == torch.bool else part > _HIDDEN
-    device = None if mask is None else mask.device
-    places = torch.arange(num_queries, device=device)[rows] + num_keys - num_queries
-    causal = (torch.arange(num_keys, device=device) <= places[:, None])[None, None]
-    if mask is None:
-        return causal
-    if documents:
-        return causal & (mask[:, :, 0, None] == mask[:, :, 1, rows, None])
-    return causal & (mask != 0)[:, None, None]
 
 
 def row_statistics(
@@ -125,34 +96,16 @@ def observe_attention(  # noqa: PLR0913, PLR0917 (an operator takes tensors and 
     """The reference, in chunks of queries: memory is that of a chunk of scores.
 
     Args:
-        query: (B, H, Q, D). key: (B, G, K, D). mask: see `visible_keys`.
+        query: (B, H, Q, D). key: (B, G, K, D). mask: see `scores.visible_keys`.
         largest: (H,) float64, becomes the largest logit, scaled, before the cap.
         rows: (4, H) float64, sums: ENTROPY / log(visible keys), LONG_ROWS (of two keys or more),
             CLIPPED, ROWS.
     """
-    query, key = query.detach(), key.detach()
-    wide = statistics_dtype(query)
-    batch_size, num_heads, num_queries, _ = query.shape
-    num_keys = key.shape[2]
-    is_causal = mask is None or mask.ndim == 2
-    shape = torch.Size((batch_size, num_heads, num_queries, num_keys))
-    step = max(1, _CHUNK.get(query.device.type, _CHUNK["cuda"]) // (num_heads * num_keys))
-    keys = key.to(wide).transpose(-1, -2)
-    with torch.autocast(query.device.type, enabled=False):
-        for row in range(batch_size):
-            mine = None if mask is None else mask[row : row + 1] if len(mask) > 1 else mask
-            for start in range(0, num_queries, step):
-                part = slice(start, min(start + step, num_queries))
-                end = part.stop + num_keys - num_queries if is_causal else num_keys
-                visible = visible_keys(mine, shape, part)[..., :end].to(query.device)
-                queries = query[row, :, part].to(wide) * scaling
-                grouped = queries.unflatten(0, (key.shape[1], -1)).flatten(1, 2)
-                scores = grouped @ keys[row, :, :, :end]
-                scores = scores.unflatten(1, (-1, queries.shape[1])).flatten(0, 1)[None]
-                found = row_statistics(scores, visible, cap, (gamma, zeta, alpha))
-                clips = gamma is not None or alpha is not None or zeta != 1.0
-                dead = found[2] <= 0 if clips else torch.zeros_like(found[2], dtype=torch.bool)
-                _count((found[0], found[1], dead), visible.sum(-1), largest, rows)
+    clips = gamma is not None or alpha is not None or zeta != 1.0
+    for scores, visible in score_chunks(query, key, mask, scaling):
+        found = row_statistics(scores, visible, cap, (gamma, zeta, alpha))
+        dead = found[2] <= 0 if clips else torch.zeros_like(found[2], dtype=torch.bool)
+        _count((found[0], found[1], dead), visible.sum(-1), largest, rows)
 
 
 @torch.library.custom_op("hf_stable::observe_kernel", mutates_args={"largest", "rows"})
@@ -177,33 +130,6 @@ for _operator in (observe_attention, observe_kernel):
     _operator.register_fake(lambda *_: None)
 
 
-def _mask_of(module: nn.Module, query: torch.Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:
-    """The mask as `visible_keys` takes it, from functions, lengths and positions of backends."""
-    if mask is not None and not isinstance(mask, torch.Tensor):  # FlexAttention's
-        sizes = (query.shape[0], 1, query.shape[2], mask.seq_lengths[1])
-        rows, heads, queries, keys = (torch.arange(size, device=query.device) for size in sizes)
-        visible = mask.mask_mod(rows[:, None, None, None], heads[0], queries[:, None], keys)
-        return visible.broadcast_to(sizes)
-    lengths, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
-    if lengths is not None:
-        starts = documents_of_lengths(lengths, query.shape[2])
-        return build_documents(starts) if mask is None else merge(mask, starts)
-    is_flash = "flash" in module.config._attn_implementation  # pyright: ignore
-    # As Transformers does, which sees packed documents in the positions of a single row only.
-    if is_flash and mask is None and positions is not None and len(query) == 1:
-        mask = build_documents(positions == 0)
-    window = kwargs.get("sliding_window")
-    return _window(query, mask, window) if is_flash and window is not None else mask
-
-
-def _window(query: torch.Tensor, mask: torch.Tensor | None, window: int) -> torch.Tensor:
-    """A mask to the last `window` keys, as other backends have one already."""
-    shape = torch.Size((query.shape[0], 1, query.shape[2], query.shape[2]))
-    visible = visible_keys(mask, shape, slice(None)).to(query.device)
-    places = torch.arange(shape[-1], device=query.device)
-    return visible & (places[:, None] - places < window)
-
-
 def watched_attention(
     module: Any,
     query: torch.Tensor,
@@ -221,7 +147,7 @@ def watched_attention(
     result = function(module, query, key, value, attention_mask, **kwargs)
     observe_heads(query, module.watched_queries)
     observe_heads(key, module.watched_keys)
-    _look(module, query, key, _mask_of(module, query, attention_mask, kwargs), kwargs)
+    _look(module, query, key, mask_of(module, query, attention_mask, kwargs), kwargs)
     return result
 
 

@@ -28,7 +28,7 @@ def markdown_tables(text: str) -> dict[str, list[Row]]:
     found = {}
     for title, body in re.findall(r"^\*\*(.+)\*\*\n\n((?:\|.*\n)+)", text, flags=re.MULTILINE):
         rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in body.splitlines()]
-        cells = [[unescape(cell.strip().replace("\\", "")) for cell in row] for row in rows]
+        cells = [[_words(cell) for cell in row] for row in rows]
         # Heads are not unique: later ones have their place.
         head = [name if name not in cells[0][:at] else f"{name} {at}"
                 for at, name in enumerate(cells[0])]  # fmt: skip
@@ -37,6 +37,11 @@ def markdown_tables(text: str) -> dict[str, list[Row]]:
             dict(zip(head, row, strict=True)) for row in cells[2:]
         ]
     return found
+
+
+def _words(cell: str) -> str:
+    """Of a cell, without its anchor and escapes."""
+    return unescape(re.sub(r'<a id="[^"]*"></a>', "", cell).strip().replace("\\", ""))
 
 
 def by_method(rows: list[Row]) -> dict[str, Row]:

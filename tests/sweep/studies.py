@@ -34,6 +34,8 @@ class Made:
         statuses: by the same, "stopped", "failed" or "missing" instead of "finished".
         telemetry: whether runs have any.
         documents: of the perplexity records; 0 writes none.
+        configs: by method, fields of the model's config beside its size.
+        bigram: cross-entropy of a bigram table, nats.
     """
 
     name: str = "made"
@@ -48,6 +50,8 @@ class Made:
     documents: int = 0
     gains: Mapping[str, float] = field(default_factory=lambda: {"qk_norm": 0.03, "qkv_norm": 0.03})
     device: str = "cpu (1 threads)"
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    bigram: float = BIGRAM
 
 
 Place = tuple[str, str, float, int]
@@ -68,7 +72,8 @@ def places(made: Made) -> list[Place]:
 def write_study(folder: Path, made: Made | None = None) -> Path:
     """Write a study's records; returns `folder`."""
     made = made or Made()
-    thresholds = Thresholds().to_dict()
+    collapse = "middle" if made.bigram < UNIGRAM else "unigram-0.2"
+    thresholds = Thresholds(collapse=collapse).to_dict()
     plan = {
         "name": made.name,
         "methods": list(made.limits),
@@ -130,7 +135,8 @@ def _write_run(folder: Path, made: Made, place: Place, thresholds: dict[str, Any
         return
     loss = final_loss(made, place)
     train = _write_records(folder, made, place, loss)
-    verdict = judge(train, loss, UNIGRAM, BIGRAM, WARMUP, stopped=status == "stopped")
+    judging = Thresholds.from_dict(thresholds)
+    verdict = judge(train, loss, UNIGRAM, made.bigram, WARMUP, judging, stopped=status == "stopped")
     result = {
         **common,
         "error": None,
@@ -142,7 +148,7 @@ def _write_run(folder: Path, made: Made, place: Place, thresholds: dict[str, Any
         "initial_loss": INITIAL,
         "validation_loss": loss,
         "unigram": UNIGRAM,
-        "bigram": BIGRAM,
+        "bigram": made.bigram,
         "warmup_steps": WARMUP,
         "verdict": verdict.to_dict(),
     }
@@ -155,8 +161,12 @@ def _write_records(folder: Path, made: Made, place: Place, loss: float) -> dict[
     record.write_run(
         {
             "recipe": {**recipe, "training": {"steps": STEPS}, "seed": place[3]},
-            "model_config": {"hidden_size": 64, "num_hidden_layers": 2},
-            "data": {"unigram_nats_per_token": UNIGRAM, "bigram_nats_per_token": BIGRAM},
+            "model_config": {
+                "hidden_size": 64,
+                "num_hidden_layers": 2,
+                **made.configs.get(place[0], {}),
+            },
+            "data": {"unigram_nats_per_token": UNIGRAM, "bigram_nats_per_token": made.bigram},
             "device": made.device,
             "git_revision": "0123456789abcdef",
             "versions": {"torch": "2.13.0", "numpy": "2.3.0"},

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from submitit.core.utils import UncompletedJobError
 
 from hf_stable.errors import UserError
 from hf_stable.sweep.execute import Progress, execute
+from hf_stable.sweep.jobs import Jobs, Work
 from hf_stable.sweep.plan import Plan, load_plan, planned_runs, write_plan
 from hf_stable.sweep.rule import Thresholds
 from hf_stable.sweep.study import read_study
@@ -181,13 +183,79 @@ def test_what_fails_twice_is_recorded_and_the_rest_goes_on(
 
 
 def test_hopeless_runs_are_stopped_and_counted_as_diverged(folder: Path) -> None:
-    plan = plan_of(folder, "hopeless", "10.0", "optimizer.max_grad_norm=null")
+    wild = ("optimizer.max_grad_norm=null", "optimizer.weight_decay=0.0")
+    plan = plan_of(folder, "hopeless", "10.0", *wild)
     hasty = Thresholds(hopeless=0.01, hopeless_steps=2, hopeless_from=0.1)
     work(write_plan(plan, planned_runs(plan), hasty))
     for result in results(plan).values():
         assert result["status"] == "stopped"
         assert result["steps"] < 12
         assert result["verdict"]["diverged"]
+
+
+def test_jobs_of_submitit_have_the_results_of_workers(folder: Path, undisturbed: Plan) -> None:
+    plan = plan_of(folder, "jobs", "1e-2")
+    study = execute(plan, workers=2, slurm={"cluster": "local", "timeout_min": 5})
+    wanted, trained = results(undisturbed), losses(undisturbed)
+    found = results(plan)
+    assert len(found) == 2
+    assert found == {name: wanted[name] for name in found}
+    assert losses(plan) == {name: trained[name] for name in found}
+    assert len(list((study / "slurm").glob("*_result.pkl"))) == 2
+
+
+def test_the_end_of_a_job_is_no_failure_of_its_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_stable.sweep import worker  # noqa: PLC0415
+
+    def end(*_: Any, **__: Any) -> None:
+        raise UncompletedJobError("at its time limit")
+
+    plan = plan_of(folder, "ended", "1e-2")
+    study = write_plan(plan, planned_runs(plan), Thresholds())
+    monkeypatch.setattr(worker, "train", end)
+    again = Work().checkpoint(study)
+    with pytest.raises(UncompletedJobError):
+        again.function(*again.args, **again.kwargs)
+    assert not (study / "failures").exists()
+    assert not list((study / "runs").glob("*/result.json"))
+
+
+def test_jobs_that_fail_are_said_to(tmp_path: Path) -> None:
+    jobs = Jobs(tmp_path, 1, {"cluster": "local", "timeout_min": 5})  # there is no plan
+    while jobs.is_working():
+        time.sleep(0.1)
+    with pytest.raises(UserError, match=r"1 of 1 jobs failed.*plan\.json.*same command goes on"):
+        jobs.check()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"cluster": "pbs"}, "pbs"),
+        ({"cluster": "local", "colour": 3}, "colour"),
+        ({"cluster": "local", "timeout_min": "long"}, "timeout_min"),
+    ],
+)
+def test_parameters_that_submitit_refuses_are_named(
+    tmp_path: Path, parameters: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=f"--slurm.*{words}"):
+        Jobs(tmp_path, 1, parameters)
+
+
+def test_a_text_without_marks_is_refused_before_anything_is_trained(folder: Path) -> None:
+    text, letters = folder / "letters", random.Random(0)
+    text.mkdir()
+    for number in range(12):  # no letter tells the next one
+        drawn = letters.choices("abcdefghijklmnopqrstuvwxyz", k=2000)
+        (text / f"{number}.txt").write_text("".join(drawn))
+    settings = [f"data.train=[{text}]", "tokenizer.vocab_size=260", "data.holdout=0.3"]
+    plan = plan_of(folder, "unmarked", "1e-2", *settings)
+    with pytest.raises(UserError, match=r"lr-0\.01_seed-0: bigram_nats_per_token is .* no better"):
+        execute(plan)
+    assert not (plan.folder / "plan.json").exists()
 
 
 def test_results_of_another_recipe_are_not_mixed_in(folder: Path, undisturbed: Plan) -> None:

@@ -70,6 +70,13 @@ def test_settings_of_the_command_line_win(tmp_path: Path) -> None:
     assert all(Path(run.recipe.output).parent == tmp_path / "out" / "runs" for run in runs)
 
 
+def test_a_plan_may_have_thresholds_of_its_own(tmp_path: Path) -> None:
+    text = PLAN + "thresholds: {{collapse: unigram-0.2, hopeless_steps: 20}}\n"
+    plan = load_plan(write(tmp_path, text))
+    assert plan.rule == Thresholds(collapse="unigram-0.2", hopeless_steps=20)
+    assert load_plan(write(tmp_path)).rule == Thresholds()
+
+
 def test_workers_read_the_plan_that_was_written(tmp_path: Path) -> None:
     plan = load_plan(write(tmp_path), None, str(tmp_path / "out"))
     thresholds = Thresholds(collapse="bigram")
@@ -87,6 +94,7 @@ def test_workers_read_the_plan_that_was_written(tmp_path: Path) -> None:
         (("seeds:", "sedes:"), "sedes is not a key of a plan; known are .*seeds"),
         (("qk_norm.yaml", "qk_nrom.yaml"), "there is no recipe .*qk_nrom.yaml"),
         (("name: p", "name: a/b"), "name: found 'a/b'"),
+        (("name: p", "name: p\nthresholds: {{colapse: middle}}"), "plan.yaml: .*colapse unknown"),
     ],
 )
 def test_bad_plans_are_named(tmp_path: Path, change: tuple[str, str], message: str) -> None:

@@ -12,7 +12,9 @@ import pytest
 
 from hf_stable.records import write_json
 from hf_stable.sweep.comparison import compare
+from hf_stable.sweep.grid import judged, recorded, unmarked
 from hf_stable.sweep.report import write_report
+from hf_stable.sweep.study import read_study
 
 from .reports import FAILED, MADE, MISSING, VARIANTS, Row, by_method, markdown_tables
 from .studies import (
@@ -250,3 +252,34 @@ def test_several_studies_and_the_law_over_widths(tmp_path: Path) -> None:
     (row,) = markdown_tables(text.split("## Logit growth")[1])["Logits by width"]
     assert (row["widths"], row["exponent"]) == ("32, 64, 128", "2.00")
     assert float(row["width at 10,000"]) == pytest.approx(math.sqrt(2e4), rel=1e-3)
+
+
+def test_warnings_are_of_what_models_were_and_not_of_their_names(tmp_path: Path) -> None:
+    limits = {
+        "baseline": 0.03,
+        "plain": 0.1,
+        "narrow": 0.1,
+        "not_mup": 0.1,
+        "no_sigma_reparam": 0.1,
+    }
+    configs = {
+        "plain": {"sigma_reparam": True},
+        "narrow": {"mup_base_width": 256},
+        "not_mup": {"mup_base_width": 64},  # the width of these models
+        "no_sigma_reparam": {"sigma_reparam": False},
+    }
+    made = Made(limits=limits, configs=configs)
+    write_report([write_study(tmp_path / "study", made)], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    for words, method in (("Sigma-Reparam divides", "plain"), ("Layers have factors", "narrow")):
+        assert re.findall(rf"^- no variant, (.*): {words}", text, re.MULTILINE) == [method]
+
+
+def test_text_without_marks_is_warned_of_and_can_be_reported(tmp_path: Path) -> None:
+    made = Made(bigram=UNIGRAM + 0.1)
+    study = read_study(write_study(tmp_path / "study", made))
+    write_report([study.folder], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert f"Warning: {len(study.results)} of them ran on text" in text
+    assert judged(study, "middle") == judged(study, "bigram") == recorded(study)
+    assert not unmarked(read_study(write_study(tmp_path / "other")))

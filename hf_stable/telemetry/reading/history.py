@@ -90,10 +90,10 @@ def read_history(folder: Path) -> History:
 
 
 def _in_force(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows without those that a resumed run has taken back and written anew."""
+    """Rows without those that a resumed or rolled back run has taken back and written anew."""
     kept: list[dict[str, Any]] = []
     for row in rows:
-        if row["event"] == "resumed":
+        if row["event"] in ("resumed", "rolled_back"):
             kept = [other for other in kept if other["step"] <= row["step"]]
         kept.append(row)
     return kept

@@ -1,7 +1,6 @@
 """One page of runs beside each other: what they were, what alarmed, and the figures.
 
-The page is one file that loads nothing and runs nothing: its policy forbids both, so that a name in
-somebody's records cannot do more than be read. Equal records give equal bytes.
+Equal records give equal bytes.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,21 +16,15 @@ from .diagnosis import Diagnosis, diagnose
 from .drawing import plain_text
 from .figures import Drawing, LeftOut, draw_all
 from .history import History
+from .html_kit import BODY, PAPER, document, figure, palette, write_whole
 from .looks import Run, dress
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _ALARMS_SHOWN = 12
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c1e21; --soft: #5d6470; --line: #d7dbe0;
-  --ground: #f4f5f7; --card: #ffffff; --link: #0b5cad }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --soft: #a3abb6; --line: #3a4049;
-  --ground: #16181c; --card: #1f2329; --link: #8ab8f0 } }
-* { box-sizing: border-box }
-html { scroll-padding-top: 4rem }
-body { margin: 0 auto; padding: 1.2rem; max-width: 1160px; background: var(--ground);
-  color: var(--ink); font-size: 16px; line-height: 1.5 }
-body, .paper svg text { font-family: system-ui, "Segoe UI", "DejaVu Sans", sans-serif }
-h1 { font-size: 1.6rem; margin: 0 0 .4rem } h2 { font-size: 1.25rem; margin: 2.2rem 0 .6rem }
+_STYLE = (
+    palette()
+    + "html { scroll-padding-top: 4rem }\n"
+    + BODY
+    + """ h2 { font-size: 1.25rem; margin: 2.2rem 0 .6rem }
 h3 { font-size: 1.02rem; margin: 1rem 0 .3rem } p { margin: .3rem 0 }
 a { color: var(--link) } code { font-size: .92em; white-space: nowrap }
 figcaption { color: var(--soft) } .card h3 { margin-top: .2rem }
@@ -50,15 +43,14 @@ ul { margin: .3rem 0; padding-left: 1.2rem } nav ul { columns: 2; font-size: .92
   margin: 0 .35em }
 figure { margin: 1.4rem 0; break-inside: avoid }
 figure h3 a { color: inherit; text-decoration: none }
-.paper { background: #ffffff; border: 1px solid var(--line); border-radius: 8px; padding: .5rem;
-  overflow-x: auto }
-.paper svg { display: block; height: auto; min-width: 640px; color-scheme: light;
-  stroke-linejoin: round; stroke-linecap: butt }
-figcaption { font-size: .92rem; margin-top: .45rem }
+"""
+    + PAPER
+    + """figcaption { font-size: .92rem; margin-top: .45rem }
 @media (max-width: 760px) { body { padding: .5rem } .paper { padding: .3rem } }
 @media print { .runs, nav { display: none } body { max-width: none; background: #ffffff }
   .paper { border: 0; padding: 0 } .paper svg { min-width: 0 } h2 { break-after: avoid } }
 """
+)
 
 
 def write_page(histories: Sequence[History], file: Path) -> None:
@@ -71,12 +63,7 @@ def write_page(histories: Sequence[History], file: Path) -> None:
         raise UserError("a page needs at least one run, and none was given")
     if file.is_dir():
         raise UserError(f"{file} is a folder: name the HTML file to write")
-    content = page(histories)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
-    # A folder's name may hold bytes that are no text.
-    temporary.write_bytes(content.encode("utf-8", "xmlcharrefreplace"))
-    temporary.replace(file)
+    write_whole(file, page(histories))
 
 
 def page(histories: Sequence[History]) -> str:
@@ -87,12 +74,7 @@ def page(histories: Sequence[History]) -> str:
     moves = [None if each.onset is None else each.onset.step for each in diagnoses]
     drawings, left_out = draw_all(runs, rung, moves)
     title = f"Stability of {', '.join(run.label for run in runs)}"
-    parts = [
-        "<!DOCTYPE html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(title)}</title><style>{_STYLE}{_switches(runs)}</style></head><body>",
+    body = [
         f'<h1 id="top">{escape(title)}</h1>',
         *_contents(drawings),
         '<h2 id="runs">Runs</h2>',
@@ -101,11 +83,10 @@ def page(histories: Sequence[History]) -> str:
         *(line for each in zip(runs, rung, diagnoses, strict=True) for line in _findings(*each)),
         '<h2 id="figures">Figures</h2>',
         *_legend(runs),
-        *(line for drawing in drawings for line in _figure(drawing)),
+        *(line for drawing in drawings for line in figure(drawing, level=3)),
         *_missing(left_out),
-        "</body></html>\n",
     ]
-    return "\n".join(parts)
+    return document(title, _STYLE + _switches(runs), body)
 
 
 def _switches(runs: Sequence[Run]) -> str:
@@ -218,14 +199,6 @@ def _alarm_table(found: Sequence[Alarm]) -> str:
 
 def _limit(alarm: Alarm) -> str:
     return "finite" if np.isnan(alarm.threshold) else plain_text(alarm.threshold)
-
-
-def _figure(drawing: Drawing) -> Iterable[str]:
-    heading = f'<h3><a href="#{drawing.key}">{escape(drawing.title)}</a></h3>'
-    yield f'<figure id="{drawing.key}">{heading}'
-    yield f'<div class="paper">{drawing.svg}</div>'
-    yield f"<figcaption>{escape(drawing.caption)} <em>Source: {escape(drawing.source)}.</em>"
-    yield "</figcaption></figure>"
 
 
 def _missing(left_out: Sequence[LeftOut]) -> Iterable[str]:

@@ -1,0 +1,7 @@
+"""Model cards from the records of runs, with what the Hub checks checked before it is pushed."""
+
+from .metadata import problems
+from .privacy import clean, leaks
+from .rendering import Statement, render_card, write_card
+
+__all__ = ["Statement", "clean", "leaks", "problems", "render_card", "write_card"]

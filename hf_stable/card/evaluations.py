@@ -1,0 +1,133 @@
+"""Perplexities that were measured, from the files that evaluation and studies leave."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_stable.errors import UserError
+
+# Metric of the Hub's model-index, and how a reader knows it.
+_SCORES = {
+    "per_token": ("perplexity", "perplexity per token"),
+    "per_word": ("word_perplexity", "perplexity per word"),
+    "bits_per_byte": ("bits_per_byte", "bits per byte"),
+}
+# As `hf_stable.evaluation.perplexity` has them.
+_CONFIDENCE, _SAMPLES, _SEED = 0.95, 2000, 0
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number with its bootstrap interval over documents; both ends None without one."""
+
+    metric: str
+    name: str
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One text that the model was scored on.
+
+    Args:
+        text: its names; None is the run's own validation text.
+        confidence: of the intervals. note: why there are none, if there are none.
+        windows: (max_length, stride) in tokens, where the file has them.
+    """
+
+    text: tuple[str, ...] | None
+    scores: tuple[Score, ...]
+    documents: int
+    tokens: int
+    confidence: float
+    note: str | None
+    windows: tuple[int, int] | None
+
+
+def find_evaluations(run: Path) -> list[Path]:
+    """What `hf-stable evaluate RUN --output RUN/evaluation.json` left, by name."""
+    return sorted(run.glob("evaluation*.json"))
+
+
+def read_evaluation(file: Path, run: Path) -> Evaluation:
+    """Read what `hf-stable evaluate --output` or a study's scoring wrote of this run.
+
+    Raises:
+        UserError: naming the file, when it is damaged, lacks a number, or is of another run.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if "documents" in content and isinstance(content["documents"], list):
+            _check_run(file, str(content["id"]), run)
+            return _of_study(np.array(content["documents"], dtype=np.float64))
+        model = Path(str(content["model"])).resolve()
+        _check_run(file, model.parent.name if model.name == "model" else model.name, run)
+        return _of_command(content)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{file} is no evaluation ({type(error).__name__}: {error}): write it anew with "
+            f"hf-stable evaluate {run} --output {file}"
+        ) from error
+
+
+def _check_run(file: Path, found: str, run: Path) -> None:
+    """Numbers of another model would be believed."""
+    if found != run.resolve().name:
+        raise UserError(
+            f"{file} is of {found!r}, not of {run.resolve().name!r}: write it anew with "
+            f"hf-stable evaluate {run} --output {file}"
+        )
+
+
+def _of_command(content: dict[str, Any]) -> Evaluation:
+    data = content["data"]
+    return Evaluation(
+        text=None if data is None else tuple(map(str, data)),
+        scores=tuple(
+            _score(key, *(content[key][part] for part in ("value", "low", "high")))
+            for key in _SCORES
+        ),
+        documents=int(content["documents"]),
+        tokens=int(content["tokens"]),
+        confidence=float(content["confidence"]),
+        note=content.get("interval_note"),
+        windows=(int(content["max_length"]), int(content["stride"])),
+    )
+
+
+def _of_study(sums: np.ndarray) -> Evaluation:
+    """From (documents, 4) float64 sums: NLL in nats, tokens, words, bytes."""
+    if sums.ndim != 2 or sums.shape[1] != 4 or not np.isfinite(sums).all() or not len(sums):
+        raise ValueError(f"document sums are {sums.shape}, not rows of four finite numbers")
+    from hf_stable.evaluation.result import estimates  # noqa: PLC0415  # its package has torch
+
+    rng = np.random.default_rng(_SEED)
+    found, note = estimates(sums, confidence=_CONFIDENCE, samples=_SAMPLES, rng=rng)
+    return Evaluation(
+        text=None,
+        scores=tuple(
+            _score(key, each.value, each.low, each.high)
+            for key, each in zip(_SCORES, found, strict=True)
+        ),
+        documents=len(sums),
+        tokens=int(sums[:, 1].sum()),
+        confidence=_CONFIDENCE,
+        note=note,
+        windows=None,
+    )
+
+
+def _score(key: str, value: Any, low: Any, high: Any) -> Score:
+    """Records spell out what is not finite; an interval that is not is none."""
+    ends = [None if end is None else float(end) for end in (low, high)]
+    if any(end is None or not math.isfinite(end) for end in ends):
+        ends = [None, None]
+    return Score(*_SCORES[key], float(value), *ends)

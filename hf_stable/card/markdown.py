@@ -1,0 +1,55 @@
+"""Text for a card: everything is escaped but what is made here."""
+
+import html
+import re
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from .privacy import clean
+
+TEMPLATE = Path(__file__).with_name("template.md.jinja")
+
+
+class Made(str):
+    """Markdown that may stand in a card as it is."""
+
+
+def escape(value: Any) -> Made:
+    """One line that shows `value` itself: no HTML, no Markdown, no link, no machine's path."""
+    text = " ".join(str(clean(str(value))).split())
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]", "", text)
+    text = re.sub(r"([\\`*_\[\]|~$#!])", r"\\\1", html.escape(text, quote=False))
+    # GitHub's and the Hub's Markdown make links of bare addresses.
+    return Made(re.sub(r"(?i)(https?|ftp)://|\bwww\.", _unlinked, text))
+
+
+def _unlinked(found: re.Match[str]) -> str:
+    return found[0].replace(":", "&#58;").replace(".", "&#46;")
+
+
+def block(text: str, language: str) -> Made:
+    """A fenced block that no line of `text` can close."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return Made(f"{fence}{language}\n{text.rstrip()}\n{fence}")
+
+
+def link(text: str, address: str) -> Made:
+    """A link to an address of ours; `text` is escaped."""
+    return Made(f"[{escape(text)}]({address})")
+
+
+def fill(**values: Any) -> str:
+    """The template with these values, each escaped unless it is Made; one left out is an error."""
+    environment = Environment(
+        finalize=lambda value: value if isinstance(value, Made) else escape(value),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # `finalize` escapes, for Markdown as well as for HTML
+    )
+    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(**values)
+    return re.sub(r"\n{3,}", "\n\n", text)

@@ -1,0 +1,90 @@
+"""What must not leave the machine: secrets, and places on its disks.
+
+Records name folders and may hold what a user typed; whatever is published passes through `clean`.
+"""
+
+import os
+import re
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
+
+REDACTED = "[removed]"
+# By the prefixes that their issuers document (Hub, GitHub, GitLab, AWS, Google, Slack, JWT, ...).
+_TOKENS = (
+    r"(?<!\w)(?:hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}"
+    r"|github_pat_\w{20,}|glpat-[\w-]{16,}|sk-[\w-]{16,}|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}"
+    r"|xox[abeoprs]-[\w-]{10,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)"
+)
+_ASSIGNED = (
+    r"(?i:(?<![a-z])(?:api[_-]?key|(?:access|auth|hf|hub)[_-]?token|secret|passw(?:or)?d)"
+    r"\s*[=:]\s*(?!\W{0,3}removed)[^\s&,;]+)|(?i:(?<=[?&])(?:token|key|sig|signature)=[^\s&]+)"
+)
+_IN_URL = r"(?<=://)[^/\s@]+@"
+_SECRET = re.compile(f"{_TOKENS}|{_ASSIGNED}|{_IN_URL}")
+_SECRET_KEY = re.compile(r"(?i)(?:^|[_-])(?:token|secret|passw(?:or)?d|api[_-]?key|credentials?)$")
+_SECRET_VARIABLE = re.compile(r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIALS?)$")
+# Shorter values of variables are no secrets, and would be found in ordinary words.
+_SHORTEST_SECRET = 8
+_PATH = re.compile(
+    r"(?<![\w:/.~)])(?:file:/{2}|~[\w.-]*)?/(?:[^\s/\"'`<>|:;,]+/)+[^\s/\"'`<>|:;,()\[\]]*"
+    r"|(?<![A-Za-z])[A-Za-z]:[\\/][^\s\"'`<>|;,]+"
+    r"|(?<!\\)\\\\[\w.-]+\\[^\s\"'`<>|;,]+"
+)
+# Shortened, but no leak: pages of one repository link to each other so.
+_UPWARD = re.compile(r"(?<![\w/.])(?:\.\./)+[^\s\"'`<>|:;,()\[\]]*")
+
+
+def clean(value: Any) -> Any:
+    """The same JSON value without secrets, and with only the last part of every machine's path.
+
+    Strings are searched for tokens by their known forms, for what secret-looking environment
+    variables hold, and for absolute, home and `..` paths; a key such as "hub_token" loses its
+    value.
+    """
+    if isinstance(value, str):
+        return _clean_text(value)
+    if isinstance(value, dict):
+        return {
+            _clean_text(str(key)): REDACTED
+            if isinstance(item, str) and _SECRET_KEY.search(str(key))
+            else clean(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [clean(item) for item in value]
+    return value
+
+
+def leaks(text: str) -> list[str]:
+    """What `clean` would take out of a text that is to be published: kinds, never the secrets."""
+    found = []
+    if _SECRET.search(text) or any(secret in text for secret in _secrets_here()):
+        found.append("a secret")
+    if _PATH.search(text):
+        found.append("a path on this machine")
+    return found
+
+
+def _clean_text(text: str) -> str:
+    for secret in _secrets_here():
+        text = text.replace(secret, REDACTED)
+    text = _SECRET.sub(REDACTED, text)
+    if _is_place(text):
+        return _last(text)
+    for places in (_PATH, _UPWARD):
+        text = places.sub(lambda found: _last(found[0]), text)
+    return text
+
+
+def _is_place(text: str) -> bool:
+    """Whether all of a text is a path that says where something lies on one machine."""
+    return text.startswith(("/", "~", "../", "file:/")) or PureWindowsPath(text).is_absolute()
+
+
+def _last(path: str) -> str:
+    return PurePosixPath(path.replace("\\", "/")).name or "folder"
+
+
+def _secrets_here() -> list[str]:
+    values = {value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)}
+    return sorted((each for each in values if len(each) >= _SHORTEST_SECRET), key=len, reverse=True)

@@ -1,0 +1,233 @@
+"""A model card from a run's records alone: `render_card`, and `write_card` with its picture.
+
+No field is filled that the records do not hold, or that `Statement` does not state.
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from hf_stable import records
+from hf_stable.errors import UserError
+from hf_stable.telemetry.reading.history import read_history
+
+from . import applied, sections
+from .evaluations import Evaluation, find_evaluations, read_evaluation
+from .facts import Facts, finite
+from .markdown import Made, escape, fill
+from .metadata import problems
+from .picture import draw_picture
+from .privacy import clean, leaks
+from .texts import languages
+
+PICTURE = "training_curve.png"
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What the publisher states because no record holds it.
+
+    Args:
+        name: the model's; None takes the recipe's.
+        license: of the Hub's identifiers.
+        watts: drawn by each process's device while it trains, for the estimate of energy.
+        repository: address of hf_stable's sources, which links to the studies begin with.
+        notes: sentences to put first, such as how the checkpoint was chosen.
+    """
+
+    name: str | None = None
+    license: str = "apache-2.0"
+    watts: float | None = None
+    repository: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def render_card(
+    run: Path,
+    *,
+    evaluations: Sequence[Path] | None = None,
+    statement: Statement | None = None,
+    picture: str | None = None,
+) -> ModelCard:
+    """The card of one run.
+
+    Args:
+        run: its folder; of run.json, metrics.jsonl and config.json what is missing is named in the
+            card, with the command that makes it.
+        evaluations: JSON files of `hf-stable evaluate --output` or a study's perplexity/ID.json;
+            None takes RUN/evaluation*.json.
+        picture: the training curve's file, relative to the card; None where there is none.
+
+    Raises:
+        UserError: damaged records or evaluations, evaluations of another run, and whatever the Hub
+            would refuse or should not see.
+    """
+    statement = statement or Statement()
+    files = find_evaluations(run) if evaluations is None else evaluations
+    scored = [read_evaluation(file, run) for file in files]
+    facts = read_facts(run)
+    with _damage_named(run):
+        name = clean(statement.name or facts.recipe.get("name") or run.resolve().name)
+        text = _filled(" ".join(name.split()), facts, scored, statement, picture)
+    if found := leaks(text):
+        raise UserError(
+            f"the card of {run} would publish {' and '.join(found)}: look for it in run.json and "
+            "in what is stated, and take it out"
+        )
+    return ModelCard(text)
+
+
+def _filled(
+    name: str,
+    facts: Facts,
+    scored: Sequence[Evaluation],
+    statement: Statement,
+    picture: str | None,
+) -> str:
+    """The card's text, header and all."""
+    header = _header(name, facts, scored, statement)
+    if found := problems(header.to_dict()):
+        raise UserError(f"{name}: the Hub would refuse its card: {'; '.join(found)}")
+    return fill(
+        header=Made(header.to_yaml()),
+        name=name,
+        summary=sections.summary(facts),
+        notes=[escape(note) for note in statement.notes],
+        evaluations=[sections.evaluation(each, facts) for each in scored],
+        validation=sections.validation(facts),
+        baselines=sections.baselines(facts),
+        picture=None if picture is None else Made(picture),
+        no_picture=sections.no_picture(facts),
+        techniques=applied.rows(facts, statement.repository),
+        no_techniques=applied.none_applied(facts),
+        data=sections.data(facts),
+        recipe=sections.recipe(facts),
+        hardware=sections.hardware(facts),
+        energy=sections.energy(facts, statement.watts),
+        limits=sections.limits(facts, scored),
+        baseline_paper=applied.baseline_paper(),
+        bibtex=applied.bibtex(facts),
+    )
+
+
+def write_card(
+    run: Path,
+    file: Path,
+    *,
+    evaluations: Sequence[Path] | None = None,
+    statement: Statement | None = None,
+    picture: str = PICTURE,
+) -> Path:
+    """Write `render_card`'s card, and beside it the training curve where it can be drawn.
+
+    Args:
+        file: the card, such as FOLDER/README.md. picture: the name of the curve's file.
+
+    Raises:
+        UserError: as `render_card`.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image = draw_picture(read_facts(run).history)
+    drawn = None if image is None else picture
+    card = render_card(run, evaluations=evaluations, statement=statement, picture=drawn)
+    if image is not None:
+        (file.parent / picture).write_bytes(image)
+    card.save(file)
+    return file
+
+
+def read_facts(run: Path) -> Facts:
+    """Everything that a card tells of a run, cleaned of secrets and of places.
+
+    Raises:
+        UserError: when the folder holds neither a run nor a model, or damaged records.
+    """
+    content: dict[str, Any] = {}
+    with _damage_named(run):
+        if (run / "run.json").is_file():
+            content = dict(records.read_run(run))
+        elif (run / "config.json").is_file():
+            config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+            content = {"model_config": config}
+        history = read_history(run) if (run / "metrics.jsonl").is_file() else None
+    if not content and history is None:
+        raise UserError(
+            f"{run} holds neither run.json, metrics.jsonl nor config.json: name the folder that "
+            "`hf-stable train` wrote"
+        )
+    content = clean(content)
+    if history is not None:
+        history = dataclasses.replace(
+            history,
+            folder=Path(clean(run.resolve().name)),
+            run=content,
+            events=clean(history.events),
+        )
+    return Facts(content, history)
+
+
+@contextlib.contextmanager
+def _damage_named(run: Path) -> Iterator[None]:
+    """Records of another shape than training writes are the user's to restore."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{run}: its records are damaged ({type(error).__name__}: {error}); restore run.json "
+            "(or config.json) and metrics.jsonl"
+        ) from error
+
+
+def _header(
+    name: str, facts: Facts, scored: Sequence[Evaluation], statement: Statement
+) -> ModelCardData:
+    """The YAML header; what is unknown is left out."""
+    sources = [source for part in facts.parts for source in facts.sources(part)]
+    found = {source.get("content", {}).get("dataset") for source in sources} - {None}
+    results = [result for each in scored for result in _results(each, facts)]
+    return ModelCardData(
+        license=statement.license,
+        language=languages(sources) or None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["hf_stable", "stable_gpt", *applied.tags(facts)],
+        datasets=sorted(found) or None,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+
+
+def _results(evaluation: Evaluation, facts: Facts) -> list[EvalResult]:
+    """The finite numbers of one text, each with its interval."""
+    text, identity = (
+        sections.text_name(evaluation, facts),
+        sections.text_identity(evaluation, facts),
+    )
+    found = []
+    for score in evaluation.scores:
+        if not finite(score.value):
+            continue
+        details: dict[str, Any] = {"documents": evaluation.documents}
+        if score.low is not None:
+            details |= {"low": score.low, "high": score.high, "confidence": evaluation.confidence}
+        found.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=identity,
+                dataset_name=text,
+                dataset_split="validation" if evaluation.text is None else None,
+                metric_type=score.metric,
+                metric_name=score.name,
+                metric_value=score.value,
+                metric_args=details,
+            )
+        )
+    return found
