@@ -1,46 +1,24 @@
 """What a recipe asks for, on any number of GPUs, computed without training and without memory.
 
-The model is built on the meta device, and its forward pass runs on fake tensors: both are shapes
-and dtypes without storage.
+The model is built on the meta device: shapes and dtypes without storage.
 """
 
-import copy
-from contextlib import nullcontext
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_stable.errors import RecipeError
 from hf_stable.kernels.backends import default_attention
-from hf_stable.model import StableGPTForCausalLM, StableGPTModel
-from hf_stable.model.loss_stable_gpt import CHUNK_BYTES
+from hf_stable.memory import Memory, memory, shapes
+from hf_stable.model import StableGPTForCausalLM
 from hf_stable.recipes import Recipe
+from hf_stable.sharding import resolve_sharding
 
 _FP32 = 4  # bytes; weights, gradients and both AdamW moments are fp32 in every precision
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Estimated bytes of one process at the peak of a step, without the allocator's own waste."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    gathered: int
-    """The largest unit that FSDP2 gathers; 0 where every process holds the whole model."""
-    activations: int
-    """What the backward pass needs of one micro batch, bf16 copies of weights included."""
-    loss: int
-    """One chunk of logits with its gradient, and the head's fp32 gradient sum."""
-
-    @property
-    def total(self) -> int:
-        """Sum of the parts."""
-        parts = (self.weights, self.gradients, self.optimizer, self.gathered)
-        return sum(parts) + self.activations + self.loss
+_NODE = 8  # GPUs of a node
 
 
 @dataclass(frozen=True)
@@ -84,17 +62,11 @@ class CheckReport:
             ("compute", f"{self.flops_per_token / 1e9:.3f} GFLOP a token (causal attention)"),
             ("compute in all", f"{self.flops_per_token * tokens:.3g} FLOP"),
             ("checkpoint", _gigabytes(self.checkpoint_bytes)),
+            ("attention", self.attention),
             ("memory of a process", f"about {_gigabytes(memory.total)}, of which"),
         ]
-        parts = {
-            "  weights": memory.weights,
-            "  gradients": memory.gradients,
-            "  AdamW moments": memory.optimizer,
-            "  gathered unit": memory.gathered,
-            f"  activations ({self.attention})": memory.activations,
-            "  loss": memory.loss,
-        }
-        return rows + [(name, _gigabytes(value)) for name, value in parts.items() if value]
+        parts = memory.parts().items()
+        return rows + [(f"  {name}", _gigabytes(value)) for name, value in parts if value]
 
 
 def check(recipe: Recipe, world_size: int = 1) -> CheckReport:
@@ -104,8 +76,8 @@ def check(recipe: Recipe, world_size: int = 1) -> CheckReport:
         RecipeError: batches that do not divide, or an attention backend that refuses the model.
     """
     accumulation = _accumulation_steps(recipe, world_size)
-    model = _build(recipe)
-    activations = _activation_bytes(model, recipe)
+    model = build_model(recipe)
+    sharding = resolve_sharding(recipe.training, world_size, min(world_size, _NODE), {})
     parameters = sum(parameter.numel() for parameter in model.parameters())
     embeddings = {model.model.embed_tokens.weight, model.lm_head.weight}
     return CheckReport(
@@ -120,9 +92,57 @@ def check(recipe: Recipe, world_size: int = 1) -> CheckReport:
         flops_per_token=flops_per_token(model, recipe.data.sequence_length),
         checkpoint_bytes=3 * _FP32 * parameters,
         attention=str(model.config._attn_implementation),
-        memory=_memory(model, recipe, world_size, activations),
+        memory=memory(
+            shapes(model, recipe),
+            sharding,
+            accumulates=accumulation > 1,
+            recompute=recipe.training.gradient_checkpointing,
+            fused_optimizer=not sharding.is_sharded,
+        ),
         notes=_notes(recipe, world_size),
     )
+
+
+def check_memory(recipe: Recipe, device: torch.device, world_size: int, local_size: int) -> None:
+    """Refuse a model that surely does not fit, from its config alone, before it is built.
+
+    Args:
+        world_size, local_size: processes in all, and on this machine.
+
+    Raises:
+        RecipeError: names what is needed at least, and what the device has.
+    """
+    needed = _least_bytes(recipe, world_size, local_size)
+    if device.type == "cuda":
+        available = torch.cuda.get_device_properties(device).total_memory
+    else:
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        available = pages // local_size
+    if needed > available:
+        sizes = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
+        named = ", ".join(f"model.{name}" for name in sizes)
+        raise RecipeError(
+            f"{recipe.name}: a process needs at least {_gigabytes(needed)} for weights, gradients, "
+            f"AdamW's moments and the inputs of the blocks, and {device.type} has "
+            f"{_gigabytes(available)}: lower {named}, model.num_key_value_heads, model.head_dim, "
+            "tokenizer.vocab_size, data.sequence_length or training.micro_batch_size, or shard "
+            "over more processes with training.sharding fsdp2"
+        )
+
+
+def _least_bytes(recipe: Recipe, world_size: int, local_size: int) -> int:
+    """A lower bound of the memory of one process, by arithmetic: no module is made."""
+    config = recipe.model_config()
+    width, head = config.hidden_size, config.head_dim or 0
+    queries, keys = config.num_attention_heads * head, 2 * (config.num_key_value_heads or 0) * head
+    block = width * (2 * queries + keys) + 2 * width * (config.intermediate_size or 0)
+    tables = (1 if config.tie_word_embeddings else 2) * config.vocab_size * width
+    parameters = config.num_hidden_layers * block + tables
+    sharding = resolve_sharding(recipe.training, world_size, local_size)
+    held = 0 if sharding.cpu_offload else 4 * _FP32 * parameters // sharding.shard_size
+    inputs = _micro_tokens(recipe) * width * (2 if recipe.training.precision == "bf16" else _FP32)
+    # Autograd keeps at least one input of every block.
+    return held + config.num_hidden_layers * inputs
 
 
 def flops_per_token(model: StableGPTForCausalLM, sequence_length: int) -> float:
@@ -158,7 +178,7 @@ def _accumulation_steps(recipe: Recipe, world_size: int) -> int:
     )
 
 
-def _build(recipe: Recipe) -> StableGPTForCausalLM:
+def build_model(recipe: Recipe) -> StableGPTForCausalLM:
     """The model as training on CUDA devices would build it, on the meta device."""
     config = recipe.model_config()
     config._attn_implementation = recipe.training.attn_implementation or default_attention(
@@ -169,76 +189,6 @@ def _build(recipe: Recipe) -> StableGPTForCausalLM:
             return StableGPTForCausalLM(config)
     except (ValueError, ImportError) as error:
         raise RecipeError(f"training.attn_implementation: {error}") from error
-
-
-def _activation_bytes(model: StableGPTForCausalLM, recipe: Recipe) -> int:
-    """Bytes that autograd keeps of one micro batch for the backward pass of the blocks."""
-    training, config = recipe.training, copy.deepcopy(model.config)
-    if config._attn_implementation != "eager":
-        # Fused kernels keep queries, keys, values, output and one sum a row, as sdpa does. Not all
-        # of them run on fake tensors, and sdpa itself can neither cap nor clip.
-        config._attn_implementation, config.attn_logit_softcapping = "sdpa", None
-        config.attention_clip_gamma = config.attention_clip_alpha = None
-        config.attention_clip_zeta = 1.0
-    with torch.device("meta"):
-        blocks = StableGPTModel(config)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        blocks.to_empty(device="cpu").train()
-        shape = (training.micro_batch_size, recipe.data.sequence_length, config.hidden_size)
-        embeddings = torch.empty(shape, requires_grad=True)
-        kept = _kept_bytes(blocks, embeddings, training.precision == "bf16")
-    if training.gradient_checkpointing:  # the input of each block, and all of the block at work
-        return embeddings.nbytes * config.num_hidden_layers + kept // config.num_hidden_layers
-    return kept
-
-
-def _kept_bytes(blocks: StableGPTModel, embeddings: torch.Tensor, bf16: bool) -> int:
-    """Bytes of the distinct tensors, parameters apart, that a forward pass keeps or returns."""
-    parameters = {_storage(parameter) for parameter in blocks.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[_storage(tensor)] = tensor.untyped_storage()
-        return tensor
-
-    autocast = torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-        output = _run(blocks, embeddings)
-    kept[_storage(output)] = output.untyped_storage()
-    return sum(item.nbytes() for key, item in kept.items() if key not in parameters)
-
-
-def _run(blocks: StableGPTModel, embeddings: torch.Tensor) -> torch.Tensor:
-    """The forward pass without a mask: on fake tensors Transformers would make one for each layer,
-    though a step leaves causality to the attention kernel."""
-    hidden = blocks.embed_norm(embeddings)
-    positions = torch.arange(embeddings.shape[1])[None]
-    rotations = blocks.rotary_emb(hidden, positions)
-    for layer in blocks.layers:
-        hidden = layer(hidden, position_embeddings=rotations, attention_mask=None)
-    return blocks.norm(hidden)
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _memory(
-    model: StableGPTForCausalLM, recipe: Recipe, world_size: int, activations: int
-) -> Memory:
-    shards = world_size if recipe.training.sharding == "fsdp2" else 1
-    weights = _FP32 * sum(parameter.numel() for parameter in model.parameters()) // shards
-    head = _FP32 * model.lm_head.weight.numel()
-    block = _FP32 * sum(parameter.numel() for parameter in model.model.layers[0].parameters())
-    logits = min(CHUNK_BYTES["cuda"], _micro_tokens(recipe) * _FP32 * model.config.vocab_size)
-    return Memory(
-        weights=weights,
-        gradients=weights,
-        optimizer=2 * weights,
-        gathered=max(head, block) if shards > 1 else 0,
-        activations=activations,
-        loss=2 * logits + head,
-    )
 
 
 def _micro_tokens(recipe: Recipe) -> int:

@@ -1,29 +1,34 @@
 """Export: a folder that loads with nothing but Transformers, checked by loading it so.
 
 The folder holds safetensors, config with `auto_map`, the flat model code, generation config,
-tokenizer and a short card; nothing that could run on loading but the code that is named.
+tokenizer, model card with its picture, LICENSE and the run's records; nothing that could run on
+loading but the code that is named.
 """
 
+import contextlib
+import gzip
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file
 
 from . import model as model_package
+from .card import clean, write_card
+from .checkpoints import export_model, find_checkpoint
 from .data import load_tokenizer
 from .errors import CheckpointError
 from .evaluation import load_model
 from .model import StableGPTForCausalLM
-from .records import read_metrics, read_run, write_json
+from .records import read_metrics, write_json
 
 _AUTO_MAP = {
     "AutoConfig": "configuration_stable_gpt.StableGPTConfig",
@@ -63,69 +68,78 @@ class ExportCheck:
     text: str
 
 
-def _model_folder(source: Path) -> Path:
-    """A run's newest weights, or the folder itself where it is a model's."""
+@contextlib.contextmanager
+def _model_folder(source: Path, step: int | None) -> Iterator[Path]:
+    """A run's last weights or those of a step, or the folder itself where it is a model's."""
+    if step is not None:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield export_model(find_checkpoint(source, step), Path(scratch))
+        return
+    yield _finished_model(source)
+
+
+def _finished_model(source: Path) -> Path:
     for folder in (source / "model", source):
         if (folder / "config.json").is_file():
             return folder
     raise CheckpointError(
-        f"{source} holds no model: give a finished run's folder (with model/config.json in it) or "
-        "a Transformers folder."
+        f"{source} holds no model: give a finished run's folder (with model/config.json in it), "
+        "a Transformers folder, or a run's folder and the step of a checkpoint in it."
     )
 
 
-def export(source: str | Path, output: str | Path) -> Path:
+def export(source: str | Path, output: str | Path, *, step: int | None = None) -> Path:
     """Write a Hub-ready folder from a run or a saved StableGPT.
 
     Args:
         source: a run's folder, or a folder with a saved StableGPT and its tokenizer.
         output: the folder to write; its files of the same names are replaced.
+        step: of the run's checkpoint to take, instead of its finished model.
 
     Raises:
-        CheckpointError: when `source` holds no StableGPT.
+        CheckpointError: when `source` holds no StableGPT, or no good checkpoint of that step.
     """
     source, output = Path(source), Path(output)
-    folder = _model_folder(source)
-    model, tokenizer = load_model(folder)
-    if not isinstance(model, StableGPTForCausalLM):
-        raise CheckpointError(
-            f"{folder} holds a {type(model).__name__}; only a StableGPT is exported with its code, "
-            "any other model is Hub-ready as it is."
-        )
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    with _model_folder(source, step) as folder:
+        model, tokenizer = load_model(folder)
+        if not isinstance(model, StableGPTForCausalLM):
+            raise CheckpointError(
+                f"{folder} holds a {type(model).__name__}; only a StableGPT is exported with its "
+                "code, any other model is Hub-ready as it is."
+            )
+        model.save_pretrained(output)
+        tokenizer.save_pretrained(output)
     code = Path(model_package.__file__).parent
     for file in sorted(code.glob("*_stable_gpt.py")):
         shutil.copyfile(file, output / file.name)
     config = json.loads((output / "config.json").read_text(encoding="utf-8"))
     write_json(output / "config.json", {**config, "auto_map": _AUTO_MAP})
-    _write_card(source, output)
+    shutil.copyfile(_license(), output / "LICENSE")
+    # What a run's records say is true of its end, not of a checkpoint on the way.
+    is_run = step is None and (source / "run.json").is_file()
+    if is_run:
+        _write_records(source, output / "records")
+    write_card(source if is_run else output, output / "README.md")
     return output
 
 
-def _write_card(source: Path, output: Path) -> None:
-    """A short card from the run's records; no line is written that they do not hold."""
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["hf_stable", "stable_gpt"],
-    )
-    lines = ["# StableGPT", ""]
-    lines.append("Loads with `trust_remote_code=True`, or with `hf_stable` installed.")
-    if (source / "run.json").is_file():
-        lines += _run_lines(read_run(source), read_metrics(source, "validation"))
-    text = "\n".join(["---", data.to_yaml(), "---", "", *lines, ""])
-    ModelCard(text).save(output / "README.md")
+def _license() -> Path:
+    """The package's own LICENSE file, wherever the package was installed from."""
+    for file in metadata.files("hf_stable") or []:
+        if file.name == "LICENSE" and (place := Path(str(file.locate()))).is_file():
+            return place
+    raise CheckpointError("hf_stable is installed without its LICENSE file: install it again")
 
 
-def _run_lines(run: dict[str, Any], validations: list[dict[str, Any]]) -> list[str]:
-    lines = ["", f"- recipe: {run['recipe']['name']}", f"- parameters: {run['parameters']:,}"]
-    if validations:
-        last = validations[-1]
-        value, steps = last["perplexity"], last["step"]
-        lines.append(f"- validation perplexity: {value:.2f} per token after {steps} steps")
-    lines.append(f"- data fingerprint: {run['data']['train']['fingerprint']}")
-    return [*lines, f"- hf_stable {run['versions']['hf_stable']}, {run['git_revision']}"]
+def _write_records(run: Path, output: Path) -> None:
+    """The run's JSON records, and metrics.jsonl compressed: without secrets and machine's paths."""
+    output.mkdir(parents=True, exist_ok=True)
+    for file in sorted(run.glob("*.json")):
+        write_json(output / file.name, clean(json.loads(file.read_text(encoding="utf-8"))))
+    rows = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
+    lines = "".join(json.dumps(clean(row), ensure_ascii=False) + "\n" for row in rows)
+    # Without a time, so that equal records give equal bytes.
+    (output / "metrics.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
 
 
 def check_export(folder: str | Path, *, new_tokens: int = 100) -> ExportCheck:

@@ -45,6 +45,7 @@ class RunRecord:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        _cut_torn_line(folder / "metrics.jsonl")
         self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
 
     def write_run(self, content: dict[str, Any]) -> None:
@@ -59,6 +60,15 @@ class RunRecord:
 
     def close(self) -> None:
         self._metrics.close()
+
+
+def _cut_torn_line(file: Path) -> None:
+    """Take away a last line without an end, which a killed writer left and a next would go on."""
+    if file.is_file():
+        content = file.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(file, whole)
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -74,6 +74,7 @@ class Reporter:
         self._record = RunRecord(folder) if accelerator.is_main_process else None
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
+        self._closed = False
         if self._record is not None and self._console.is_terminal:
             columns = [
                 TextColumn("step"),
@@ -130,6 +131,10 @@ class Reporter:
             self._bar.console.print(line, highlight=False)
 
     def close(self) -> None:
+        """Once or more often."""
+        if self._closed:
+            return
+        self._closed = True
         if self._bar is not None:
             self._bar.stop()
         if self._record is not None:

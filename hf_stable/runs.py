@@ -1,21 +1,27 @@
 """A run: what the loop needs, made once from a recipe, and what is left when it ends."""
 
-from dataclasses import dataclass
+import os
+import sys
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from . import optim, parallel, records, registration  # noqa: F401 (AutoTokenizer reads configs)
-from .check import flops_per_token
-from .checkpoints import list_checkpoints, load_checkpoint
+from .check import check_memory, flops_per_token
+from .checkpoints import CheckpointWriter, Keep
 from .compilation import check_compiler, compile_blocks
-from .corpus import Corpus, prepare_corpus
-from .data import DataOrder, boundary_ids, data_loader, ngram_cross_entropy
-from .errors import CheckpointError, RecipeError
+from .corpus import Corpus, planned_epochs, prepare_corpus, training_order
+from .data import boundary_ids, data_loader, ngram_cross_entropy
+from .data.order import Order
+from .errors import RecipeError
+from .guard import Decision, Guard, read_rollbacks
 from .kernels.backends import (
     check_attention,
     check_model,
@@ -23,28 +29,17 @@ from .kernels.backends import (
     loss_implementation,
 )
 from .model import StableGPTConfig, StableGPTForCausalLM
+from .qk_clip import QKClip, check_qk_clip
 from .recipes import Recipe, to_dict
 from .reporting import Reporter, Throughput, describe_device
+from .resuming import check_data, check_recipe, flat, resume_run, roll_back
+from .sharding import resolve_sharding
 from .telemetry import Watcher, watch
 
-# Keys of a recipe that change no number of a run, so that a run may go on with other values.
-_FREE_KEYS = {
-    "output",
-    "data.cache",
-    "data.num_workers",
-    "training.micro_batch_size",
-    "training.sharding",
-    "training.compile",
-    "training.log_every",
-    "training.evaluate_every",
-    "training.evaluate_blocks",
-    "training.checkpoint_every",
-    "training.keep_checkpoints",
-    "training.trackers",
-    "training.threads",
-    "telemetry.every",
-    "telemetry.bounds_every",
-}
+# Seconds that processes wait while the main one prepares the data.
+_LEAST_PATIENCE = 7200
+# As many tokens as n-gram tables are counted from; enough for any vocabulary of ours.
+_NGRAM_TOKENS = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -58,8 +53,12 @@ class Run:
     corpus: Corpus
     config: StableGPTConfig
     model: Any
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.AdamW
     first_step: int
+    order: Order
+    guard: Guard
+    update_norm: float | None
+    checkpoints: CheckpointWriter
     flops_per_token: float
     reporter: Reporter
 
@@ -68,7 +67,7 @@ class Run:
         settings = self.recipe.training
         return data_loader(
             self.corpus.train,
-            DataOrder(self.recipe.seed, len(self.corpus.train)),
+            self.order,
             start_step=first_step,
             num_steps=num_steps,
             global_batch_size=settings.global_batch_size,
@@ -87,6 +86,63 @@ class Run:
             every=settings.every,
             bounds_every=settings.bounds_every,
             first_step=self.first_step,
+        )
+
+    def qk_clip(self) -> QKClip | None:
+        """What shrinks heads whose logits grow too large, if the recipe asks for it."""
+        threshold = self.recipe.optimizer.qk_clip
+        return None if threshold is None else QKClip(self.model, threshold)
+
+    def max_grad_norm(self, step: int) -> float | None:
+        """The norm that the gradients of a step, counted from 0, are clipped to."""
+        settings = self.recipe.optimizer
+        late = settings.late_max_grad_norm, settings.late_clip_step or 0
+        return optim.max_grad_norm_at(step, settings.max_grad_norm, *late)
+
+    def scalars(self, step: int, update_norm: float | None) -> dict[str, Any]:
+        """What a checkpoint after `step` steps says beside its tensors.
+
+        Args:
+            update_norm: of the last step, which the guard has not seen yet.
+        """
+        position = step * self.recipe.training.global_batch_size
+        return {
+            "tokens": step * self.recipe.tokens_per_step,
+            "data": {
+                "seed": self.recipe.seed,
+                "position": position,
+                "absolute": int(self.order.absolute(np.array(position))),
+                "skipped": [list(each) for each in self.order.skipped],
+            },
+            "guard": self.guard.state_dict(),
+            "update_norm": update_norm,
+            "rollbacks": len(read_rollbacks(self.folder)),
+            "recipe": to_dict(self.recipe),
+        }
+
+    def rolled_back(self, decision: Decision) -> "Run":
+        """The run as it was before the trouble that the guard found, other data ahead of it."""
+        self.checkpoints.wait()
+        where = roll_back(
+            self.folder,
+            decision,
+            self.order,
+            self.recipe.training.global_batch_size,
+            self.model,
+            self.optimizer,
+            self.accelerator,
+            Guard(self.recipe.guard),
+        )
+        order = training_order(self.recipe, self.corpus, where.skipped)
+        text = f"rolled back to step {where.step} ({decision.reason})"
+        about = {"at_step": decision.step, "skipped": [list(each) for each in order.skipped]}
+        self.reporter.event("rolled_back", where.step, text, **about)
+        return replace(
+            self,
+            first_step=where.step,
+            order=order,
+            guard=where.guard,
+            update_norm=where.update_norm,
         )
 
     def throughput(self) -> Throughput:
@@ -110,30 +166,36 @@ def prepare_run(recipe: Recipe, resume: str) -> Run:
     """Make data, model, optimizer and records, and load the newest checkpoint if there is one.
 
     Args:
-        resume: "auto" or "never", see `training.train`.
+        resume: "auto", "changed" or "never", see `training.train`.
     """
     settings = recipe.training
     folder = Path(recipe.output)
+    is_new = not (folder / "run.json").exists()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    _check_folder(folder, recipe, resume)
+    check_recipe(folder, recipe, resume)
     accelerator = parallel.build_accelerator(
-        settings.precision, settings.sharding, list(settings.trackers), str(folder / "trackers")
+        settings.precision,
+        list(settings.trackers),
+        str(folder / "trackers"),
+        # The watchdog names who hangs before the others give up waiting.
+        timeout=timedelta(seconds=max(2 * settings.hang_timeout, _LEAST_PATIENCE)),
     )
-    _check_machine(recipe, accelerator.device)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    sharding = resolve_sharding(settings, accelerator.num_processes, local)
+    _check_machine(recipe, accelerator)
     with accelerator.main_process_first():
         tokenizer, corpus = prepare_corpus(recipe, progress=accelerator.is_main_process)
+    check_data(folder, _describe_data(corpus), resume)
     inner = _build_model(recipe, tokenizer, accelerator.device)
     about = _describe(inner, recipe, accelerator.device)
     model, optimizer = parallel.wrap(
-        inner, lambda wrapped: _optimizer(recipe, wrapped), accelerator, settings.sharding
+        inner, lambda wrapped: _optimizer(recipe, wrapped), accelerator, sharding
     )
     # The weights were drawn alike on all processes; dropout must not be.
     torch.manual_seed(recipe.seed + 1 + accelerator.process_index)
-    first_step = 0
-    checkpoints = list_checkpoints(folder)
-    if checkpoints:
-        first_step = load_checkpoint(checkpoints[-1], model, optimizer, accelerator)
+    guard = Guard(recipe.guard)
+    where = resume_run(folder, guard, model, optimizer, accelerator, report=_say)
     run = Run(
         recipe=recipe,
         folder=folder,
@@ -143,23 +205,41 @@ def prepare_run(recipe: Recipe, resume: str) -> Run:
         config=inner.config,
         model=model,
         optimizer=optimizer,
-        first_step=first_step,
+        first_step=where.step,
+        order=training_order(recipe, corpus, where.skipped),
+        guard=guard,
+        update_norm=where.update_norm,
+        checkpoints=CheckpointWriter(
+            folder,
+            accelerator,
+            Keep(settings.keep_checkpoints, settings.keep_every),
+            tokenizer=tokenizer,
+            asynchronous=settings.asynchronous_checkpoints,
+        ),
         flops_per_token=about["flops_per_token"],
-        reporter=Reporter(folder, accelerator, recipe.num_steps, first_step),
+        reporter=Reporter(folder, accelerator, recipe.num_steps, where.step),
     )
-    _record_start(run, about)
+    _record_start(run, {**about, "sharding": asdict(sharding)}, "started" if is_new else "resumed")
     return run
 
 
-def _check_machine(recipe: Recipe, device: torch.device) -> None:
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _check_machine(recipe: Recipe, accelerator: Accelerator) -> None:
     """Refuse what cannot work on this machine before any data is prepared."""
-    backend = recipe.training.attn_implementation
+    device, backend = accelerator.device, recipe.training.attn_implementation
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    check_memory(recipe, device, accelerator.num_processes, local)
     try:
         check_attention(backend, device)
     except ValueError as error:
         raise RecipeError(f"training.attn_implementation is {backend}: {error}") from error
     if recipe.training.compile:
         check_compiler(device)
+    if recipe.optimizer.qk_clip is not None:
+        check_qk_clip(recipe.model_config())
 
 
 def _attention(recipe: Recipe, config: StableGPTConfig, device: torch.device) -> tuple[str, str]:
@@ -210,7 +290,7 @@ def _describe(model: StableGPTForCausalLM, recipe: Recipe, device: torch.device)
     }
 
 
-def _optimizer(recipe: Recipe, model: Any) -> torch.optim.Optimizer:
+def _optimizer(recipe: Recipe, model: Any) -> torch.optim.AdamW:
     settings = recipe.optimizer
     groups = optim.parameter_groups(
         model,
@@ -220,56 +300,32 @@ def _optimizer(recipe: Recipe, model: Any) -> torch.optim.Optimizer:
         decay_embeddings=settings.decay_embeddings,
         decay_vectors=settings.decay_vectors,
     )
-    return optim.adamw(groups, beta1=settings.beta1, beta2=settings.beta2, eps=settings.eps)
+    make = optim.OPTIMIZERS[settings.name]
+    return make(groups, beta1=settings.beta1, beta2=settings.beta2, eps=settings.eps)
 
 
-def _flat(recipe: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in recipe.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
+def _describe_data(corpus: Corpus) -> dict[str, Any]:
+    """What run.json says of the text."""
+    return {"train": corpus.train_tokens.meta, "validation": corpus.validation_tokens.meta}
 
 
-def _check_folder(folder: Path, recipe: Recipe, resume: str) -> None:
-    """Refuse to go on from another recipe's run, whose numbers would be neither's."""
-    if not (folder / "run.json").exists():
-        return
-    if resume == "never":
-        raise CheckpointError(
-            f"{folder} holds a run already: give another output folder, delete this one, or go on "
-            "from it with --resume auto."
-        )
-    before, now = _flat(records.read_run(folder)["recipe"]), _flat(to_dict(recipe))
-    differences = [
-        f"  {key}: {before.get(key)!r} there, {now.get(key)!r} here"
-        for key in sorted(before.keys() | now.keys())
-        if key not in _FREE_KEYS and before.get(key) != now.get(key)
-    ]
-    if differences:
-        raise CheckpointError(
-            f"{folder} holds a run of another recipe:\n" + "\n".join(differences) + "\n"
-            "Give another output folder, delete this one, or take back the changes."
-        )
-
-
-def _record_start(run: Run, about: dict[str, Any]) -> None:
+def _record_start(run: Run, about: dict[str, Any], event: str) -> None:
     """Write run.json, open the trackers and say in one line what runs where."""
     recipe, corpus, accelerator = to_dict(run.recipe), run.corpus, run.accelerator
     accelerator.init_trackers(
-        "hf_stable", config={key: str(value) for key, value in _flat(recipe).items()}
+        "hf_stable", config={key: str(value) for key, value in flat(recipe).items()}
     )
     if not accelerator.is_main_process:
         return
     baselines = ngram_cross_entropy(
-        corpus.train_tokens.tokens,
-        corpus.validation_tokens.tokens,
+        corpus.train_tokens.sample(_NGRAM_TOKENS),
+        corpus.validation_tokens.sample(_NGRAM_TOKENS),
         run.config.vocab_size,
         boundary=boundary_ids(run.tokenizer)[0][0],
     )
+    uses = planned_epochs(run.recipe, corpus)
+    for use in uses if run.recipe.data.weights else []:
+        _say(use.line())
     device = describe_device(accelerator.device)
     run.reporter.write_run(
         {
@@ -277,8 +333,8 @@ def _record_start(run: Run, about: dict[str, Any]) -> None:
             "model_config": run.config.to_dict(),
             **about,
             "data": {
-                "train": corpus.train_tokens.meta,
-                "validation": corpus.validation_tokens.meta,
+                **_describe_data(corpus),
+                "sources": [asdict(use) for use in uses],
                 "unigram_nats_per_token": baselines.unigram,
                 "bigram_nats_per_token": baselines.bigram,
             },
@@ -296,13 +352,13 @@ def _record_start(run: Run, about: dict[str, Any]) -> None:
         f"loss by {about['loss_implementation']}, {'' if about['compile'] else 'not '}compiled, "
         f"{accelerator.num_processes} x {device}"
     )
-    run.reporter.event("resumed" if run.first_step else "started", run.first_step, text)
+    run.reporter.event(event, run.first_step, text)
 
 
 def save_model(run: Run) -> Path:
     """Write `folder/model`, a Transformers folder with weights and tokenizer; collective."""
     target = run.folder / "model"
-    weights, _ = parallel.full_state(run.model, run.optimizer)
+    weights = parallel.full_weights(run.model)
     if run.accelerator.is_main_process:
         inner = parallel.unwrap_model(run.model)
         inner.save_pretrained(target, state_dict=weights)

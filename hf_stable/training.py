@@ -1,24 +1,29 @@
-"""The training loop, explicit and read top to bottom: what happens in a step is on one screen.
+"""The training loop, explicit and read top to bottom; `stepping.Stepper.take` is one step of it.
 
-Why not `transformers.Trainer`: it hides non-finite losses, has no clean place to refuse a step, and
-cannot say where in the data it is. (A StableGPT trains under it like any other model.)
+Why not `transformers.Trainer`: it hides non-finite losses, has no clean place to refuse a step,
+cannot go back to an earlier one, and cannot say where in the data it is. (A StableGPT trains under
+it like any other model.)
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from . import optim, parallel
-from .checkpoints import save_checkpoint
-from .errors import DivergedError
+from .checkpoints import run_lock
+from .checkpoints.directory import folder_of
+from .guard import Decision
+from .preemption import StopSignals, clear_mark, mark_preempted
 from .recipes import Recipe
 from .runs import Run, prepare_run, save_model
-
-# More refused updates in a row than this are no glitch: such a run learns nothing any more.
-MAX_NON_FINITE_STEPS = 20
+from .stepping import Step, Stepper
+from .watchdog import FOLDER as HEARTBEATS
+from .watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -27,13 +32,16 @@ class TrainResult:
 
     Args:
         steps: that were taken.
-        stopped: why the run ended early, or None; then there is no `folder/model`.
+        validation_perplexity: the last one; NaN for a run that was preempted before its first.
+        stopped: why `stop` ended the run early, or None; then there is no `folder/model`.
+        preempted: whether a signal ended it, after a checkpoint; the same call goes on.
     """
 
     folder: Path
     steps: int
     validation_perplexity: float
     stopped: str | None = None
+    preempted: bool = False
 
 
 # Told the step, its loss and its gradient norm, it says why the run should end, or None.
@@ -43,113 +51,142 @@ Stop = Callable[[int, float, float], str | None]
 def train(recipe: Recipe, *, resume: str = "auto", stop: Stop | None = None) -> TrainResult:
     """Train a model as the recipe says, validate it, and write it as a Transformers folder.
 
+    SIGTERM, SIGUSR1 and SIGINT end it after the step that it is at, with a checkpoint.
+
     Args:
-        stop: asked after every step; a run that it ends is validated, and writes no model.
         resume: "auto" goes on from the newest checkpoint in the recipe's output folder, if there is
-            one; "never" refuses a folder that holds a run.
+            one, and refuses another recipe or other data than that run's; "changed" goes on in
+            spite of them; "never" refuses a folder that holds a run.
+        stop: asked after every step; a run that it ends is validated, and writes no model.
 
     Raises:
-        DivergedError: after MAX_NON_FINITE_STEPS steps in a row without a finite loss and gradient.
-        CheckpointError: when the output folder holds something that cannot be gone on from.
+        DivergedError: when the guard gives up, at the latest after MAX_NON_FINITE_STEPS steps in a
+            row without a finite loss and gradient.
+        CheckpointError: when the output folder holds something that cannot be gone on from, or is
+            another process's.
         DataError, RecipeError: when data or recipe cannot work.
     """
-    run = prepare_run(recipe, resume)
-    try:
-        steps, perplexity, stopped = _loop(run, stop)
-        if stopped is None:
+    with contextlib.ExitStack() as stack:
+        if os.environ.get("RANK", "0") == "0":
+            stack.enter_context(run_lock(Path(recipe.output)))
+        run = prepare_run(recipe, resume)  # until here Ctrl-C ends at once
+        stack.callback(run.reporter.close)
+        signals = stack.enter_context(StopSignals())
+        watchdog = stack.enter_context(_watchdog(run))
+        if run.accelerator.is_main_process:
+            clear_mark(run.folder)
+        return _Course(run, stop, signals, watchdog).take()
+
+
+def _watchdog(run: Run) -> Watchdog:
+    accelerator, timeout = run.accelerator, run.recipe.training.hang_timeout
+    place = accelerator.process_index, accelerator.num_processes
+    return Watchdog(run.folder / HEARTBEATS, *place, timeout)
+
+
+class _Course:
+    """A run from where it stands to its end, through every rollback."""
+
+    def __init__(
+        self, run: Run, stop: Stop | None, signals: StopSignals, watchdog: Watchdog
+    ) -> None:
+        self._run, self._stop, self._signals, self._watchdog = run, stop, signals, watchdog
+        self._perplexity = math.nan
+        self._saved: int | None = None  # in the background, and not yet told of
+
+    def take(self) -> TrainResult:
+        """Train until the end, a signal, or the word of `stop`."""
+        if "rollback" in self._run.recipe.guard.actions and not self._run.first_step:
+            self._checkpoint(0, None)  # trouble may come before the first regular one
+        while isinstance(ended := self._stretch(), Decision):
+            self._run = self._run.rolled_back(ended)
+        run = self._run
+        if not ended.preempted and ended.stopped is None:
             folder = save_model(run)
-            run.reporter.event("finished", steps, f"model written to {folder}")
-    finally:
+            run.reporter.event("finished", ended.steps, f"model written to {folder}")
+        return ended
+
+    def _stretch(self) -> TrainResult | Decision:
+        """Optimizer steps from `run.first_step` on, until the run ends or is to be rolled back."""
+        run, total_steps = self._run, self._run.recipe.num_steps
+        with Stepper(run, self._watchdog) as stepper:
+            for step in range(run.first_step, total_steps):
+                taken = stepper.take(step, self._signals.requested > 0)
+                if taken.decision.action == "rollback":
+                    return taken.decision
+                if (ended := self._after(step + 1, taken, stepper)) is not None:
+                    return ended
+        if math.isnan(self._perplexity):
+            self._validate(total_steps)
+        self._wait()
+        return TrainResult(run.folder, total_steps, self._perplexity)
+
+    def _after(self, done: int, taken: Step, stepper: Stepper) -> TrainResult | None:
+        """What is due after a step; a result if the run ends with it."""
+        run, settings, total_steps = (
+            self._run,
+            self._run.recipe.training,
+            self._run.recipe.num_steps,
+        )
+        reason = self._stop(done, taken.loss, taken.grad_norm) if self._stop is not None else None
+        if reason is not None:
+            run.reporter.event("stopped", done, f"stopped: {reason}")
+            self._validate(done)
+            return TrainResult(run.folder, done, self._perplexity, stopped=reason)
+        if _is_due(done, settings.evaluate_every, total_steps):
+            self._validate(done)
+            stepper.throughput.restart()
+        preempted = taken.stopping and done < total_steps
+        if preempted or _is_due(done, settings.checkpoint_every, total_steps):
+            self._checkpoint(done, stepper.update_norm())
+            stepper.throughput.restart()
+        return self._preempted(done) if preempted else None
+
+    def _validate(self, done: int) -> None:
+        self._watchdog.beat(done, "validation")
+        self._perplexity = _validate(self._run, done)
+        shares = optim.fractions_below_eps(self._run.optimizer)
+        warning = optim.eps_warning(
+            {name: share.item() for name, share in shares.items()},
+            self._run.recipe.optimizer.eps,
+        )
+        if warning is not None:
+            self._run.reporter.event("warning", done, warning, warning=warning)
+
+    def _checkpoint(self, done: int, update_norm: float | None) -> None:
+        """Write the state after `done` steps; one in the background is told of when it is there."""
+        run = self._run
+        self._watchdog.beat(done, "checkpoint")
+        self._wait()
+        run.checkpoints.save(done, run.model, run.optimizer, run.scalars(done, update_norm))
+        self._saved = done
+        if not run.recipe.training.asynchronous_checkpoints:
+            self._wait()
+
+    def _wait(self) -> None:
+        run, step = self._run, self._saved
+        run.checkpoints.wait()
+        if step is not None:
+            name = folder_of(run.folder, step).name
+            run.reporter.event("checkpoint", step, f"checkpoint {name}", folder=name)
+            self._saved = None
+
+    def _preempted(self, done: int) -> TrainResult:
+        """End in good order: all of it is on the disk before any process leaves."""
+        run = self._run
+        self._wait()
+        if run.accelerator.is_main_process:
+            mark_preempted(run.folder, done, self._signals.requested)
+        run.reporter.event("preempted", done, "preempted; the same command goes on from here")
+        # A scheduler may end the main process's machine as soon as another one's has left.
         run.reporter.close()
-    return TrainResult(run.folder, steps, perplexity, stopped)
-
-
-def _loop(run: Run, stop: Stop | None) -> tuple[int, float, str | None]:
-    """Optimizer steps from `run.first_step` on.
-
-    Returns:
-        Steps done, the last validation perplexity, and why `stop` ended the run, if it did.
-    """
-    settings, total_steps = run.recipe.training, run.recipe.num_steps
-    processes = run.accelerator.num_processes
-    micro_steps = settings.global_batch_size // settings.micro_batch_size // processes
-    microbatches = iter(run.loader(run.first_step, total_steps - run.first_step))
-    throughput = run.throughput()
-    perplexity, non_finite = None, 0
-    with run.watch() as watcher:
-        for step in range(run.first_step, total_steps):
-            done, factor = step + 1, run.learning_rate_factor(step)
-            optim.set_learning_rate(run.optimizer, factor)
-            loss, z_loss = _accumulate(run, microbatches, micro_steps)
-            watcher.gradients()
-            norm = parallel.clip_gradients(run.model, run.recipe.optimizer.max_grad_norm)
-            loss, z_loss, norm = (value.item() for value in (loss, z_loss, norm))
-            if math.isfinite(loss) and math.isfinite(norm):
-                run.optimizer.step()
-                non_finite = 0
-            else:
-                non_finite += 1
-                _refuse(run, done, loss, norm, non_finite)
-            if (telemetry := watcher.end_step()) is not None:
-                run.reporter.telemetry(done, telemetry)
-            run.optimizer.zero_grad(set_to_none=True)
-            throughput.step()
-            if done % settings.log_every == 0 or done == total_steps:
-                rate = run.recipe.optimizer.learning_rate * factor
-                metrics = {"loss": loss, "z_loss": z_loss, "learning_rate": rate, "grad_norm": norm}
-                run.reporter.train(done, {**metrics, **throughput.read()})
-            reason = None if stop is None else stop(done, loss, norm)
-            if reason is not None:
-                run.reporter.event("stopped", done, f"stopped: {reason}")
-                return done, _validate(run, done), reason
-            if _is_due(done, settings.evaluate_every, total_steps):
-                perplexity = _validate(run, done)
-                throughput.restart()
-            if _is_due(done, settings.checkpoint_every, total_steps):
-                _checkpoint(run, done)
-                throughput.restart()
-    perplexity = _validate(run, total_steps) if perplexity is None else perplexity
-    return total_steps, perplexity, None
+        run.accelerator.wait_for_everyone()
+        return TrainResult(run.folder, done, self._perplexity, preempted=True)
 
 
 def _is_due(done: int, every: int, total_steps: int) -> bool:
     """Whether something that happens every so many steps, and at the end, happens now."""
     return done == total_steps or (every > 0 and done % every == 0)
-
-
-def _accumulate(
-    run: Run, microbatches: Iterator[dict[str, torch.Tensor]], micro_steps: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of one global batch; returns its mean loss and z-loss over all processes, 0-d."""
-    device, processes = run.accelerator.device, run.accelerator.num_processes
-    batches = [next(microbatches) for _ in range(micro_steps)]
-    targets = torch.stack([(batch["shift_labels"] >= 0).sum() for batch in batches]).sum()
-    # Every target of the global batch weighs the same, however many its microbatch has. Processes
-    # average their gradients, hence the division.
-    items = parallel.all_sum(targets.to(device)) / processes
-    losses = torch.zeros(2, device=device)
-    for index, batch in enumerate(batches):
-        inputs = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-        with parallel.gradient_sync(run.model, last=index == micro_steps - 1):
-            output = run.model(**inputs, num_items_in_batch=items, use_cache=False)
-            output.loss.backward()
-        losses += torch.stack((output.loss.detach(), output.z_loss))
-    means = parallel.all_sum(losses) / processes
-    return means[0], means[1]
-
-
-def _refuse(run: Run, done: int, loss: float, norm: float, in_a_row: int) -> None:
-    """Record a step whose update would have made weights non-finite; give up after many."""
-    text = f"update refused: loss {loss}, gradient norm {norm}; the weights are as before"
-    run.reporter.event("non_finite", done, text, loss=loss, grad_norm=norm)
-    if in_a_row >= MAX_NON_FINITE_STEPS:
-        text = f"no finite loss and gradient in {in_a_row} steps"
-        run.reporter.event("diverged", done, text)
-        raise DivergedError(
-            f"{run.recipe.name}: {text}, up to {done}. "
-            f"The records are in {run.folder}. Lower optimizer.learning_rate, lengthen "
-            "schedule.warmup, or add a technique, such as model.preset=qk_norm."
-        )
 
 
 @torch.no_grad()
@@ -180,9 +217,3 @@ def _validate(run: Run, done: int) -> float:
     text = f"validation loss {loss:.4f}, perplexity {perplexity:.2f}"
     run.reporter.event("validation", done, text, loss=loss, perplexity=perplexity)
     return perplexity
-
-
-def _checkpoint(run: Run, done: int) -> None:
-    keep = run.recipe.training.keep_checkpoints
-    folder = save_checkpoint(run.folder, done, run.model, run.optimizer, run.accelerator, keep)
-    run.reporter.event("checkpoint", done, f"checkpoint {folder}", folder=folder.name)

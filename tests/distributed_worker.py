@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
-from accelerate.state import DistributedType, PartialState
 
 from hf_stable.training import train
 from tests.training import tiny_recipe
@@ -21,14 +20,12 @@ def main() -> None:
     # gloo) seems to be the cause: nothing is torn down between runs, nor at the end.
     gc.disable()
     folder = Path(sys.argv[1])
-    state = PartialState(cpu=True)
     for settings in json.loads(Path(sys.argv[2]).read_text()):
-        # accelerate shards by its plugin on accelerators only. Told that these CPUs are some, it
-        # takes the way that it takes on GPUs.
-        by_plugin = settings.pop("by_plugin", False)
-        kind = DistributedType.MULTI_XPU if by_plugin else DistributedType.MULTI_CPU
-        state._shared_state["distributed_type"] = kind
+        launcher = settings.pop("launcher", {})  # what `accelerate launch` makes of a config file
+        os.environ.update(launcher)
         train(tiny_recipe(folder, **settings))
+        for name in launcher:
+            del os.environ[name]
     dist.barrier()
     sys.stderr.flush()
     os._exit(0)

@@ -24,6 +24,7 @@ import attention_cases  # noqa: E402
 import common  # noqa: E402
 import linear_cross_entropy  # noqa: E402
 import report  # noqa: E402
+import stacked_runs  # noqa: E402
 import train_step  # noqa: E402
 import train_step_models  # noqa: E402
 import train_step_profile  # noqa: E402
@@ -295,3 +296,9 @@ def test_times_without_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(SystemExit) as stop:
         common.parse(common.parser("made up"))
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("method", ["baseline", "qk_norm"])
+def test_stacked_runs_have_the_losses_of_separate_ones(method: str) -> None:
+    differences = stacked_runs.check(method, num_runs=2)
+    assert differences["float64"] < 1e-12

@@ -40,7 +40,13 @@ def test_the_830m_recipe_is_the_papers_model() -> None:
 
 @pytest.mark.parametrize(
     ("size", "total", "non_embedding"),
-    [("10m", 16.9, 10.6), ("50m", 50.4, 25.2), ("160m", 162.2, 85.0)],
+    [
+        ("10m", 16.9, 10.6),
+        ("50m", 50.4, 25.2),
+        ("160m", 162.2, 85.0),
+        ("3b", 3198.4, 1887.7),
+        ("8b", 8540.1, 6443.0),
+    ],
 )
 def test_a_size_is_as_large_as_its_first_line_says(
     size: str, total: float, non_embedding: float
@@ -59,7 +65,7 @@ def test_every_recipe_works(path: Path, world_size: int) -> None:
         report.accumulation_steps * world_size * recipe.data.sequence_length
     )
     config = recipe.model_config()
-    assert config.head_dim == (32 if path.stem == "tiny" else 64)
+    assert config.head_dim == {"tiny": 32, "3b": 128, "8b": 128}.get(path.stem, 64)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +158,7 @@ def test_memory_moves_with_what_decides_it() -> None:
     many = ["training.global_batch_size=64"]
     whole, sharded = tiny("baseline", *many), tiny("baseline", *many, "training.sharding=fsdp2")
     assert check(sharded, 4).memory.weights == check(whole, 4).memory.weights // 4
-    assert check(sharded, 1).memory == check(whole, 1).memory
+    assert check(sharded, 1).memory.weights == check(whole, 1).memory.weights
     double = check(tiny("baseline", *many, "training.micro_batch_size=8"))
     assert double.memory.activations == pytest.approx(2 * check(whole).memory.activations, rel=0.02)
     recompute = tiny("baseline", *many, "training.gradient_checkpointing=true")

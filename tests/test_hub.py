@@ -1,20 +1,29 @@
 """Export: a folder that needs nothing but Transformers, proven in a process of its own."""
 
+import gzip
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_stable import StableGPTConfig
+from hf_stable.card import leaks, problems
+from hf_stable.card.rendering import PICTURE
 from hf_stable.errors import CheckpointError
 from hf_stable.hub import check_export, export
+from hf_stable.records import read_metrics
 from hf_stable.training import train
 
 from .techniques import GEOMETRY, from_config
 from .tiny import byte_tokenizer
 from .training import tiny_recipe
+
+ROOT = Path(__file__).parents[1]
 
 
 def _saved(folder: Path, preset: str) -> Path:
@@ -37,7 +46,7 @@ def test_export_is_bit_equal_without_hf_stable(preset: str, tmp_path: Path) -> N
     check_export(folder, new_tokens=3)
     files = {path.name for path in folder.iterdir()}
     assert files == {
-        "README.md", "config.json", "generation_config.json", "model.safetensors",
+        "LICENSE", "README.md", "config.json", "generation_config.json", "model.safetensors",
         "blocks_stable_gpt.py", "configuration_stable_gpt.py", "functional_stable_gpt.py",
         "loss_stable_gpt.py",
         "modeling_stable_gpt.py",
@@ -50,13 +59,41 @@ def test_export_is_bit_equal_without_hf_stable(preset: str, tmp_path: Path) -> N
     }
 
 
-def test_a_run_exports_with_a_card_from_its_records(tmp_path: Path) -> None:
+def test_a_run_exports_with_a_card_and_its_records(tmp_path: Path) -> None:
+    """Equal to the run's own but for secrets and places, and written a second time alike."""
     result = train(tiny_recipe(tmp_path))
+    run = json.loads((result.folder / "run.json").read_text())
+    planted = {**run, "device": f"{run['device']} " + "hf_" + "a" * 30}
+    (result.folder / "run.json").write_text(json.dumps(planted))
     folder = export(result.folder, tmp_path / "export")
     check_export(folder)  # asks for more tokens than this model has positions
     card = (folder / "README.md").read_text()
-    assert f"{result.validation_perplexity:.2f} per token after 20 steps" in card
-    assert "recipe: tiny" in card and card.startswith("---\nlibrary_name: transformers")
+    assert f"{result.validation_perplexity:.4f} per token" in card and "step 20" in card
+    assert problems(ModelCard(card).data.to_dict()) == []
+    assert (folder / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    assert f"]({PICTURE})" in card and (folder / PICTURE).is_file()
+    record = (folder / "records" / "run.json").read_text()
+    assert leaks(card) == leaks(record) == [] and str(tmp_path) not in card + record
+    assert json.loads(record)["recipe"]["optimizer"] == run["recipe"]["optimizer"]
+    lines = gzip.decompress((folder / "records" / "metrics.jsonl.gz").read_bytes()).decode()
+    assert [json.loads(line) for line in lines.splitlines()] == read_metrics(result.folder)
+    again = export(result.folder, tmp_path / "again")
+    for name in ("README.md", PICTURE, "records/run.json", "records/metrics.jsonl.gz"):
+        assert (again / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_checkpoint_on_the_way_exports_without_claims_of_the_end(tmp_path: Path) -> None:
+    result = train(tiny_recipe(tmp_path, training__checkpoint_every=10, output=tmp_path / "run"))
+    shutil.rmtree(result.folder / "model")
+    folder = export(result.folder, tmp_path / "export", step=10)
+    check_export(folder, new_tokens=3)
+    assert f"{result.validation_perplexity:.2f}" not in (folder / "README.md").read_text()
+    saved = load_file(result.folder / "checkpoints/step-00000010/model/model.safetensors")
+    exported = load_file(folder / "model.safetensors")
+    assert saved.keys() == exported.keys()
+    assert all(torch.equal(saved[name], exported[name]) for name in saved)
+    with pytest.raises(CheckpointError, match="no checkpoint of step 11; there are: 10, 20"):
+        export(result.folder, tmp_path / "none", step=11)
 
 
 def test_tampered_code_is_noticed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Two gloo processes, DDP and FSDP2, are the same run as one process."""
+"""Any number of gloo processes, however they hold the model, are the same run as one process."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,10 +31,31 @@ MODELS = {
 # its last weights by 7e-3, of the others by 5e-7 and 1e-4; shards and compiled blocks sum in
 # another order.
 NOISE = {"baseline": 2e-5, "sigma_reparam": 1e-4, "qkv_norm_tied": 2e-5}
-SHARDINGS = ["ddp", "fsdp2", "plugin"]
+SHARDINGS = ["ddp", "fsdp2"]
+WHOLE = {"training__sharding": "fsdp2", "training__reshard_after_forward": "false"}
+GROUPS = {"training__sharding": "hsdp", "training__shard_size": "2"}
+# On four processes: another way to hold the model, and another split into microbatches, each.
+SPLITS: dict[str, dict[str, Any]] = {
+    "4-ddp-2": {"training__sharding": "ddp", "training__micro_batch_size": "2"},
+    "4-ddp-1": {"training__sharding": "ddp", "training__micro_batch_size": "1"},
+    "4-fsdp2-1": {"training__sharding": "fsdp2", "training__micro_batch_size": "1"},
+    "4-whole-1": {**WHOLE, "training__micro_batch_size": "1"},
+    "4-hsdp-2": {**GROUPS, "training__micro_batch_size": "2"},
+    "4-hsdp-1": {**GROUPS, "training__micro_batch_size": "1"},
+    "4-launched-1": {
+        "training__micro_batch_size": "1",
+        "launcher": {
+            "ACCELERATE_USE_FSDP": "true",
+            "FSDP_VERSION": "2",
+            "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+            "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+            "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
+        },
+    },
+}
 
 
-def _settings(folder: Path, name: str, sharding: str, **more: str) -> dict[str, str]:
+def _settings(folder: Path, name: str, sharding: str, **more: Any) -> dict[str, Any]:
     return {
         "model": MODELS[name],
         "training__sharding": sharding,
@@ -44,29 +66,27 @@ def _settings(folder: Path, name: str, sharding: str, **more: str) -> dict[str, 
     }
 
 
-def _compiled(folder: Path) -> list[dict[str, str]]:
-    """A compiled run of each sharding, two of them with recomputed blocks."""
+def _compiled(folder: Path) -> list[dict[str, Any]]:
+    """A compiled run of each sharding, one of them with recomputed blocks."""
     try:
         check_compiler(torch.device("cpu"))
     except RecipeError:
         return []
     runs = []
     for sharding in SHARDINGS:
-        checkpointing = str(sharding != "ddp").lower()
         item = _settings(
             folder,
             "sigma_reparam",
-            sharding.replace("plugin", "fsdp2"),
+            sharding,
             training__compile="true",
-            training__gradient_checkpointing=checkpointing,
+            training__gradient_checkpointing=str(sharding != "ddp").lower(),
         )
-        item["output"] = str(folder / f"compiled-{sharding}")
-        runs.append({**item, "by_plugin": "yes"} if sharding == "plugin" else item)
+        runs.append({**item, "output": str(folder / f"compiled-{sharding}")})
     return runs
 
 
-def _launch(folder: Path, processes: int, settings: list[dict[str, str]]) -> None:
-    file = folder / "settings.json"
+def _launch(folder: Path, processes: int, settings: list[dict[str, Any]]) -> None:
+    file = folder / f"settings-{processes}.json"
     file.write_text(json.dumps(settings))
     worker = Path(__file__).with_name("distributed_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
@@ -83,24 +103,21 @@ def _launch(folder: Path, processes: int, settings: list[dict[str, str]]) -> Non
     assert finished.returncode == 0, finished.stderr
 
 
-def _losses(folder: str) -> list[float]:
-    return [row["loss"] for row in records.read_metrics(Path(folder), "train")]
+def _rows(folder: str | Path, name: str) -> list[float]:
+    return [row[name] for row in records.read_metrics(Path(folder), "train")]
+
+
+def _losses(folder: str | Path) -> list[float]:
+    return _rows(folder, "loss")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, str]:
-    """Output folders of all runs, by what they were."""
+    """Output folders of the runs of one and two processes, by what they were."""
     folder = tmp_path_factory.mktemp("parallel")
-    parallel = [
-        _settings(folder, name, sharding) for name in MODELS for sharding in ("ddp", "fsdp2")
-    ]
     bf16 = {"training__precision": "bf16"}
-    plugged = [_settings(folder, name, "fsdp2") for name in MODELS]
-    plugged.append(_settings(folder, "baseline", "fsdp2", **bf16))
-    for item in plugged:
-        item.update(output=item["output"].replace("fsdp2", "plugin"), by_plugin="yes")
-    parallel += plugged
-    parallel += [_settings(folder, "baseline", sharding, **bf16) for sharding in ("ddp", "fsdp2")]
+    parallel = [_settings(folder, name, kind) for name in MODELS for kind in SHARDINGS]
+    parallel += [_settings(folder, "baseline", sharding, **bf16) for sharding in SHARDINGS]
     parallel += _compiled(folder)
     alone = [_settings(folder, name, "auto") for name in MODELS]
     alone += [_settings(folder, "baseline", "auto", **bf16)]
@@ -110,13 +127,27 @@ def runs(tmp_path_factory) -> dict[str, str]:
     return {Path(item["output"]).name: item["output"] for item in (*alone, *parallel)}
 
 
+def _four(folder: Path, more: dict[str, Any]) -> Path:
+    """The runs of SPLITS in `folder`, of one process without its prefix."""
+    common = {**more, "training__log_every": "1", "training__checkpoint_every": "0"}
+    train(tiny_recipe(folder, **common, output=folder / "1"))
+    _launch(folder, 4, [{**common, **SPLITS[it], "output": str(folder / it)} for it in SPLITS])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory) -> Path:
+    """Runs of four processes, and of one, in folders named by SPLITS and "1"."""
+    return _four(tmp_path_factory.mktemp("four"), {"model": MODELS["baseline"]})
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_two_processes_are_one(runs: dict[str, str], name: str, sharding: str) -> None:
     run, alone = runs[f"{name}-{sharding}-fp32"], runs[f"{name}-auto-fp32"]
     record = records.read_run(Path(run))
     assert record["processes"] == 2
-    assert record["distributed_type"] == ("FSDP" if sharding == "plugin" else "MULTI_CPU")
+    assert record["sharding"]["kind"] == sharding
     assert len(_losses(run)) == 20
     assert _losses(run) == pytest.approx(_losses(alone), rel=NOISE[name])
     weights = [load_file(Path(folder) / "model" / "model.safetensors") for folder in (run, alone)]
@@ -125,10 +156,44 @@ def test_two_processes_are_one(runs: dict[str, str], name: str, sharding: str) -
         assert relative_error(weight, weights[1][key]) < 200 * NOISE[name], key
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_four_processes_in_any_split_are_one(four: Path, split: str) -> None:
+    """The losses of 20 global batches are alike only where each holds the same sequences."""
+    sharding = records.read_run(four / split)["sharding"]
+    kind = split.split("-")[1].replace("launched", "hsdp").replace("whole", "fsdp2")
+    assert (sharding["kind"], sharding["processes"]) == (kind, 4)
+    assert sharding["shard_size"] == {"ddp": 1, "fsdp2": 4, "hsdp": 2}[kind]
+    assert sharding["reshard_after_forward"] == (kind != "ddp" and "whole" not in split)
+    assert _losses(four / split) == pytest.approx(_losses(four / "1"), rel=NOISE["baseline"])
+    assert _rows(four / split, "grad_norm") == pytest.approx(_rows(four / "1", "grad_norm"), 1e-4)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_schedule_is_that_of_one_process(four: Path, split: str) -> None:
+    for name in ("step", "learning_rate"):
+        assert _rows(four / split, name) == _rows(four / "1", name)
+
+
+@pytest.mark.slow
+def test_fifty_steps_in_any_split_are_those_of_one_process(tmp_path: Path) -> None:
+    shape = SHAPE.replace("num_hidden_layers: 2", "num_hidden_layers: 4")
+    # At the tiny recipe's own rate, ten times that, rounding grows to 1e-3 between the steps 20 and
+    # 30: the runs are chaotic, not different.
+    long = {"model": f"{{preset: qk_norm, {shape}}}", "optimizer__learning_rate": "1e-3"}
+    sizes = {"training__steps": "50", "training__global_batch_size": "16"}
+    folder = _four(tmp_path, {**long, **sizes})
+    expected = pytest.approx(_losses(folder / "1"), rel=NOISE["baseline"])
+    for split in SPLITS:
+        assert len(_losses(folder / split)) == 50
+        assert _losses(folder / split) == expected, split
+
+
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_bf16_stays_near(runs: dict[str, str], sharding: str) -> None:
+    """Sharded or not, what is rounded to bf16 is the same, but for gains of norms, once not 1."""
     run, alone = runs[f"baseline-{sharding}-bf16"], runs["baseline-auto-bf16"]
-    assert _losses(run) == pytest.approx(_losses(alone), rel=5e-3)
+    assert _losses(run)[0] == pytest.approx(_losses(alone)[0], rel=1e-5)
+    assert _losses(run) == pytest.approx(_losses(alone), rel=2e-3)
     assert _losses(run) != _losses(runs[f"baseline-{sharding}-fp32"])
 
 
@@ -153,8 +218,14 @@ def test_shards_resume_on_another_number_of_processes(runs: dict[str, str], tmp_
         (again / "run.json").write_text((whole / "run.json").read_text())
         half = list_checkpoints(whole)[0]
         (again / "checkpoints").mkdir()
-        (again / "checkpoints" / half.name).symlink_to(half)
+        shutil.copytree(half, again / "checkpoints" / half.name)
         text = records.read_run(whole)["recipe"]["data"]["train"][0]["path"]
         train(tiny_recipe(tmp_path, **settings, data__train=f"[{text}]"))
         expected = pytest.approx(_losses(str(whole))[10:], rel=NOISE["sigma_reparam"])
         assert _losses(settings["output"]) == expected
+
+
+def test_offload_is_refused_where_nothing_is_offloaded(tmp_path: Path) -> None:
+    sharding = {"training__sharding": "fsdp2", "training__cpu_offload": "true"}
+    with pytest.raises(RecipeError, match=r"training.cpu_offload has no effect on a CPU"):
+        train(tiny_recipe(tmp_path, **sharding))

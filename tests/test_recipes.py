@@ -110,6 +110,12 @@ BAD = {
     "unknown preset": ("model: {preset: qknorm}", "qk_norm"),
     "unknown source key": ("data: {train: [{path: a, colum: x}]}", "data.train.colum"),
     "no text": ("data: {train: []}", "data.train: found []"),
+    "weight of some": ("data: {train: [{path: a, weight: 1.0}, b]}", "give one to ['b'] too"),
+    "weight of nothing": ("data: {train: [{path: a, weight: 0.0}]}", "data.train.0.weight"),
+    "weight without effect": (
+        "data: {validation: [{path: a, weight: 1.0}]}",
+        "weight 1.0 of a has no effect",
+    ),
     "extends that is no path": ("extends: 3", "extends: found 3"),
 }
 
@@ -274,7 +280,9 @@ def test_recipes_say_what_they_are_in_their_first_line(path: Path) -> None:
 
 
 def test_a_source_has_the_fields_and_defaults_of_data() -> None:
-    assert dataclasses.asdict(SourceRecipe("x")) == dataclasses.asdict(Source("x"))
+    fields = dataclasses.asdict(SourceRecipe("x"))
+    assert fields.pop("weight") is None
+    assert fields == dataclasses.asdict(Source("x"))
 
 
 def test_every_field_says_what_it_means() -> None:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from hf_stable import StableGPTForCausalLM, records, runs, training
+from hf_stable import StableGPTForCausalLM, records, runs, stepping
 from hf_stable.checkpoints import list_checkpoints
 from hf_stable.cli import main
 from hf_stable.errors import CheckpointError, DataError, DivergedError, RecipeError
@@ -139,30 +139,48 @@ def test_another_recipe_or_never_refuses_the_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds a run already"):
         train(tiny_recipe(tmp_path), resume="never")
     train(tiny_recipe(tmp_path, training__log_every=1))  # changes no number
+    (tmp_path / "topics" / "more.txt").write_text("Another document.\n" * 100)
+    with pytest.raises(CheckpointError, match="on other data:\n  fingerprint of the train tokens"):
+        train(tiny_recipe(tmp_path))
+    train(tiny_recipe(tmp_path, optimizer__learning_rate=0.02), resume="changed")
 
 
 @pytest.mark.parametrize("file", ["optimizer.safetensors", "state.json", "model/model.safetensors"])
-def test_a_damaged_checkpoint_is_named(tmp_path: Path, file: str) -> None:
-    recipe = tiny_recipe(tmp_path)
+def test_a_damaged_checkpoint_is_kept_out_and_the_one_before_is_used(
+    tmp_path: Path, file: str, capsys
+) -> None:
+    recipe = tiny_recipe(tmp_path, training__checkpoint_every=7)
     folder = list_checkpoints(train(recipe).folder)[-1]
     content = (folder / file).read_bytes()
     (folder / file).write_bytes(content[: len(content) // 2])
-    with pytest.raises(CheckpointError, match=f"{folder.name}.*cannot be read"):
+    train(recipe)
+    assert f"{folder.name} is damaged ({file}" in capsys.readouterr().err
+    assert records.read_metrics(Path(recipe.output), "resumed")[-1]["step"] == 14
+    for checkpoint in list_checkpoints(Path(recipe.output)):
+        (checkpoint / file).unlink()
+    with pytest.raises(CheckpointError, match="holds no good checkpoint"):
+        train(recipe)
+
+
+def test_a_state_that_is_gone_is_no_fresh_start(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    shutil.rmtree(train(recipe).folder / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"no checkpoint left.*step-00000020 was written"):
         train(recipe)
 
 
 def _poison(monkeypatch, steps: range) -> list[dict[str, torch.Tensor]]:
     """Make gradients NaN at the given steps; returns the weights seen before each step."""
     seen: list[dict[str, torch.Tensor]] = []
-    clip = training.parallel.clip_gradients
+    clip = stepping.optim.clip_gradients
 
-    def poisoned(model, max_norm):
+    def poisoned(model, *others):
         seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
         if len(seen) - 1 in steps:
             next(model.parameters()).grad.view(-1)[0] = math.nan
-        return clip(model, max_norm)
+        return clip(model, *others)
 
-    monkeypatch.setattr(training.parallel, "clip_gradients", poisoned)
+    monkeypatch.setattr(stepping.optim, "clip_gradients", poisoned)
     return seen
 
 
@@ -294,9 +312,15 @@ def test_records_survive_infinities_and_torn_lines(tmp_path: Path) -> None:
         file.write('{"event": "train", "st')
     (row,) = records.read_metrics(tmp_path)
     assert row == {"event": "train", "step": 1, "loss": "inf", "grad_norm": "nan"}
+    again = records.RunRecord(tmp_path)
+    again.append("train", 2, loss=1.0)
+    again.close()
+    assert [line["step"] for line in records.read_metrics(tmp_path)] == [1, 2]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "train", "st')
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write("\n" + json.dumps({"event": "x", "step": 2}) + "\n")
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is not JSON"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:3 is not JSON"):
         records.read_metrics(tmp_path)
 
 

@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
-        COMMANDS[parsed.subcommand](parsed[parsed.subcommand])
+        status = COMMANDS[parsed.subcommand](parsed[parsed.subcommand])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3 if isinstance(error, DivergedError) else 2
@@ -30,4 +30,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
         more = "; the same command goes on from the newest checkpoint"
         print("interrupted" + (more if parsed.subcommand == "train" else ""), file=sys.stderr)
         return 130
-    return 0
+    return status or 0

@@ -5,6 +5,7 @@
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,15 +47,19 @@ def _model_of(place: str) -> str:
     return str(folder / "model")
 
 
-def _train(arguments: Namespace) -> None:
+def _train(arguments: Namespace) -> int:
     recipe = _recipe_of(arguments)
     if arguments.print_config:
-        return _print_recipe(recipe)
+        _print_recipe(recipe)
+        return 0
     from hf_stable.parallel import end_processes
+    from hf_stable.preemption import EXIT_PREEMPTED
     from hf_stable.training import train
 
     result = train(recipe, resume=arguments.resume)
     end_processes()
+    if result.preempted:
+        return EXIT_PREEMPTED
     if os.environ.get("RANK", "0") == "0":
         print(
             f"validation perplexity {result.validation_perplexity:.2f} after {result.steps} steps"
@@ -62,6 +67,7 @@ def _train(arguments: Namespace) -> None:
         print(f"next: hf-stable evaluate {result.folder}")
         print(f'      hf-stable generate {result.folder} --prompt "..."')
         print(f"      hf-stable export {result.folder} --output FOLDER")
+    return 0
 
 
 def _check(arguments: Namespace) -> None:
@@ -76,6 +82,22 @@ def _check(arguments: Namespace) -> None:
     for note in report.notes:
         print(f"note: {note}")
     print(f"{recipe.name}: this recipe works")
+
+
+def _plan(arguments: Namespace) -> None:
+    recipe = _recipe_of(arguments)
+    if arguments.print_config:
+        return _print_recipe(recipe)
+    from rich.console import Console
+
+    from hf_stable.cli.plan_table import print_plans
+    from hf_stable.planning import plan
+
+    sizes = arguments.gpu_memory, arguments.gpus_per_node
+    plans = [plan(recipe, gpus, *sizes) for gpus in arguments.gpus]
+    # A log gets whole lines, as Markdown.
+    console = Console() if sys.stdout.isatty() else Console(width=200, soft_wrap=True)
+    print_plans(plans, arguments.price_per_gpu_hour, console)
 
 
 def _print_recipe(recipe: "Recipe") -> None:
@@ -178,7 +200,7 @@ def _export(arguments: Namespace) -> None:
     from hf_stable import StableGPTForCausalLM  # noqa: F401 (registers the Auto classes)
     from hf_stable.hub import check_export, export
 
-    folder = export(Path(arguments.run), Path(arguments.output))
+    folder = export(Path(arguments.run), Path(arguments.output), step=arguments.step)
     checked = check_export(folder)
     print(
         "loads in a process without hf_stable, with bit-equal logits; it continues the empty text:"
@@ -187,6 +209,19 @@ def _export(arguments: Namespace) -> None:
     print(f"exported to {folder}; load it without hf_stable:")
     for auto in ("AutoModelForCausalLM", "AutoTokenizer"):
         print(f'  {auto}.from_pretrained("{folder}", trust_remote_code=True)')
+
+
+def _card(arguments: Namespace) -> None:
+    from hf_stable.card import Statement, write_card
+
+    named = arguments.evaluations
+    file = write_card(
+        Path(arguments.run),
+        Path(arguments.output) / "README.md",
+        evaluations=None if named is None else [Path(each) for each in named],
+        statement=Statement(license=arguments.license, watts=arguments.watts),
+    )
+    print(f"written: {file}")
 
 
 def _watch(arguments: Namespace) -> None:
@@ -258,13 +293,15 @@ def _sample_text(arguments: Namespace) -> None:
     print(f"from {text.origin}; licence: {text.licence}; sha256 {text.sha256}")
 
 
-COMMANDS: dict[str, Callable[[Namespace], None]] = {
+COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
     "train": _train,
     "check": _check,
+    "plan": _plan,
     "tokenizer": _tokenizer,
     "evaluate": _evaluate,
     "generate": _generate,
     "export": _export,
+    "card": _card,
     "watch": _watch,
     "diagnose": _diagnose,
     "sweep": _sweep,

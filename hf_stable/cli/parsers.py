@@ -26,6 +26,8 @@ exit codes:
   1    unexpected failure, with a traceback: please report it
   2    bad input: the message says what to change
   3    training diverged
+  75   preempted by a signal: a checkpoint is there, the same command goes on
+  76   hang: a process did not move for training.hang_timeout seconds
   130  interrupted
 """
 
@@ -84,9 +86,10 @@ def _train_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--resume",
-        type=Literal["auto", "never"],
+        type=Literal["auto", "changed", "never"],
         default="auto",
-        help="auto: go on from the newest checkpoint in the folder; never: refuse a used folder",
+        help="auto: go on from the newest checkpoint in the folder, if recipe and data are those "
+        "of its run; changed: also if they are not; never: refuse a used folder",
     )
     return parser
 
@@ -95,6 +98,29 @@ def _check_parser() -> ArgumentParser:
     parser = _recipe_parser("check", "Validate a recipe: sizes, steps, memory, without training.")
     parser.add_argument(
         "--world", type=PositiveInt, default=1, metavar="N", help="number of processes (GPUs)"
+    )
+    return parser
+
+
+def _plan_parser() -> ArgumentParser:
+    parser = _recipe_parser(
+        "plan", "Memory, speed, days and cost of a recipe on so many GPUs, computed without one."
+    )
+    parser.add_argument(
+        "--gpus", type=PositiveInt, nargs="+", required=True, metavar="N", help="numbers of GPUs"
+    )
+    parser.add_argument(
+        "--gpu-memory",
+        type=PositiveFloat,
+        required=True,
+        metavar="GB",
+        help="memory of one GPU, e.g. 80 for an H100",
+    )
+    parser.add_argument(
+        "--gpus-per-node", type=PositiveInt, default=8, metavar="N", help="GPUs of one machine"
+    )
+    parser.add_argument(
+        "--price-per-gpu-hour", type=PositiveFloat, metavar="PRICE", help="adds what the run costs"
     )
     return parser
 
@@ -171,8 +197,36 @@ def _generate_parser() -> ArgumentParser:
 
 def _export_parser() -> ArgumentParser:
     parser = _parser("Write a run's model as a folder that loads without hf_stable, ready to push.")
-    parser.add_argument("run", metavar="RUN", help="folder of a finished run")
+    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "--step",
+        type=PositiveInt,
+        metavar="N",
+        help="take the checkpoint of this step; the finished model unless given",
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    return parser
+
+
+def _card_parser() -> ArgumentParser:
+    parser = _parser("Write a run's model card and training curve, from its records alone.")
+    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--evaluations",
+        nargs="+",
+        metavar="FILE",
+        help="what `hf-stable evaluate RUN --output` wrote; RUN/evaluation*.json unless given",
+    )
+    parser.add_argument(
+        "--license", default="apache-2.0", metavar="ID", help="of the Hub's identifiers"
+    )
+    parser.add_argument(
+        "--watts",
+        type=PositiveFloat,
+        metavar="W",
+        help="power of each process's device, which no record holds, to estimate energy with",
+    )
     return parser
 
 
@@ -257,10 +311,12 @@ def build_parser(version: str) -> ArgumentParser:
     for name, subparser in (
         ("train", _train_parser()),
         ("check", _check_parser()),
+        ("plan", _plan_parser()),
         ("tokenizer", _tokenizer_parser()),
         ("evaluate", _evaluate_parser()),
         ("generate", _generate_parser()),
         ("export", _export_parser()),
+        ("card", _card_parser()),
         ("watch", _watch_parser()),
         ("diagnose", _diagnose_parser()),
         ("sweep", _sweep_parser()),

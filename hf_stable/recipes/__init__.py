@@ -3,6 +3,7 @@
 from hf_stable.recipes.layers import load_recipe
 from hf_stable.recipes.schema import (
     DataRecipe,
+    GuardRecipe,
     OptimizerRecipe,
     Recipe,
     ScheduleRecipe,
@@ -16,6 +17,7 @@ from hf_stable.recipes.schema import (
 
 __all__ = [
     "DataRecipe",
+    "GuardRecipe",
     "OptimizerRecipe",
     "Recipe",
     "ScheduleRecipe",

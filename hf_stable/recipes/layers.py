@@ -26,6 +26,7 @@ _SECTIONS: dict[Location, Any] = {
     ("schedule",): schema.ScheduleRecipe,
     ("training",): schema.TrainingRecipe,
     ("telemetry",): schema.TelemetryRecipe,
+    ("guard",): schema.GuardRecipe,
 }
 
 

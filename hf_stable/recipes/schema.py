@@ -7,7 +7,15 @@ meaning, which error messages show. Lengths are in tokens, batches in sequences.
 import json
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    model_serializer,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 
 from hf_stable.recipes import strict_yaml
@@ -18,6 +26,8 @@ if TYPE_CHECKING:
 _STRICT = ConfigDict(
     extra="forbid", allow_inf_nan=False, strict=True, use_attribute_docstrings=True
 )
+# Beyond any published vocabulary; tokenizers' trainer aborts the process on absurd ones.
+_LARGEST_VOCABULARY = 4_000_000
 # <|endoftext|>, <|padding|> and the 256 bytes that every tokenizer of ours falls back to.
 _SMALLEST_VOCABULARY = 258
 
@@ -30,7 +40,7 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass(frozen=True, config=_STRICT)
 class SourceRecipe:
-    """Text to read. The fields are those of `hf_stable.data.Source`; a plain string is its path."""
+    """Text to read: the fields of `hf_stable.data.Source` and a weight; a string is its path."""
 
     path: Annotated[str, Field(min_length=1)]
     """A file, folder or glob (text, JSON lines, parquet), else the name of a `datasets` dataset."""
@@ -48,6 +58,16 @@ class SourceRecipe:
     """Which side of the holdout split to read."""
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Fraction of the documents that are validation, chosen by a hash of their text."""
+    weight: Positive | None = None
+    """Share of the training tokens relative to the others; give one to all of them or to none."""
+
+    @model_serializer(mode="wrap")
+    def _without_neutral_weight(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Records of runs from before there were weights stay equal to what the recipe writes now.
+        content = write(self)
+        if self.weight is None:
+            content.pop("weight", None)
+        return content
 
 
 def _source(value: Any) -> Any:
@@ -61,7 +81,7 @@ SourceList = list[Annotated[SourceRecipe, BeforeValidator(_source)]]
 class TokenizerRecipe:
     """The tokenizer: a finished one at `path`, else one trained on the training text."""
 
-    vocab_size: PositiveCount
+    vocab_size: Annotated[int, Field(gt=0, le=_LARGEST_VOCABULARY)]
     """Rows of the embedding. A tokenizer at `path` may have fewer tokens, not more."""
     path: str | None = None
     """Folder or Hub name of a finished tokenizer; null trains one."""
@@ -96,16 +116,39 @@ class DataRecipe:
     """Whether attention and positions start afresh at each document inside a sequence."""
     cache: str = ".cache/hf_stable"
     """Folder for token files and trained tokenizers, which runs share."""
-    num_workers: Count = 0
+    num_workers: Annotated[int, Field(ge=0, le=256)] = 0
     """Data loader processes beside each training process."""
+
+    @model_validator(mode="after")
+    def _weights_of_all_or_none(self) -> "DataRecipe":
+        weighted = [source for source in self.train if source.weight is not None]
+        if weighted and len(weighted) < len(self.train):
+            missing = [source.path for source in self.train if source.weight is None]
+            raise ValueError(
+                f"train: {len(weighted)} of {len(self.train)} sources have a weight; give one to "
+                f"{missing} too, or to none"
+            )
+        for source in self.validation:
+            if source.weight is not None:
+                raise ValueError(
+                    f"validation: weight {source.weight} of {source.path} has no effect; all "
+                    "validation text counts alike: remove it"
+                )
+        return self
+
+    @property
+    def weights(self) -> list[float] | None:
+        """The weight of each training source; None when the sources are read as one text."""
+        weights = [source.weight for source in self.train if source.weight is not None]
+        return weights or None
 
 
 @dataclass(frozen=True, config=_STRICT)
 class OptimizerRecipe:
     """AdamW as the papers use it."""
 
-    name: Literal["adamw"] = "adamw"
-    """The update rule."""
+    name: Literal["adamw", "stable_adamw"] = "adamw"
+    """The update rule; `stable_adamw` divides a tensor's rate by its RMS of g^2 / v, if above 1."""
     learning_rate: Positive = 3e-4
     """Peak learning rate."""
     beta1: Momentum = 0.9
@@ -123,7 +166,53 @@ class OptimizerRecipe:
     decay_vectors: bool = False
     """Whether 1-d parameters (norm gains, LayerScale, sigma gains) are decayed."""
     max_grad_norm: Positive | None = 1.0
-    """Global norm that gradients are clipped to; null does not clip."""
+    """Norm that gradients are clipped to; null does not clip."""
+    clip_by: Literal["global", "group"] = "global"
+    """Whose norm: of all gradients, or each of matrices', embeddings' and vectors' by itself."""
+    late_max_grad_norm: Positive | None = None
+    """A lower norm from `late_clip_step` on, as OPT's 0.3 after 1.0."""
+    late_clip_step: PositiveCount | None = None
+    """Steps before `late_max_grad_norm` is the norm."""
+    qk_clip: Positive | None = None
+    """Largest attention logit after which a head's W_q and W_k are shrunk (Kimi K2: 100)."""
+
+    @model_validator(mode="after")
+    def _clipping_has_effect(self) -> "OptimizerRecipe":
+        late, at, norm = self.late_max_grad_norm, self.late_clip_step, self.max_grad_norm
+        if (late is None) != (at is None):
+            raise ValueError(
+                f"late_max_grad_norm is {late} and late_clip_step is {at}; give both or neither"
+            )
+        if late is not None and norm is not None and late >= norm:
+            raise ValueError(
+                f"late_max_grad_norm {late} is not below max_grad_norm {norm}; lower it, or remove "
+                "it and late_clip_step"
+            )
+        if self.clip_by == "group" and norm is None and late is None:
+            raise ValueError(
+                "clip_by has no effect while max_grad_norm is null; give a norm, or remove clip_by"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _decay_leaves_weights(self) -> "OptimizerRecipe":
+        is_coupled = self.weight_decay_mode == "coupled"
+        share = self.weight_decay * (self.learning_rate if is_coupled else 1.0)
+        if share >= 1:
+            what = " times learning_rate" if is_coupled else ""
+            raise ValueError(
+                f"weight_decay {self.weight_decay}{what} takes {share:g} of every weight in a "
+                "step; lower it below 1"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_neutral_newcomers(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Records of runs from before these keys stay equal to what the recipe writes now.
+        newcomers = {"late_max_grad_norm", "late_clip_step", "qk_clip"}
+        neutral = {name for name in newcomers if self.__dict__[name] is None}
+        neutral |= {"clip_by"} if self.clip_by == "global" else set()
+        return {name: value for name, value in write(self).items() if name not in neutral}
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -164,8 +253,17 @@ class TrainingRecipe:
     """Training tokens, rounded down to whole steps; give either this or `steps`."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16` is autocast; weights and optimizer state stay fp32."""
-    sharding: Literal["auto", "ddp", "fsdp2"] = "auto"
-    """How several processes hold the model: whole copies (ddp) or shards (fsdp2)."""
+    sharding: Literal["auto", "ddp", "fsdp2", "hsdp"] = "auto"
+    """How several processes hold the model: whole copies (ddp), shards (fsdp2), or shards inside
+    groups of `shard_size` processes and copies across (hsdp). `auto` is what the launcher's config
+    file says, else ddp."""
+    shard_size: PositiveCount | None = None
+    """Processes that share one copy under hsdp; null is those of a node."""
+    reshard_after_forward: bool = True
+    """Under fsdp2 and hsdp, free gathered blocks after the forward pass: less memory, more
+    communication."""
+    cpu_offload: bool = False
+    """Under fsdp2 and hsdp, keep weights, gradients and optimizer state in host memory."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     compile: bool = False
@@ -182,10 +280,16 @@ class TrainingRecipe:
     """Steps between checkpoints; 0 writes one at the end only."""
     keep_checkpoints: PositiveCount = 2
     """How many of the newest checkpoints stay."""
+    keep_every: Count = 0
+    """Checkpoints of every so many steps stay too; 0 keeps no others."""
+    asynchronous_checkpoints: bool = False
+    """Write checkpoints in the background, from a copy in CPU memory."""
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = Field(default_factory=list)
     """Mirrors of metrics.jsonl."""
-    threads: PositiveCount | None = None
+    threads: Annotated[int, Field(gt=0, le=1024)] | None = None
     """CPU threads of each process; null leaves torch's choice."""
+    hang_timeout: Count = 1800
+    """Seconds without a sign of life after which a process ends and names who hangs; 0 never."""
 
     @model_validator(mode="after")
     def _length_and_batches(self) -> "TrainingRecipe":
@@ -201,6 +305,22 @@ class TrainingRecipe:
             )
         return self
 
+    @model_validator(mode="after")
+    def _sharding_has_effect(self) -> "TrainingRecipe":
+        meant = {
+            "shard_size": (None, ("hsdp",)),
+            "reshard_after_forward": (True, ("fsdp2", "hsdp")),
+            "cpu_offload": (False, ("fsdp2", "hsdp")),
+        }
+        for name, (neutral, kinds) in meant.items():
+            value = getattr(self, name)
+            if value != neutral and self.sharding not in kinds:
+                raise ValueError(
+                    f"{name} {json.dumps(value)} has no effect with sharding {self.sharding}; "
+                    f"remove it, or set sharding to {' or '.join(kinds)}"
+                )
+        return self
+
 
 @dataclass(frozen=True, config=_STRICT)
 class TelemetryRecipe:
@@ -210,6 +330,47 @@ class TelemetryRecipe:
     """Steps between looks, of which the first step is one; 0 never looks."""
     bounds_every: Count = 1000
     """Steps between spectral norms and bounds on gradients; 0 leaves them out."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class GuardRecipe:
+    """What training does when a step goes wrong, tried in the order of `actions` below."""
+
+    actions: list[Literal["skip", "lower", "rollback"]] = Field(default_factory=list)
+    """`skip` the update, `lower` the learning rate for a while, `rollback` and leave data out; with
+    none of them, only updates that are not finite are refused. What is left is to give up."""
+    window: Annotated[int, Field(ge=64)] = 256
+    """Accepted steps that say how far a number usually is from its level."""
+    spike: Positive = 6.5
+    """Robust deviations above its level at which a loss, or a norm's logarithm, is a spike."""
+    plateau: Positive = 4.0
+    """Robust deviations above its level at which the median of five losses is a plateau."""
+    drift_rise: Positive = 0.3
+    """Nats above its best level at which the smoothed loss drifts away."""
+    drift_steps: PositiveCount = 20
+    """For how many steps in a row."""
+    max_skips: PositiveCount = 20
+    """Updates skipped in a row before the next action is tried."""
+    max_skips_in_memory: PositiveCount = 100
+    """Updates skipped in the last `memory` steps before the next action is tried."""
+    lower_factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """What the learning rate is multiplied by."""
+    lower_steps: PositiveCount = 100
+    """For how many steps; then it returns linearly in as many."""
+    rollback_steps: PositiveCount = 100
+    """Steps before the first sign of trouble that a rollback goes to, as in PaLM."""
+    skip_batches: PositiveCount = 300
+    """Batches left out from there on, as in PaLM; a second rollback leaves out twice as many."""
+    max_rollbacks: PositiveCount = 3
+    """Rollbacks in `memory` steps before the run is given up."""
+    memory: PositiveCount = 1000
+    """Steps after which it no longer counts what was tried."""
+
+    @property
+    def reach(self) -> int:
+        """Steps back that a rollback may want a checkpoint of, from where it is decided."""
+        seen_after = 2 * self.drift_steps + self.max_skips + self.lower_steps
+        return self.rollback_steps + seen_after
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -236,10 +397,25 @@ class Recipe:
     """The learning rate over time."""
     telemetry: TelemetryRecipe = Field(default_factory=TelemetryRecipe)
     """What is looked at meanwhile."""
+    guard: GuardRecipe = Field(default_factory=GuardRecipe)
+    """What is done about steps that go wrong."""
 
     def __post_init__(self) -> None:
         if not self.output:
             object.__setattr__(self, "output", f"runs/{self.name}")
+
+    @model_validator(mode="after")
+    def _rollback_has_checkpoints(self) -> "Recipe":
+        every, keep = self.training.checkpoint_every, self.training.keep_checkpoints
+        held = (keep - 1) * every
+        too_short = held < self.guard.reach and not self.training.keep_every
+        if "rollback" in self.guard.actions and (too_short or not every):
+            raise ValueError(
+                f"guard.actions has rollback, which may go {self.guard.reach} steps back, but "
+                f"training.checkpoint_every {every} and keep_checkpoints {keep} hold {held}; "
+                "raise one of them, or take rollback out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _at_least_one_step(self) -> "Recipe":
@@ -257,6 +433,16 @@ class Recipe:
             raise ValueError(
                 f"data.sequence_length {self.data.sequence_length} is beyond "
                 f"model.max_position_embeddings {longest}; raise it or shorten the sequences"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _late_clip_begins(self) -> "Recipe":
+        at = self.optimizer.late_clip_step
+        if at is not None and at >= self.num_steps:
+            raise ValueError(
+                f"optimizer.late_clip_step {at} is not before the run's end, step "
+                f"{self.num_steps}; lower it, or remove it and optimizer.late_max_grad_norm"
             )
         return self
 

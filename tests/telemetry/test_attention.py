@@ -12,7 +12,7 @@ from transformers.integrations import flex_attention as transformers_flex
 from transformers.masking_utils import flash_attention_mask
 
 from hf_stable.model.functional_stable_gpt import attention_forward
-from hf_stable.telemetry import attention, watch
+from hf_stable.telemetry import scores, watch
 
 from .reference import Adam, Batch, Family, Reference, visible_keys
 from .steps import LENGTH, SIZES, assert_numbers, draw, exact_copy, tiny, watched
@@ -190,7 +190,7 @@ def test_a_sliding_window_hides_keys(backend: str, backends: None) -> None:
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_chunks_of_rows_change_nothing(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = watched(tiny("soft_clip", **CLIPPED), [_masked("left")])[0]
-    monkeypatch.setitem(attention._CHUNK, "cpu", rows * 2 * LENGTH)
+    monkeypatch.setitem(scores._CHUNK, "cpu", rows * 2 * LENGTH)
     assert_numbers(watched(tiny("soft_clip", **CLIPPED), [_masked("left")])[0], whole, 1e-12)
 
 

@@ -107,13 +107,14 @@ def test_a_resumed_run_looks_where_it_would_have(history: History, tmp_path: Pat
 
 
 def test_a_run_that_gives_up_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_stable.training.MAX_NON_FINITE_STEPS", 2)
+    monkeypatch.setattr("hf_stable.guard.ladder.MAX_NON_FINITE_STEPS", 2)
     with pytest.raises(DivergedError):
         _train(
             tmp_path,
             "run",
             telemetry__every=1,
             optimizer__learning_rate=1e20,
+            optimizer__weight_decay=0.0,
             optimizer__max_grad_norm="null",
             schedule__warmup=0,
         )

@@ -1,0 +1,238 @@
+"""Going on with a run: what must be as it was, from where, and without which data."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from . import records
+from .checkpoints import abandon, list_checkpoints, load_newest
+from .checkpoints.directory import read_json, step_of
+from .checkpoints.together import from_main
+from .data.order import Order
+from .errors import CheckpointError
+from .guard import Decision, Guard, Rollback, append_rollback, read_rollbacks
+from .recipes import Recipe, from_dict, to_dict
+
+# Keys of a recipe that change no number of a run, so that a run may go on with other values.
+_FREE_KEYS = {
+    "output",
+    "data.cache",
+    "data.num_workers",
+    "training.micro_batch_size",
+    "training.sharding",
+    "training.shard_size",
+    "training.reshard_after_forward",
+    "training.cpu_offload",
+    "training.compile",
+    "training.log_every",
+    "training.evaluate_every",
+    "training.evaluate_blocks",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.keep_every",
+    "training.asynchronous_checkpoints",
+    "training.hang_timeout",
+    "training.trackers",
+    "training.threads",
+    "telemetry.every",
+    "telemetry.bounds_every",
+}
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on.
+
+    Args:
+        step: optimizer steps that are done.
+        update_norm: of the last of them, which the guard has not seen yet.
+        skipped: ranges of absolute sample positions that are left out.
+    """
+
+    step: int
+    guard: Guard
+    update_norm: float | None
+    skipped: list[tuple[int, int]]
+
+
+def flat(recipe: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in recipe.items():
+        if isinstance(value, dict):
+            found.update(flat(value, f"{prefix}{key}."))
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def check_recipe(folder: Path, recipe: Recipe, resume: str) -> None:
+    """Refuse to go on from another recipe's run, whose numbers would be neither's.
+
+    Raises:
+        CheckpointError: with every key that differs, unless `resume` is "changed".
+    """
+    if not (folder / "run.json").exists():
+        return
+    if resume == "never":
+        raise CheckpointError(
+            f"{folder} holds a run already: give another output folder, delete this one, or go on "
+            "from it with --resume auto."
+        )
+    # Read as a recipe, so that keys that came later have their defaults.
+    before = flat(to_dict(from_dict(records.read_run(folder)["recipe"])))
+    now = flat(to_dict(recipe))
+    changes = {
+        key: (before.get(key), now.get(key))
+        for key in before.keys() | now.keys()
+        if key not in _FREE_KEYS and before.get(key) != now.get(key)
+    }
+    _refuse(folder, "a run of another recipe", changes, resume)
+
+
+def check_data(folder: Path, data: dict[str, Any], resume: str) -> None:
+    """Refuse to go on with other text or another tokenizer than the run began with.
+
+    Args:
+        data: what run.json is to say of them.
+
+    Raises:
+        CheckpointError: with what differs, unless `resume` is "changed".
+    """
+    if not (folder / "run.json").exists():
+        return
+    before = records.read_run(folder).get("data", {})
+    changes = {}
+    for part in ("train", "validation"):
+        old, new = (content.get(part, {}).get("fingerprint") for content in (before, data))
+        if old is not None and old != new:
+            changes[f"fingerprint of the {part} tokens (text and tokenizer)"] = (old, new)
+    _refuse(folder, "a run on other data", changes, resume)
+
+
+def _refuse(folder: Path, what: str, changes: dict[str, tuple[Any, Any]], resume: str) -> None:
+    if not changes or resume == "changed":
+        return
+    lines = [f"  {key}: {old!r} there, {new!r} here" for key, (old, new) in sorted(changes.items())]
+    raise CheckpointError(
+        f"{folder} holds {what}:\n" + "\n".join(lines) + "\n"
+        "Give another output folder, delete this one, or take back the changes; --resume changed "
+        "goes on in spite of them."
+    )
+
+
+def resume_run(
+    folder: Path,
+    guard: Guard,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    report: Callable[[str], None],
+) -> Resumed:
+    """Put the newest good state that counts into model, optimizer and guard; collective.
+
+    Returns:
+        Where to go on: at the beginning where there is no checkpoint and never was one.
+
+    Raises:
+        CheckpointError: when no checkpoint is good, or none is left of a run that had some.
+    """
+    rollbacks = read_rollbacks(folder)
+    if accelerator.is_main_process:
+        _finish_rollback(folder, rollbacks)
+    accelerator.wait_for_everyone()
+    scalars = load_newest(folder, model, optimizer, accelerator, report=report)
+    if scalars is None:
+        _check_never_saved(folder)
+    return _resumed(scalars or {"step": 0}, guard, rollbacks)
+
+
+def _resumed(scalars: dict[str, Any], guard: Guard, rollbacks: list[Rollback]) -> Resumed:
+    if scalars.get("guard") is not None:
+        guard.load_state_dict(scalars["guard"])
+    guard.after_rollback(rollbacks)
+    skipped = [each.skipped for each in rollbacks]
+    return Resumed(scalars["step"], guard, scalars.get("update_norm"), skipped)
+
+
+def _finish_rollback(folder: Path, rollbacks: list[Rollback]) -> None:
+    """A rollback that was killed after it was written has left checkpoints of what was given up."""
+    if not rollbacks:
+        return
+    for checkpoint in reversed(list_checkpoints(folder)):
+        if step_of(checkpoint) <= rollbacks[-1].to_step:
+            return
+        try:
+            known = read_json(checkpoint / "state.json")["scalars"]["rollbacks"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # damaged: loading will see to it
+        if known < len(rollbacks):
+            abandon(folder / "checkpoints", rollbacks[-1].to_step)
+        return
+
+
+def _check_never_saved(folder: Path) -> None:
+    """A state that is gone must not become a fresh start without a word."""
+    if not (folder / "metrics.jsonl").is_file():
+        return
+    saved = records.read_metrics(folder, "checkpoint")
+    if saved:
+        raise CheckpointError(
+            f"{folder} has no checkpoint left, and its log says that {saved[-1]['folder']} was "
+            "written. Bring it back, or give training a new output folder; to begin again in this "
+            "one, delete it."
+        )
+
+
+def roll_back(
+    folder: Path,
+    decision: Decision,
+    order: Order,
+    global_batch_size: int,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    guard: Guard,
+) -> Resumed:
+    """Go back to before the trouble and leave out the data at fault; collective.
+
+    What is written first decides: killed anywhere here, the run goes on as it would have.
+
+    Raises:
+        CheckpointError: when no checkpoint from before the trouble is left.
+    """
+    assert decision.rollback_to is not None and decision.onset is not None
+    assert decision.skip_first is not None and decision.skip_last is not None
+    first, last = decision.skip_first - 1, decision.skip_last
+    ends = np.array([first * global_batch_size, last * global_batch_size - 1])
+    start, stop = (order.absolute(ends) + np.array([0, 1])).tolist()
+    target = from_main(lambda: _target(folder, decision), f"{folder} cannot be set back")
+    log = folder / "metrics.jsonl"
+    if accelerator.is_main_process:
+        size = log.stat().st_size if log.exists() else 0
+        rollback = Rollback(decision.step, target, (start, stop), decision.reason, size)
+        append_rollback(folder, rollback)
+        abandon(folder / "checkpoints", target)
+    accelerator.wait_for_everyone()
+    scalars = load_newest(folder, model, optimizer, accelerator, at_most=target)
+    assert scalars is not None  # `_target` saw one, or `load_newest` raised
+    return _resumed(scalars, guard, read_rollbacks(folder))
+
+
+def _target(folder: Path, decision: Decision) -> int:
+    """The newest checkpoint that is old enough, else the oldest from before the trouble."""
+    assert decision.rollback_to is not None and decision.onset is not None
+    steps = [step_of(checkpoint) for checkpoint in list_checkpoints(folder)]
+    enough = [step for step in steps if step <= decision.rollback_to]
+    before = [step for step in steps if step < decision.onset]
+    if not before:
+        raise CheckpointError(
+            f"{folder}: {decision.reason}; there is no checkpoint from before step "
+            f"{decision.onset} to go back to. Raise training.keep_checkpoints, and start again."
+        )
+    return enough[-1] if enough else before[0]

@@ -1,0 +1,161 @@
+"""One optimizer step: gradients, the guard's word on them, and the update that it allows."""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from . import optim, parallel
+from .errors import DivergedError
+from .guard import Decision, Observation
+from .runs import Run
+from .watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step came to.
+
+    Args:
+        loss: mean of its batch, nats a token, z-loss included. grad_norm: before clipping.
+        stopping: whether any process was told to stop.
+    """
+
+    decision: Decision
+    loss: float
+    grad_norm: float
+    stopping: bool
+
+
+class Stepper:
+    """Takes a run's steps from `run.first_step` on; a context manager."""
+
+    def __init__(self, run: Run, watchdog: Watchdog) -> None:
+        self._run, self._watchdog = run, watchdog
+        settings, total = run.recipe.training, run.recipe.num_steps
+        together = settings.micro_batch_size * run.accelerator.num_processes
+        self._micro_steps = settings.global_batch_size // together
+        self._microbatches = iter(run.loader(run.first_step, total - run.first_step))
+        self._watcher, self._qk_clip = run.watch(), run.qk_clip()
+        # What the last update moved the weights by, over its learning rate.
+        self._moved = (
+            None if run.update_norm is None else torch.tensor(run.update_norm, dtype=torch.float64)
+        )
+        self._inside = contextlib.ExitStack()
+        self.throughput = run.throughput()
+
+    def __enter__(self) -> Self:
+        if self._qk_clip is not None:
+            self._inside.enter_context(self._qk_clip)
+        self._inside.enter_context(self._watcher)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._inside.close()
+
+    def take(self, step: int, stop_requested: bool) -> Step:
+        """Take a step, counted from 0.
+
+        Raises:
+            DivergedError: with the guard's diagnosis, when it gives the run up.
+        """
+        run = self._run
+        self._watchdog.beat(step, "data")
+        batches = [next(self._microbatches) for _ in range(self._micro_steps)]
+        self._watchdog.beat(step, "gradients")
+        sums = _accumulate(run, batches, stop_requested)
+        self._watcher.gradients()
+        by, limit = run.recipe.optimizer.clip_by, run.max_grad_norm(step)
+        norm = optim.clip_gradients(run.model, run.optimizer, limit, by)
+        self._watchdog.beat(step, "update")  # from here on this process waits for the others
+        loss, z_loss, stopping, norm, moved = self._read(sums, norm)
+        decision = run.guard.judge(Observation(step + 1, loss, norm, moved))
+        rate = self._update(step, decision)
+        _report_decision(run, decision, loss, norm)
+        self._watchdog.beat(step, "telemetry")
+        if (telemetry := self._watcher.end_step()) is not None:
+            run.reporter.telemetry(step + 1, telemetry)
+        run.optimizer.zero_grad(set_to_none=True)
+        self.throughput.step()
+        if step + 1 == run.recipe.num_steps or (step + 1) % run.recipe.training.log_every == 0:
+            metrics = {"loss": loss, "z_loss": z_loss, "learning_rate": rate, "grad_norm": norm}
+            metrics |= {} if moved is None else {"update_norm": moved}
+            run.reporter.train(step + 1, {**metrics, **self.throughput.read()})
+        return Step(decision, loss, norm, stopping > 0)
+
+    def update_norm(self) -> float | None:
+        """What the guard has not seen yet: L2 norm of the last update over its learning rate."""
+        return None if self._moved is None else self._moved.item()
+
+    def _read(
+        self, sums: torch.Tensor, norm: torch.Tensor
+    ) -> tuple[float, float, float, float, float | None]:
+        """Loss, z-loss, stop requests, gradient norm and the last update's norm, in one copy from
+        the device, for which the host waits once a step."""
+        moved, self._moved = self._moved, None
+        last = [] if moved is None else [moved.to(norm.device).double().reshape(1)]
+        loss, z_loss, stopping, norm_, *rest = torch.cat(
+            [sums.double(), norm.double().reshape(1), *last]
+        ).tolist()
+        return loss, z_loss, stopping, norm_, rest[0] if rest else None
+
+    def _update(self, step: int, decision: Decision) -> float:
+        """Move the weights if the guard accepts the step; returns the learning rate."""
+        run = self._run
+        factor = run.learning_rate_factor(step) * decision.learning_rate_factor
+        rate = run.recipe.optimizer.learning_rate * factor
+        optim.set_learning_rate(run.optimizer, factor)
+        if decision.action == "accept":
+            run.optimizer.step()
+            if run.recipe.guard.actions and rate > 0:
+                self._moved = optim.update_norm(run.optimizer) / rate
+            if self._qk_clip is not None:
+                self._qk_clip.clip()
+        elif self._qk_clip is not None:
+            self._qk_clip.forget()
+        return rate
+
+
+def _accumulate(
+    run: Run, batches: list[dict[str, torch.Tensor]], stop_requested: bool
+) -> torch.Tensor:
+    """Gradients of one global batch, of which these are the process's microbatches.
+
+    Returns:
+        (3,) on the device, over all processes: mean loss, mean z-loss, and above 0 where any
+        process was told to stop.
+    """
+    device, processes = run.accelerator.device, run.accelerator.num_processes
+    targets = torch.stack([(batch["shift_labels"] >= 0).sum() for batch in batches]).sum()
+    # Every target of the global batch weighs the same, however many its microbatch has. Processes
+    # average their gradients, hence the division.
+    items = parallel.all_sum(targets.to(device)) / processes
+    losses = torch.zeros(2, device=device)
+    for index, batch in enumerate(batches):
+        inputs = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        with parallel.gradient_sync(run.model, last=index == len(batches) - 1):
+            output = run.model(**inputs, num_items_in_batch=items, use_cache=False)
+            output.loss.backward()
+        losses += torch.stack((output.loss.detach(), output.z_loss))
+    told = torch.full((1,), float(stop_requested), device=device)
+    return parallel.all_sum(torch.cat((losses, told))) / processes
+
+
+def _report_decision(run: Run, decision: Decision, loss: float, norm: float) -> None:
+    """Record what the guard found; a run that it gives up ends here.
+
+    Raises:
+        DivergedError: with the guard's diagnosis.
+    """
+    if not decision.reason:
+        return
+    kind = "non_finite" if decision.rule == "non_finite" else "guard"
+    about = {**decision.row(), "loss": loss, "grad_norm": norm}
+    run.reporter.event(kind, decision.step, decision.reason, **about)
+    if decision.action == "give_up":
+        run.reporter.event("diverged", decision.step, decision.reason)
+        raise DivergedError(
+            f"{run.recipe.name}: {decision.reason} (step {decision.step}; the records are in "
+            f"{run.folder})"
+        )

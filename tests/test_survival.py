@@ -1,0 +1,229 @@
+"""A run survives signals, rollbacks and deaths: what comes out is what would have come out."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_stable import cli, records, resuming, runs, training
+from hf_stable.checkpoints import list_checkpoints
+from hf_stable.checkpoints.directory import step_of
+from hf_stable.errors import CheckpointError, DivergedError
+from hf_stable.guard import read_rollbacks
+from hf_stable.preemption import EXIT_PREEMPTED, MARKER
+from hf_stable.recipes import Recipe, dump
+from hf_stable.telemetry.reading.history import read_history
+from hf_stable.training import TrainResult, train
+
+from .training import tiny_recipe
+
+DROPOUT = {"model.attention_dropout": 0.1, "training__log_every": 1, "telemetry__every": 4}
+GUARDED = {
+    "training__steps": 240,
+    "training__log_every": 1,
+    "training__evaluate_every": 0,
+    "training__checkpoint_every": 20,
+    "training__keep_checkpoints": 20,
+    "telemetry__every": 0,
+    "guard.actions": "[rollback]",
+    "guard.window": 64,
+    "guard.rollback_steps": 10,
+    "guard.skip_batches": 40,
+    "guard.lower_steps": 5,
+    "guard.max_skips": 2,
+    "guard.drift_steps": 8,
+}
+
+
+def state(run: Path) -> dict[str, Any]:
+    """All that a run has left, but for clocks: tensors of the newest checkpoint, and the log."""
+    newest = list_checkpoints(run)[-1]
+    found: dict[str, Any] = {
+        f"{file.relative_to(newest)}/{name}": tensor
+        for file in newest.rglob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+    history = read_history(run)
+    clocks = {"tokens_per_second"}
+    found |= {name: history.train[name] for name in history.train.keys() - clocks}
+    return found | history.telemetry
+
+
+def assert_same(one: Path, other: Path) -> None:
+    left, right = state(one), state(other)
+    assert left.keys() == right.keys() and len(left) > 20
+    for name in left:
+        same = np.array_equal(np.asarray(left[name]), np.asarray(right[name]), equal_nan=True)
+        assert same, name
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_ends_a_run_with_a_checkpoint_and_it_goes_on_as_if_never_stopped(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    whole = train(tiny_recipe(tmp_path, **DROPOUT, output=tmp_path / "whole"))
+    recipe = tiny_recipe(tmp_path, **DROPOUT)
+
+    def send(step: int, loss: float, norm: float) -> None:
+        if step == 6:
+            os.kill(os.getpid(), number)
+
+    ended = train(recipe, stop=send)
+    assert ended.preempted and 6 <= ended.steps < 16
+    assert (ended.folder / MARKER).is_file() and not (ended.folder / "model").exists()
+    assert [step_of(path) for path in list_checkpoints(ended.folder)] == [ended.steps]
+    again = train(recipe)
+    assert not again.preempted and not (ended.folder / MARKER).exists()
+    assert again.validation_perplexity == whole.validation_perplexity
+    assert_same(whole.folder, again.folder)
+
+
+def test_the_command_says_that_it_was_preempted(tmp_path: Path, monkeypatch) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump(tiny_recipe(tmp_path)))
+    result = TrainResult(tmp_path, 3, math.nan, preempted=True)
+    monkeypatch.setattr(training, "train", lambda *_, **__: result)
+    assert cli.main(["train", str(recipe)]) == EXIT_PREEMPTED
+
+
+class Died(BaseException):
+    """In the place of SIGKILL, which a test would not survive."""
+
+
+def _die_at(step: int) -> Callable[[int, float, float], None]:
+    def stop(done: int, loss: float, norm: float) -> None:
+        if done == step:
+            raise Died
+
+    return stop
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_a_death_at_any_step_changes_nothing(tmp_path: Path, asynchronous: str) -> None:
+    options = {**DROPOUT, "training__checkpoint_every": 4}
+    options["training__asynchronous_checkpoints"] = asynchronous
+    whole = train(tiny_recipe(tmp_path, **options, output=tmp_path / "whole"))
+    recipe = tiny_recipe(tmp_path, **options)
+    for step in (2, 3, 5, 9, 15, 19):
+        with pytest.raises(Died):
+            train(recipe, stop=_die_at(step))
+    assert_same(whole.folder, train(recipe).folder)
+
+
+def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+
+    def second(step: int, loss: float, norm: float) -> None:
+        with pytest.raises(CheckpointError, match=f"in use by process {os.getpid()}"):
+            train(recipe)
+
+    train(recipe, stop=second)
+
+
+def corrupt(monkeypatch: pytest.MonkeyPatch, first: int, last: int) -> None:
+    """Random targets at the absolute positions of these steps' samples, wherever they come."""
+    loader = runs.Run.loader
+
+    def corrupted(self: runs.Run, first_step: int, num_steps: int) -> Iterator[Any]:
+        size = self.recipe.training.micro_batch_size
+        start = first_step * self.recipe.training.global_batch_size
+        draw = torch.Generator().manual_seed(0)
+        for index, batch in enumerate(loader(self, first_step, num_steps)):
+            absolute = self.order.absolute(np.arange(size) + start + index * size)
+            bad = (absolute >= (first - 1) * 8) & (absolute < last * 8)
+            labels = batch["shift_labels"]
+            noise = torch.randint(0, 512, labels.shape, generator=draw)
+            yield {**batch, "shift_labels": torch.where(torch.tensor(bad)[:, None], noise, labels)}
+
+    monkeypatch.setattr(runs.Run, "loader", corrupted)
+
+
+def test_bad_data_are_left_out_and_the_run_is_one_that_never_met_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(tmp_path, **GUARDED)
+    with monkeypatch.context() as inside:
+        corrupt(inside, 150, 170)
+        found = train(recipe)
+    (rollback,) = read_rollbacks(found.folder)
+    assert rollback.to_step <= 150 < rollback.at_step
+    start, stop = rollback.skipped
+    assert start <= 149 * 8 and stop >= 170 * 8
+    (event,) = records.read_metrics(found.folder, "rolled_back")
+    assert event["step"] == rollback.to_step and event["at_step"] == rollback.at_step
+    clean = Path(tiny_recipe(tmp_path, **GUARDED, output=tmp_path / "clean").output)
+    clean.mkdir()
+    shutil.copy(found.folder / "rollbacks.json", clean)
+    other = train(tiny_recipe(tmp_path, **GUARDED, output=clean))
+    assert_same(found.folder, other.folder)
+
+
+@pytest.mark.parametrize(
+    ("module", "moment"),
+    [(resuming, "append_rollback"), (resuming, "abandon"), (runs, "roll_back")],
+    ids=["written", "abandoned", "loaded"],
+)
+def test_a_death_in_the_middle_of_a_rollback_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, moment: str
+) -> None:
+    corrupt(monkeypatch, 150, 170)
+    options = {**GUARDED, "training__checkpoint_every": 5, "training__steps": 190}
+    options["training__keep_checkpoints"] = 40
+    whole = train(tiny_recipe(tmp_path, **options, output=tmp_path / "whole"))
+    recipe, act = tiny_recipe(tmp_path, **options), getattr(module, moment)
+
+    def die_after(*arguments: Any) -> None:
+        act(*arguments)
+        raise Died
+
+    with monkeypatch.context() as inside:
+        inside.setattr(module, moment, die_after)
+        with pytest.raises(Died):
+            train(recipe)
+    assert_same(whole.folder, train(recipe).folder)
+    assert len(read_rollbacks(Path(recipe.output))) == 1
+
+
+def test_trouble_that_other_data_do_not_mend_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corrupt(monkeypatch, 150, 10**6)
+    recipe: Recipe = tiny_recipe(tmp_path, **GUARDED, guard__max_rollbacks=2)
+    with pytest.raises(DivergedError, match="giving up; trouble since step"):
+        train(recipe)
+    assert len(read_rollbacks(Path(recipe.output))) == 2
+    assert records.read_metrics(Path(recipe.output), "diverged")
+
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "survival" / "kill.py"
+
+
+def killed(folder: Path, *options: str) -> dict[str, Any]:
+    """What scripts/survival/kill.py found; it fails when a run came out differently."""
+    output = folder / "killed.json"
+    command = [sys.executable, str(SCRIPT), "--output", str(output), *options]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(output.read_text())
+
+
+def test_runs_killed_at_random_end_as_if_they_had_not_been(tmp_path: Path) -> None:
+    found = killed(tmp_path, "--trials", "3", "--seed", "1")
+    assert found["kills"] >= 3 and found["compared"] > 50
+
+
+@pytest.mark.slow
+def test_two_processes_killed_at_random_end_as_if_they_had_not_been(tmp_path: Path) -> None:
+    found = killed(tmp_path, "--trials", "5", "--processes", "2")
+    assert found["kills"] >= 5 and found["longest_peer_seconds"] < 60
