@@ -207,6 +207,18 @@ def test_trouble_that_other_data_do_not_mend_ends_the_run(
     assert records.read_metrics(Path(recipe.output), "diverged")
 
 
+@pytest.mark.parametrize("preset", ["baseline", "sigma_reparam"])
+def test_a_guard_that_finds_nothing_changes_nothing(tmp_path: Path, preset: str) -> None:
+    options = {"model.preset": preset, "training__log_every": 1}
+    plain = train(tiny_recipe(tmp_path, **options, output=tmp_path / "plain"))
+    more = {"guard.actions": "[skip, lower, rollback]", "training__checkpoint_every": 1}
+    guarded = train(tiny_recipe(tmp_path, **options, **more, training__keep_checkpoints=300))
+    assert step_of(list_checkpoints(guarded.folder)[0]) == 0
+    left, right = state(plain.folder), state(guarded.folder)
+    for name in left:
+        assert np.array_equal(np.asarray(left[name]), np.asarray(right[name])), name
+
+
 SCRIPT = Path(__file__).parents[1] / "scripts" / "survival" / "kill.py"
 
 

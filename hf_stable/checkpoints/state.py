@@ -69,6 +69,8 @@ def tensors_of(
     model: Any, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """The tensors of `State`, and the optimizer's groups; an unused optimizer gets its zeros."""
+    if not optimizer.state:
+        _begin(optimizer)
     weights, state = cast(tuple[dict[str, Any], dict[str, Any]], get_state_dict(model, optimizer))
     for name in unwrap_model(model).all_tied_weights_keys:
         weights.pop(name, None)
@@ -79,6 +81,19 @@ def tensors_of(
                 raise TypeError(f"optimizer state {kind} of {name} is {value!r}, not a tensor")
             tensors[f"optimizer/{name}/{kind}"] = value
     return tensors, state["param_groups"]
+
+
+def _begin(optimizer: torch.optim.Optimizer) -> None:
+    """Give AdamW the state that it begins with. torch would take a step of learning rate 0 for it,
+    which Adam's bias correction and sigma-Reparam count."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            device = parameter.device if group["fused"] else "cpu"
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
 
 def put_tensors(

@@ -2,8 +2,8 @@
 
     python scripts/survival/faults.py --output scripts/survival/faults.json
 
-One tiny model, one seed. Each fault meets three runs: without a guard, with one that only skips
-updates, and with the whole ladder. The figure that counts is the final validation loss beside that
+One tiny model, one seed. Each fault meets four runs: without a guard, with one that only skips
+updates, with one that also rolls back, and with the whole ladder. The figure that counts is the final validation loss beside that
 of the run without a fault. Faults of data hit the samples at their positions in the data, so that
 going back and leaving them out helps; the others happen once, at a step.
 """
@@ -46,6 +46,7 @@ SETTINGS = {
 GUARDS = {
     "no guard": {"guard.actions": []},
     "skip only": {"guard.actions": ["skip"]},
+    "skip, rollback": {"guard.actions": ["skip", "rollback"]},
     "skip, lower, rollback": {"guard.actions": ["skip", "lower", "rollback"]},
 }
 Change = Callable[[int, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
