@@ -377,8 +377,8 @@ class GuardRecipe:
 class Recipe:
     """One training run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,80}$")]
-    """Name of the run: 1 to 80 letters, digits, dots, underscores or hyphens."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
+    """Name of the run: 1 to 80 letters, digits, dots, underscores or hyphens, first no sign."""
     tokenizer: TokenizerRecipe
     """The vocabulary."""
     data: DataRecipe

@@ -40,7 +40,7 @@ class ScaledRates:
 class Plan:
     """A study: one base recipe, and what varies."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,80}$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
     """Name of the study."""
     base: Annotated[list[str], Field(min_length=1)]
     """Recipe files that all runs share, relative to the plan, later ones win."""

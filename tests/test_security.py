@@ -1,0 +1,69 @@
+"""What must never get out of a machine, or into one: secrets, and code in what is read."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hf_stable.card import write_card
+from hf_stable.cli import main
+from hf_stable.training import train
+
+from .training import tiny_recipe
+
+SECRETS = {
+    "HF_TOKEN": "hf_plantedPlantedPlantedPlantedPlanted",
+    "HUGGING_FACE_HUB_TOKEN": "hf_anotherAnotherAnotherAnotherAnoth",
+    "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
+}
+
+
+def holders(folder: Path) -> list[str]:
+    """Files below a folder with one of the secrets in them."""
+    planted = [secret.encode() for secret in SECRETS.values()]
+    return [
+        str(file.relative_to(folder))
+        for file in folder.rglob("*")
+        if file.is_file() and any(secret in file.read_bytes() for secret in planted)
+    ]
+
+
+def test_tokens_of_the_environment_are_in_no_file_that_a_run_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, secret in SECRETS.items():
+        monkeypatch.setenv(name, secret)
+    run = train(tiny_recipe(tmp_path, training__checkpoint_every=10)).folder
+    assert main(["evaluate", str(run), "--output", str(run / "evaluation.json")]) == 0
+    assert main(["export", str(run), "--output", str(tmp_path / "export")]) == 0
+    write_card(run, tmp_path / "card" / "README.md")
+    assert (tmp_path / "card" / "README.md").is_file() and (run / "metrics.jsonl").is_file()
+    assert holders(tmp_path) == []
+    printed = capfd.readouterr()
+    assert not any(secret in printed.out + printed.err for secret in SECRETS.values())
+    (tmp_path / "planted.json").write_text(json.dumps(SECRETS))
+    assert holders(tmp_path) == ["planted.json"]  # the search itself finds one
+
+
+@pytest.mark.parametrize("name", ["../outside", "/", "a/../../b", "..", "x" * 81])
+def test_a_run_is_not_named_like_a_path(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"name: {json.dumps(name)}\ntokenizer: {{vocab_size: 300}}\n"
+        "data: {train: [a.txt], sequence_length: 16}\n"
+        "training: {steps: 1, global_batch_size: 1, micro_batch_size: 1}\n"
+    )
+    assert main(["check", str(recipe)]) == 2
+    assert "name: found" in capsys.readouterr().err
+
+
+def test_nothing_of_ours_unpickles() -> None:
+    package = Path(__file__).parents[1] / "hf_stable"
+    sources = {file: file.read_text(encoding="utf-8") for file in package.rglob("*.py")}
+    for file, text in sources.items():
+        assert "weights_only=False" not in text, file
+        assert "register_for_checkpointing" not in text, file
+        assert "yaml.unsafe_load" not in text and "UnsafeLoader" not in text, file
+    assert len(sources) > 100
