@@ -7,6 +7,7 @@ it from a launcher's file it sums gradients in bf16.
 
 import contextlib
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -199,6 +200,14 @@ def all_sum(value: torch.Tensor) -> torch.Tensor:
     """Sum of a tensor over all processes."""
     if dist.is_initialized():
         dist.all_reduce(value)
+    return value
+
+
+def all_max(value: torch.Tensor) -> torch.Tensor:
+    """Largest of each element over all processes, in place; a NaN counts as infinite there."""
+    if dist.is_initialized():
+        value.nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return value
 
 

@@ -58,6 +58,10 @@ class RunRecord:
         self._metrics.write(line + "\n")
         self._metrics.flush()
 
+    def sync(self) -> None:
+        """Bring all lines to the disk, before a checkpoint that says they are there."""
+        os.fsync(self._metrics.fileno())
+
     def close(self) -> None:
         self._metrics.close()
 

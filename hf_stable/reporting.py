@@ -130,6 +130,11 @@ class Reporter:
         else:
             self._bar.console.print(line, highlight=False)
 
+    def sync(self) -> None:
+        """Bring the records to the disk."""
+        if self._record is not None:
+            self._record.sync()
+
     def close(self) -> None:
         """Once or more often."""
         if self._closed:

@@ -17,6 +17,7 @@ from .data.order import Order
 from .errors import CheckpointError
 from .guard import Decision, Guard, Rollback, append_rollback, read_rollbacks
 from .recipes import Recipe, from_dict, to_dict
+from .recipes.schema import TrainingRecipe
 
 # Keys of a recipe that change no number of a run, so that a run may go on with other values.
 _FREE_KEYS = {
@@ -142,10 +143,9 @@ def resume_run(
     Raises:
         CheckpointError: when no checkpoint is good, or none is left of a run that had some.
     """
-    rollbacks = read_rollbacks(folder)
-    if accelerator.is_main_process:
-        _finish_rollback(folder, rollbacks)
-    accelerator.wait_for_everyone()
+    # One process reads for all: file systems of several machines may not agree at once.
+    rollbacks = from_main(lambda: read_rollbacks(folder), f"{folder} cannot be gone on with")
+    from_main(lambda: _finish_rollback(folder, rollbacks), f"{folder} cannot be cleaned")
     scalars = load_newest(folder, model, optimizer, accelerator, report=report)
     if scalars is None:
         _check_never_saved(folder)
@@ -193,7 +193,7 @@ def roll_back(
     folder: Path,
     decision: Decision,
     order: Order,
-    global_batch_size: int,
+    settings: TrainingRecipe,
     model: Any,
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
@@ -201,33 +201,42 @@ def roll_back(
 ) -> Resumed:
     """Go back to before the trouble and leave out the data at fault; collective.
 
-    What is written first decides: killed anywhere here, the run goes on as it would have.
+    Killed anywhere here, the run goes on as it would have: `rollbacks.json` decides.
 
     Raises:
         CheckpointError: when no checkpoint from before the trouble is left.
     """
     assert decision.rollback_to is not None and decision.onset is not None
     assert decision.skip_first is not None and decision.skip_last is not None
-    first, last = decision.skip_first - 1, decision.skip_last
-    ends = np.array([first * global_batch_size, last * global_batch_size - 1])
-    start, stop = (order.absolute(ends) + np.array([0, 1])).tolist()
-    target = from_main(lambda: _target(folder, decision), f"{folder} cannot be set back")
-    log = folder / "metrics.jsonl"
-    if accelerator.is_main_process:
-        size = log.stat().st_size if log.exists() else 0
-        rollback = Rollback(decision.step, target, (start, stop), decision.reason, size)
-        append_rollback(folder, rollback)
-        abandon(folder / "checkpoints", target)
-    accelerator.wait_for_everyone()
+    every, batch = settings.checkpoint_every, settings.global_batch_size
+    target = from_main(lambda: _target(folder, decision, every), f"{folder} cannot be set back")
+    # Loaded before anything is given up: a damaged target would leave nothing to go on from.
     scalars = load_newest(folder, model, optimizer, accelerator, at_most=target)
     assert scalars is not None  # `_target` saw one, or `load_newest` raised
-    return _resumed(scalars, guard, read_rollbacks(folder))
+    target = scalars["step"]
+    first = max(decision.skip_first - 1, target)  # what comes before is in the weights
+    ends = np.array([first * batch, decision.skip_last * batch - 1])
+    start, stop = (order.absolute(ends) + np.array([0, 1])).tolist()
+
+    def record() -> list[Rollback]:
+        log = folder / "metrics.jsonl"
+        size = log.stat().st_size if log.exists() else 0
+        rollback = Rollback(decision.step, target, (start, stop), decision.reason, size)
+        found = append_rollback(folder, rollback)
+        abandon(folder / "checkpoints", target)
+        return found
+
+    return _resumed(scalars, guard, from_main(record, f"{folder} cannot be set back"))
 
 
-def _target(folder: Path, decision: Decision) -> int:
-    """The newest checkpoint that is old enough, else the oldest from before the trouble."""
+def _target(folder: Path, decision: Decision, every: int) -> int:
+    """The newest checkpoint that is old enough, else the oldest from before the trouble.
+
+    Checkpoints between the regular ones are of preemptions, which must not change the run.
+    """
     assert decision.rollback_to is not None and decision.onset is not None
-    steps = [step_of(checkpoint) for checkpoint in list_checkpoints(folder)]
+    there = [step_of(checkpoint) for checkpoint in list_checkpoints(folder)]
+    steps = [step for step in there if step % every == 0] or there
     enough = [step for step in steps if step <= decision.rollback_to]
     before = [step for step in steps if step < decision.onset]
     if not before:

@@ -1,6 +1,7 @@
 """A run: what the loop needs, made once from a recipe, and what is left when it ends."""
 
 import os
+import shutil
 import sys
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -21,7 +22,7 @@ from .corpus import Corpus, planned_epochs, prepare_corpus, training_order
 from .data import boundary_ids, data_loader, ngram_cross_entropy
 from .data.order import Order
 from .errors import RecipeError
-from .guard import Decision, Guard, read_rollbacks
+from .guard import Decision, Guard
 from .kernels.backends import (
     check_attention,
     check_model,
@@ -58,6 +59,7 @@ class Run:
     order: Order
     guard: Guard
     update_norm: float | None
+    rollbacks: int
     checkpoints: CheckpointWriter
     flops_per_token: float
     reporter: Reporter
@@ -116,18 +118,17 @@ class Run:
             },
             "guard": self.guard.state_dict(),
             "update_norm": update_norm,
-            "rollbacks": len(read_rollbacks(self.folder)),
+            "rollbacks": self.rollbacks,
             "recipe": to_dict(self.recipe),
         }
 
     def rolled_back(self, decision: Decision) -> "Run":
         """The run as it was before the trouble that the guard found, other data ahead of it."""
-        self.checkpoints.wait()
         where = roll_back(
             self.folder,
             decision,
             self.order,
-            self.recipe.training.global_batch_size,
+            self.recipe.training,
             self.model,
             self.optimizer,
             self.accelerator,
@@ -143,6 +144,7 @@ class Run:
             order=order,
             guard=where.guard,
             update_norm=where.update_norm,
+            rollbacks=len(where.skipped),
         )
 
     def throughput(self) -> Throughput:
@@ -209,6 +211,7 @@ def prepare_run(recipe: Recipe, resume: str) -> Run:
         order=training_order(recipe, corpus, where.skipped),
         guard=guard,
         update_norm=where.update_norm,
+        rollbacks=len(where.skipped),
         checkpoints=CheckpointWriter(
             folder,
             accelerator,
@@ -360,8 +363,13 @@ def save_model(run: Run) -> Path:
     target = run.folder / "model"
     weights = parallel.full_weights(run.model)
     if run.accelerator.is_main_process:
+        temporary = run.folder / ".tmp-model"
+        shutil.rmtree(temporary, ignore_errors=True)
         inner = parallel.unwrap_model(run.model)
-        inner.save_pretrained(target, state_dict=weights)
-        run.tokenizer.save_pretrained(target)
+        inner.save_pretrained(temporary, state_dict=weights)
+        run.tokenizer.save_pretrained(temporary)
+        # A folder of this name is taken for the model of a run that has finished.
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
     run.accelerator.wait_for_everyone()
     return target

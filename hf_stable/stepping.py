@@ -9,6 +9,7 @@ import torch
 from . import optim, parallel
 from .errors import DivergedError
 from .guard import Decision, Observation
+from .model.sigma_stable_gpt import StableGPTSigmaLinear
 from .runs import Run
 from .watchdog import Watchdog
 
@@ -94,11 +95,12 @@ class Stepper:
         """Loss, z-loss, stop requests, gradient norm and the last update's norm, in one copy from
         the device, for which the host waits once a step."""
         moved, self._moved = self._moved, None
-        last = [] if moved is None else [moved.to(norm.device).double().reshape(1)]
-        loss, z_loss, stopping, norm_, *rest = torch.cat(
-            [sums.double(), norm.double().reshape(1), *last]
-        ).tolist()
-        return loss, z_loss, stopping, norm_, rest[0] if rest else None
+        norms = [norm] if moved is None else [norm, moved]
+        # Copies of the weights may differ where a bit has flipped, and all ranks must decide alike.
+        shared = torch.stack([each.to(sums.device).double() for each in norms])
+        parallel.all_max(shared)
+        loss, z_loss, stopping, largest, *rest = torch.cat([sums.double(), shared]).tolist()
+        return loss, z_loss, stopping, largest, rest[0] if rest else None
 
     def _update(self, step: int, decision: Decision) -> float:
         """Move the weights if the guard accepts the step; returns the learning rate."""
@@ -112,8 +114,13 @@ class Stepper:
                 self._moved = optim.update_norm(run.optimizer) / rate
             if self._qk_clip is not None:
                 self._qk_clip.clip()
-        elif self._qk_clip is not None:
+            return rate
+        if self._qk_clip is not None:
             self._qk_clip.forget()
+        for module in run.model.modules():
+            if isinstance(module, StableGPTSigmaLinear):
+                # A process that resumes here knows of no step before and takes a power step.
+                module.forget_change()
         return rate
 
 

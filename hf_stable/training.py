@@ -71,6 +71,7 @@ def train(recipe: Recipe, *, resume: str = "auto", stop: Stop | None = None) -> 
             stack.enter_context(run_lock(Path(recipe.output)))
         run = prepare_run(recipe, resume)  # until here Ctrl-C ends at once
         stack.callback(run.reporter.close)
+        stack.callback(run.checkpoints.close)
         signals = stack.enter_context(StopSignals())
         watchdog = stack.enter_context(_watchdog(run))
         if run.accelerator.is_main_process:
@@ -99,6 +100,7 @@ class _Course:
         if "rollback" in self._run.recipe.guard.actions and not self._run.first_step:
             self._checkpoint(0, None)  # trouble may come before the first regular one
         while isinstance(ended := self._stretch(), Decision):
+            self._wait()
             self._run = self._run.rolled_back(ended)
         run = self._run
         if not ended.preempted and ended.stopped is None:
@@ -132,6 +134,7 @@ class _Course:
         if reason is not None:
             run.reporter.event("stopped", done, f"stopped: {reason}")
             self._validate(done)
+            self._wait()
             return TrainResult(run.folder, done, self._perplexity, stopped=reason)
         if _is_due(done, settings.evaluate_every, total_steps):
             self._validate(done)
@@ -158,6 +161,7 @@ class _Course:
         run = self._run
         self._watchdog.beat(done, "checkpoint")
         self._wait()
+        run.reporter.sync()
         run.checkpoints.save(done, run.model, run.optimizer, run.scalars(done, update_norm))
         self._saved = done
         if not run.recipe.training.asynchronous_checkpoints:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_stable import cli, records, resuming, runs, training
+from hf_stable import cli, records, resuming, runs, stepping, training
 from hf_stable.checkpoints import list_checkpoints
 from hf_stable.checkpoints.directory import step_of
 from hf_stable.errors import CheckpointError, DivergedError
@@ -217,6 +217,30 @@ def test_a_guard_that_finds_nothing_changes_nothing(tmp_path: Path, preset: str)
     left, right = state(plain.folder), state(guarded.folder)
     for name in left:
         assert np.array_equal(np.asarray(left[name]), np.asarray(right[name])), name
+
+
+def test_a_death_after_a_refused_step_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"model.preset": "sigma_reparam", "training__checkpoint_every": 5}
+    recipe = tiny_recipe(tmp_path, **options)
+    corrupt_once = stepping.optim.clip_gradients
+
+    def poisoned(model: Any, *others: Any) -> torch.Tensor:
+        if poisoned.step == 5:  # pyright: ignore[reportFunctionMemberAccess]
+            next(model.parameters()).grad.view(-1)[0] = math.nan
+        poisoned.step += 1  # pyright: ignore[reportFunctionMemberAccess]
+        return corrupt_once(model, *others)
+
+    monkeypatch.setattr(stepping.optim, "clip_gradients", poisoned)
+    poisoned.step = 1  # pyright: ignore[reportFunctionMemberAccess]
+    whole = train(tiny_recipe(tmp_path, **options, output=tmp_path / "whole"))
+    poisoned.step = 1  # pyright: ignore[reportFunctionMemberAccess]
+    with pytest.raises(Died):
+        train(recipe, stop=_die_at(7))
+    again = train(recipe)
+    assert records.read_metrics(again.folder, "resumed")[0]["step"] == 5
+    assert_same(whole.folder, again.folder)
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "survival" / "kill.py"

@@ -117,6 +117,33 @@ def test_resuming_is_bit_exact(tmp_path: Path, model: str) -> None:
             assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_a_changed_recipe_is_followed_from_where_the_run_stands(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, training__checkpoint_every=9, training__log_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, stop=lambda step, *_: _interrupt(step, 10))
+    slow = tiny_recipe(
+        tmp_path,
+        training__checkpoint_every=9,
+        training__log_every=1,
+        optimizer__learning_rate=1e-30,
+    )
+    with pytest.raises(CheckpointError, match="learning_rate"):
+        train(slow)
+    result = train(slow, resume="changed")
+    last = load_file(list_checkpoints(result.folder)[-1] / "model" / "model.safetensors")
+    first = load_file(list_checkpoints(result.folder)[0] / "model" / "model.safetensors")
+    assert {path.name for path in list_checkpoints(result.folder)} == {
+        "step-00000018",
+        "step-00000020",
+    }
+    assert all(torch.equal(first[name], last[name]) for name in first)
+
+
+def _interrupt(step: int, at: int) -> None:
+    if step == at:
+        raise KeyboardInterrupt
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     first, second = train(recipe), train(recipe)

@@ -84,6 +84,14 @@ class CheckpointWriter:
         if pending is not None:
             pending.result()
 
+    def close(self) -> None:
+        """Let go of thread and group, when what is being written is; without raising."""
+        if self._thread is not None:
+            self._thread.shutdown()
+        if self._group is not None and dist.is_initialized():
+            dist.destroy_process_group(self._group)
+        self._thread = self._group = None
+
 
 def save_checkpoint(
     run: Path, step: int, model: Any, optimizer: torch.optim.Optimizer, accelerator: Accelerator,

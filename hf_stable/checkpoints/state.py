@@ -102,9 +102,16 @@ def put_tensors(
     tensors: dict[str, torch.Tensor],
     groups: list[dict[str, Any]],
 ) -> None:
-    """Put back what `tensors_of` gave, or what has its names, shapes and shards."""
+    """Put back what `tensors_of` gave, or what has its names, shapes and shards.
+
+    Learning rates, decay and betas stay the optimizer's own: they are the recipe's to change.
+    """
     weights: dict[str, Any] = {}
-    state: dict[str, Any] = {"state": {}, "param_groups": groups}
+    own = [
+        {**saved, **{key: value for key, value in group.items() if key != "params"}}
+        for saved, group in zip(groups, optimizer.param_groups, strict=True)
+    ]
+    state: dict[str, Any] = {"state": {}, "param_groups": own}
     for key, tensor in tensors.items():
         part, name = key.split("/", 1)
         if part == "model":

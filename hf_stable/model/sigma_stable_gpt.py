@@ -80,6 +80,10 @@ class StableGPTSigmaLinear(StableGPTLinear):
         changed, self.seen_age = age != self.seen_age, age
         return changed
 
+    def forget_change(self) -> None:
+        """Take the next forward pass in training for one after a change."""
+        self.seen_age = None
+
     @torch.no_grad()
     def fold(self) -> nn.Linear:
         """The same map as a plain linear layer."""

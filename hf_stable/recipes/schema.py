@@ -491,9 +491,9 @@ class Recipe:
 ADAPTER = TypeAdapter(Recipe)
 
 
-def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """The whole recipe, defaults included, as plain JSON values."""
-    return ADAPTER.dump_python(recipe, mode="json")
+def to_dict(recipe: Recipe, *, defaults: bool = True) -> dict[str, Any]:
+    """The whole recipe, or what of it differs from the defaults, as plain JSON values."""
+    return ADAPTER.dump_python(recipe, mode="json", exclude_defaults=not defaults)
 
 
 def from_dict(content: dict[str, Any]) -> Recipe:

@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hf_stable.errors import UserError
+from hf_stable.preemption import EXIT_PREEMPTED
 
 from .baselines import check_baselines
 from .jobs import Jobs
@@ -124,7 +125,7 @@ class _Processes:
         return bool(self._workers)
 
     def _replace(self, number: int, code: int) -> None:
-        self._died += 1
+        self._died += code != EXIT_PREEMPTED
         if self._died > _REPLACEMENTS:
             raise UserError(
                 f"workers died {self._died} times, the last with exit code {code}: see "

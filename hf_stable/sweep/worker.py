@@ -40,7 +40,8 @@ ATTEMPTS = 2
 
 def recipe_digest(recipe: Recipe) -> str:
     """What a finished run must still match; where its files lie does not count."""
-    content = {key: value for key, value in to_dict(recipe).items() if key != "output"}
+    chosen = to_dict(recipe, defaults=False)  # keys that come later change no digest
+    content = {key: value for key, value in chosen.items() if key != "output"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -3,9 +3,10 @@
     python scripts/survival/faults.py --output scripts/survival/faults.json
 
 One tiny model, one seed. Each fault meets four runs: without a guard, with one that only skips
-updates, with one that also rolls back, and with the whole ladder. The figure that counts is the final validation loss beside that
-of the run without a fault. Faults of data hit the samples at their positions in the data, so that
-going back and leaving them out helps; the others happen once, at a step.
+updates, with one that also rolls back, and with the whole ladder. The figure that counts is the
+final validation loss beside that of the run without a fault. Faults of data hit the samples at
+their positions in the data, so that going back and leaving them out helps; the others happen once,
+at a step.
 """
 
 import argparse

@@ -66,7 +66,9 @@ def test_what_is_saved_is_loaded_bit_by_bit(tmp_path: Path) -> None:
     one.save(2, norm=float("inf"), **scalars)
     straight = one.step(3)
     assert other.load() == {**scalars, "norm": float("inf"), "step": 2}
-    assert other.optimizer.param_groups[0]["lr"] == 0.1 + 0.2
+    # What the recipe decides is not the checkpoint's.
+    assert other.optimizer.param_groups[0]["lr"] == 0.01
+    other.optimizer.param_groups[0]["lr"] = 0.1 + 0.2
     assert differences(other.step(3), straight) == []
 
 

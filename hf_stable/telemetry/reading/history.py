@@ -94,7 +94,11 @@ def _in_force(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     kept: list[dict[str, Any]] = []
     for row in rows:
         if row["event"] in ("resumed", "rolled_back"):
-            kept = [other for other in kept if other["step"] <= row["step"]]
+            kept = [
+                other
+                for other in kept
+                if other["step"] <= row["step"] or other["event"] == "rolled_back"
+            ]
         kept.append(row)
     return kept
 
