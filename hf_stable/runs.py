@@ -98,7 +98,7 @@ class Run:
     def max_grad_norm(self, step: int) -> float | None:
         """The norm that the gradients of a step, counted from 0, are clipped to."""
         settings = self.recipe.optimizer
-        late = settings.late_max_grad_norm, settings.late_clip_step or 0
+        late = settings.late_max_grad_norm, settings.late_clip_step
         return optim.max_grad_norm_at(step, settings.max_grad_norm, *late)
 
     def scalars(self, step: int, update_norm: float | None) -> dict[str, Any]:

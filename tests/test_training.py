@@ -224,6 +224,25 @@ def test_a_non_finite_gradient_never_reaches_the_weights(tmp_path: Path, monkeyp
     assert all(tensor.isfinite().all() for tensor in _weights(result.folder / "model").values())
 
 
+def test_gradients_are_clipped_to_the_norms_that_the_recipe_names(
+    tmp_path: Path, monkeypatch
+) -> None:
+    clip, norms = stepping.optim.clip_gradients, []
+
+    def clipped(model, *others):
+        before = clip(model, *others)
+        left = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        norms.append((before.item(), left.item()))
+        return before
+
+    monkeypatch.setattr(stepping.optim, "clip_gradients", clipped)
+    options = {"optimizer__late_max_grad_norm": 0.02, "optimizer__late_clip_step": 12}
+    train(tiny_recipe(tmp_path, optimizer__max_grad_norm=0.3, **options))
+    assert min(before for before, _ in norms) > 0.3
+    limits = [0.3] * 12 + [0.02] * 8
+    assert [left for _, left in norms] == pytest.approx(limits, rel=1e-4)
+
+
 def test_many_non_finite_steps_end_the_run_with_its_records(tmp_path: Path, monkeypatch) -> None:
     _poison(monkeypatch, range(10**6))
     recipe = tiny_recipe(tmp_path, training__steps=40)
