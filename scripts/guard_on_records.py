@@ -23,7 +23,7 @@ from hf_stable.records import read_metrics, read_run
 from hf_stable.sweep.rule import smoothed
 
 HERE = Path(__file__).parent
-ARCHIVES = (HERE / "instability/records.tar.gz", HERE / "studies/table3_cpu/records.tar.xz")
+ARCHIVES = (HERE / "instability/records.tar.xz", HERE / "studies/table3_cpu/records.tar.xz")
 ROSE = 0.5
 
 

@@ -156,7 +156,7 @@ def markdown(runs: dict[int, Runs], results: dict[str, Any]) -> str:
                 f"{len(runs)} seeds, at three peak learning rates: {rates[0]} (calm), {rates[1]} "
                 f"(converging, at the edge) and {rates[2]} (diverging). Trained by "
                 "`scripts/instability/run.sh`; this file and [page.html](page.html) are made by "
-                "`python scripts/instability/report.py` from records.tar.gz. Revision "
+                "`python scripts/instability/report.py` from records.tar.xz. Revision "
                 f"{high.run['git_revision']}, {high.run['device']}.",
                 *_lead_words(results["leads"]),
                 *_rule_words(results["rules"], results["leads"]),
@@ -274,7 +274,7 @@ def main() -> None:
         folder = arguments.runs
         if folder is None:
             folder = Path(scratch)
-            with tarfile.open(HERE / "records.tar.gz") as archive:
+            with tarfile.open(HERE / "records.tar.xz") as archive:
                 archive.extractall(folder, filter="data")
         runs = read_runs(folder)
         found = {seed: diagnose(each["diverging"]) for seed, each in runs.items()}
