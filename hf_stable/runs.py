@@ -215,7 +215,7 @@ def prepare_run(recipe: Recipe, resume: str) -> Run:
         checkpoints=CheckpointWriter(
             folder,
             accelerator,
-            Keep(settings.keep_checkpoints, settings.keep_every),
+            Keep(settings.keep_checkpoints, settings.keep_every, settings.checkpoint_every or 1),
             tokenizer=tokenizer,
             asynchronous=settings.asynchronous_checkpoints,
         ),

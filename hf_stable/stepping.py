@@ -43,13 +43,14 @@ class Stepper:
         self._moved = (
             None if run.update_norm is None else torch.tensor(run.update_norm, dtype=torch.float64)
         )
-        self._inside = contextlib.ExitStack()
         self.throughput = run.throughput()
 
     def __enter__(self) -> Self:
-        if self._qk_clip is not None:
-            self._inside.enter_context(self._qk_clip)
-        self._inside.enter_context(self._watcher)
+        with contextlib.ExitStack() as entered:
+            if self._qk_clip is not None:
+                entered.enter_context(self._qk_clip)
+            entered.enter_context(self._watcher)
+            self._inside = entered.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:

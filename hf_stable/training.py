@@ -23,7 +23,7 @@ from .recipes import Recipe
 from .runs import Run, prepare_run, save_model
 from .stepping import Step, Stepper
 from .watchdog import FOLDER as HEARTBEATS
-from .watchdog import Watchdog
+from .watchdog import Watchdog, clear_heartbeats
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ def train(recipe: Recipe, *, resume: str = "auto", stop: Stop | None = None) -> 
     with contextlib.ExitStack() as stack:
         if os.environ.get("RANK", "0") == "0":
             stack.enter_context(run_lock(Path(recipe.output)))
+            clear_heartbeats(Path(recipe.output) / HEARTBEATS)
         run = prepare_run(recipe, resume)  # until here Ctrl-C ends at once
         stack.callback(run.reporter.close)
         stack.callback(run.checkpoints.close)

@@ -77,6 +77,13 @@ def read_heartbeats(folder: Path, world_size: int) -> list[Heartbeat]:
     return beats
 
 
+def clear_heartbeats(folder: Path) -> None:
+    """Remove a former start's, before any process of this one writes: ranks that are gone since
+    would seem to hang."""
+    for file in folder.glob("rank-*.json"):
+        file.unlink(missing_ok=True)
+
+
 def furthest_behind(beats: Sequence[Heartbeat]) -> list[Heartbeat]:
     """Those whom the others wait for: at the earliest place of all, the longest silent first.
 

@@ -1,5 +1,6 @@
 """A run survives signals, rollbacks and deaths: what comes out is what would have come out."""
 
+import contextlib
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -130,6 +132,51 @@ def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
             train(recipe)
 
     train(recipe, stop=second)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, 32 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = f"mount -t tmpfs -o size=32m tmpfs {disk}"
+    if subprocess.run(mount, shell=True, check=False, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("log_every", [1, 16], ids=["log", "checkpoint"])
+def test_a_full_disk_costs_no_more_than_the_steps_since_the_last_checkpoint(
+    tmp_path: Path,
+    small_disk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    log_every: int,
+) -> None:
+    options = {"model.attention_dropout": 0.1, "training__checkpoint_every": 4}
+    options |= {"training__log_every": log_every, "telemetry__every": 0}
+    whole = train(tiny_recipe(tmp_path, **options, output=tmp_path / "whole"))
+    recipe = tiny_recipe(tmp_path, **options, output=small_disk / "run")
+    filler = small_disk / "filler"
+
+    def fill(done: int, loss: float, norm: float) -> None:
+        if done == 5:
+            with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(512))
+
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump(recipe))
+    with monkeypatch.context() as inside:
+        inside.setattr(training, "train", partial(train, stop=fill))
+        assert cli.main(["train", str(file)]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert [step_of(path) for path in list_checkpoints(Path(recipe.output))] == [4]
+    filler.unlink()
+    again = train(recipe)
+    assert records.read_metrics(again.folder, "resumed")[0]["step"] == 4
+    assert_same(whole.folder, again.folder)
 
 
 def corrupt(monkeypatch: pytest.MonkeyPatch, first: int, last: int) -> None:

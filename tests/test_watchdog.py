@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from hf_stable.training import train
 from hf_stable.watchdog import (
     EXIT_HANG,
+    FOLDER,
     Heartbeat,
     Phase,
     Watchdog,
@@ -22,6 +25,7 @@ from hf_stable.watchdog import (
 )
 
 from .launching import PATIENCE, ROOT, WORKER, free_port, wait_until
+from .training import tiny_recipe
 
 
 def beat(rank: int, step: int, phase: Phase = "data", seconds_ago: float = 0) -> Heartbeat:
@@ -84,6 +88,18 @@ def test_a_damaged_heartbeat_is_none(tmp_path: Path, content: str) -> None:
     heartbeat_file(tmp_path, 0).write_text(content)
     assert read_heartbeats(tmp_path, 1) == []
     assert "without a heartbeat: 0" in describe_hang([], 1)
+
+
+def test_ranks_of_a_former_start_do_not_seem_to_hang(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, training__steps=2)
+    stale = heartbeat_file(Path(recipe.output) / FOLDER, 5)
+    stale.parent.mkdir(parents=True)
+    about = asdict(beat(5, 3, seconds_ago=1000))
+    del about["rank"]
+    stale.write_text(json.dumps(about))
+    assert [each.rank for each in read_heartbeats(stale.parent, 8)] == [5]
+    train(recipe)
+    assert [each.rank for each in read_heartbeats(stale.parent, 8)] == [0]
 
 
 def test_a_beat_writes_no_file_itself(tmp_path: Path) -> None:

@@ -254,16 +254,20 @@ def quarantine(folder: Path, why: str) -> Path:
     return target
 
 
-def prune(parent: Path, last: int, every: int = 0) -> None:
-    """Delete old checkpoints.
+def prune(parent: Path, last: int, every: int = 0, interval: int = 1) -> None:
+    """Delete old checkpoints, but never the newest.
 
     Args:
         last: so many of the newest stay, at least one.
         every: steps that this number divides stay too; 0 keeps none of them.
+        interval: only steps that this number divides count among `last`; others are of signals,
+            which must not push out what a rollback goes back to.
     """
     folders = checkpoints_in(parent)
-    for folder in folders[: -max(last, 1)]:
-        if every == 0 or step_of(folder) % every:
+    regular = [folder for folder in folders if step_of(folder) % interval == 0]
+    kept = {*folders[-1:], *regular[-max(last, 1) :]}
+    for folder in folders:
+        if folder not in kept and (every == 0 or step_of(folder) % every):
             _delete(folder)
 
 

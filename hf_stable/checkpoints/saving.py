@@ -22,10 +22,12 @@ class Keep:
     Args:
         last: so many of the newest.
         every: and all whose step this number divides; 0 keeps no others.
+        interval: steps between the regular ones, which alone count among `last`.
     """
 
     last: int = 2
     every: int = 0
+    interval: int = 1
 
 
 class CheckpointWriter:
@@ -122,5 +124,7 @@ def _write(
         if rank == 0:
             give_up(temporary)
         raise
-    from_main(lambda: prune(parent, keep.last, keep.every), "old checkpoints stay", group)
+    from_main(
+        lambda: prune(parent, keep.last, keep.every, keep.interval), "old checkpoints stay", group
+    )
     return folder

@@ -1,5 +1,6 @@
 """The command line `hf-stable`."""
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -8,6 +9,9 @@ from hf_stable import __version__
 from hf_stable.cli.commands import COMMANDS
 from hf_stable.cli.parsers import build_parser
 from hf_stable.errors import DivergedError, UserError
+
+# The system names no file when a disk is full.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,9 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 3 if isinstance(error, DivergedError) else 2
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in _FULL:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        what = error.filename or "a file could not be written"
+        print(f"error: {what}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         more = "; the same command goes on from the newest checkpoint"

@@ -11,9 +11,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     TypeAdapter,
-    model_serializer,
     model_validator,
 )
 from pydantic.dataclasses import dataclass
@@ -60,14 +58,6 @@ class SourceRecipe:
     """Fraction of the documents that are validation, chosen by a hash of their text."""
     weight: Positive | None = None
     """Share of the training tokens relative to the others; give one to all of them or to none."""
-
-    @model_serializer(mode="wrap")
-    def _without_neutral_weight(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Records of runs from before there were weights stay equal to what the recipe writes now.
-        content = write(self)
-        if self.weight is None:
-            content.pop("weight", None)
-        return content
 
 
 def _source(value: Any) -> Any:
@@ -205,14 +195,6 @@ class OptimizerRecipe:
                 "step; lower it below 1"
             )
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_neutral_newcomers(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Records of runs from before these keys stay equal to what the recipe writes now.
-        newcomers = {"late_max_grad_norm", "late_clip_step", "qk_clip"}
-        neutral = {name for name in newcomers if self.__dict__[name] is None}
-        neutral |= {"clip_by"} if self.clip_by == "global" else set()
-        return {name: value for name, value in write(self).items() if name not in neutral}
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -284,8 +284,14 @@ def test_what_stays(tmp_path: Path) -> None:
     quarantine(folder_of(tmp_path, 10), "by a test")
     prune(tmp_path, last=2, every=30)
     assert [directory.step_of(path) for path in checkpoints_in(tmp_path)] == [30, 60, 70, 80]
+    _save(tmp_path, 85)
+    prune(tmp_path, last=2, interval=10)  # that of a signal stays while it is the newest
+    assert [directory.step_of(path) for path in checkpoints_in(tmp_path)] == [70, 80, 85]
+    _save(tmp_path, 90)
+    prune(tmp_path, last=2, interval=10)
+    assert [directory.step_of(path) for path in checkpoints_in(tmp_path)] == [80, 90]
     prune(tmp_path, last=0)
-    assert [directory.step_of(path) for path in checkpoints_in(tmp_path)] == [80]
+    assert [directory.step_of(path) for path in checkpoints_in(tmp_path)] == [90]
     assert (tmp_path / "bad-step-00000010").is_dir()
 
 
