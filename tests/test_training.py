@@ -133,6 +133,7 @@ def test_a_changed_recipe_is_followed_from_where_the_run_stands(tmp_path: Path) 
     last = load_file(list_checkpoints(result.folder)[-1] / "model" / "model.safetensors")
     first = load_file(list_checkpoints(result.folder)[0] / "model" / "model.safetensors")
     assert {path.name for path in list_checkpoints(result.folder)} == {
+        "step-00000009",
         "step-00000018",
         "step-00000020",
     }

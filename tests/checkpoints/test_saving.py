@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from hf_stable.checkpoints import (
@@ -282,3 +283,21 @@ def test_the_list_of_allowed_classes_runs_nothing() -> None:
     for module, name in sorted(sharded._ALLOWED):
         found = sharded._Unpickler(io.BytesIO(b"")).find_class(module, name)
         assert isinstance(found, (type, torch.dtype)) or name == "_get_layout"
+
+
+@pytest.mark.parametrize("owner", [torch.Size, "text"])
+def test_attributes_in_metadata_are_members_of_enumerations_only(owner: Any) -> None:
+    """Python 3.11.0 to 3.11.3 pickles a member as `getattr(enumeration, name)`."""
+
+    class Of:
+        def __init__(self, owner: Any, name: str) -> None:
+            self.arguments = owner, name
+
+        def __reduce__(self) -> Any:
+            return getattr, self.arguments
+
+    member = next(iter(_MEM_FORMAT_ENCODING))
+    content = pickle.dumps(Of(_MEM_FORMAT_ENCODING, member.name))
+    assert sharded._Unpickler(io.BytesIO(content)).load() is member
+    with pytest.raises(pickle.UnpicklingError, match="is not allowed"):
+        sharded._Unpickler(io.BytesIO(pickle.dumps(Of(owner, "count")))).load()

@@ -56,7 +56,6 @@ def test_without_weights_sources_are_one_text_in_the_order_of_before(tmp_path, p
     assert isinstance(order, DataOrder)
     expected = DataOrder(3, len(corpus.train), [(5, 9)])
     assert order.blocks(np.arange(500)).tolist() == expected.blocks(np.arange(500)).tolist()
-    assert all("weight" not in source for source in to_dict(recipe)["data"]["train"])
     (use,) = planned_epochs(recipe, corpus)
     assert use.paths == paths
     assert use.epochs == 20 * 8 / len(corpus.train)
