@@ -50,7 +50,7 @@ class _Writer(FileSystemWriter):
 
 
 def _member(enumeration: Any, name: str) -> Any:
-    """In the place of `getattr`, by which Python 3.11.0 to 3.11.3 pickles members of enumerations."""
+    """For `getattr`, by which Python 3.11.0 to 3.11.3 pickles members of enumerations."""
     if not (isinstance(enumeration, type) and issubclass(enumeration, Enum)):
         raise pickle.UnpicklingError(f"getattr of {enumeration!r} is not allowed in it")
     return enumeration[name]
