@@ -1,5 +1,7 @@
 """Importing this module makes Transformers know `stable_gpt` and, with Triton, its kernels."""
 
+import sys
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from . import kernels
@@ -8,4 +10,7 @@ from .model import StableGPTConfig, StableGPTForCausalLM, StableGPTModel
 AutoConfig.register("stable_gpt", StableGPTConfig, exist_ok=True)
 AutoModel.register(StableGPTConfig, StableGPTModel, exist_ok=True)
 AutoModelForCausalLM.register(StableGPTConfig, StableGPTForCausalLM, exist_ok=True)
+# `transformers serve` and TRL look an architecture up as an attribute of Transformers, not by Auto.
+# Not by an import statement: while it is imported, Transformers puts another module in its place.
+vars(sys.modules["transformers"])["StableGPTForCausalLM"] = StableGPTForCausalLM
 kernels.register()

@@ -51,6 +51,7 @@ def test_export_is_bit_equal_without_hf_stable(preset: str, tmp_path: Path) -> N
         "loss_stable_gpt.py",
         "modeling_stable_gpt.py",
         "sigma_stable_gpt.py", "slots_stable_gpt.py", "tokenizer.json", "tokenizer_config.json",
+        "watch_stable_gpt.py",
     }  # fmt: skip
     assert set(json.loads((folder / "config.json").read_text())["auto_map"]) == {
         "AutoConfig",

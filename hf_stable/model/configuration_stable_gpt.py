@@ -60,6 +60,36 @@ _HOST_KEYWORDS = {
     "use_return_dict",
 }
 
+# Arguments of a model's from_pretrained, which clients give to the configuration's as well
+# (lm-evaluation-harness, transformers serve); about loading, never about the model.
+_LOADING_KEYWORDS = {
+    "adapter_kwargs",
+    "adapter_name",
+    "allow_all_kernels",
+    "device_map",
+    "device_mesh",
+    "distributed_config",
+    "generation_config",
+    "gguf_file",
+    "ignore_mismatched_sizes",
+    "kernel_config",
+    "key_mapping",
+    "low_cpu_mem_usage",
+    "max_memory",
+    "offload_buffers",
+    "offload_folder",
+    "output_loading_info",
+    "state_dict",
+    "tp_plan",
+    "tp_size",
+    "tqdm_class",
+    "trust_remote_code",
+    "use_kernels",
+    "use_safetensors",
+    "variant",
+    "weights_only",
+}
+
 _LEGACY_ROPE = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
 
 # Configs that models were built from.
@@ -268,7 +298,8 @@ class StableGPTConfig(PreTrainedConfig):
                 '{"rope_theta": ...} with all its keys.'
             )
         if not kwargs.get("return_unused_kwargs", False):
-            cls._refuse_unknown({key: value for key, value in kwargs.items() if key[0] != "_"})
+            own = {key: kwargs[key] for key in kwargs.keys() - _LOADING_KEYWORDS if key[0] != "_"}
+            cls._refuse_unknown(own)
         return super().from_dict(config_dict, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -408,6 +439,12 @@ class StableGPTConfig(PreTrainedConfig):
             )
         if self.mup_base_width is not None:
             self._require_counts("mup_base_width")
+        if self.sigma_reparam and vars(self).get("quantization_config") is not None:
+            raise ValueError(
+                "sigma_reparam=True cannot be quantized, since a quantized layer knows no "
+                "gain / sigma(W): load the model, fold it by model.fold_sigma_reparam(), save it, "
+                "and quantize that."
+            )
 
     def _check_score(self) -> None:
         """The score room."""

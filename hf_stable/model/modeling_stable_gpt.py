@@ -40,6 +40,7 @@ from .slots_stable_gpt import (
     embedding_std,
     init_matrix,
 )
+from .watch_stable_gpt import StableGPTLossWatch
 
 
 @dataclass
@@ -106,7 +107,25 @@ class StableGPTPreTrainedModel(PreTrainedModel):
             self._refuse(name, *self._CLIP)
             if self.config.attn_logit_softcapping is not None:
                 self._refuse(name, "attention_dropout")
+        if name in ("vllm", "sglang"):
+            self._refuse_in_servers(name)
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def _refuse_in_servers(self, name: str) -> None:
+        """Refuse what the Transformers backends of vLLM and SGLang would leave out.
+
+        vLLM takes the cap from the config, SGLang does not. Both put linear layers of their own in
+        place of ours, and vLLM also RMSNorms, whose gain it takes for what it finds.
+        """
+        self._refuse(name, *self._CLIP)
+        if name == "sglang":
+            self._refuse(name, "attn_logit_softcapping")
+        elif self.config.zero_centered_norm and self.config.norm == "rmsnorm":
+            raise ValueError('vllm reads zero_centered_norm=True of norm="rmsnorm" as a gain of w.')
+        if self.config.sigma_reparam:
+            raise ValueError(
+                f"{name} would drop sigma_reparam=True: serve model.fold_sigma_reparam() instead."
+            )
 
     def set_input_embeddings(self, value: Any) -> None:
         """Give the embedding another weight; a plain embedding would lose scale and detach."""
@@ -298,6 +317,9 @@ class StableGPTForCausalLM(StableGPTPreTrainedModel, GenerationMixin):
         self.model = StableGPTModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = StableGPTHead(config)
+        self.loss_watch = StableGPTLossWatch(config.z_loss)
+        if config.z_loss:
+            self.model.register_forward_pre_hook(self.loss_watch.before_decoder)
         self.post_init()
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
@@ -354,6 +376,7 @@ class StableGPTForCausalLM(StableGPTPreTrainedModel, GenerationMixin):
         if shift_labels is not None:
             targets = self._targets(shift_labels, hidden_states.shape[:2], ignore_index)
             loss, ce_loss, z_loss = self.lm_head(hidden_states, targets, num_items_in_batch)
+            self.loss_watch.answer()
         skip = self.training if skip_logits is None else skip_logits
         logits = None
         if shift_labels is None or not skip:

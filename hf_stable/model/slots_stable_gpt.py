@@ -40,8 +40,11 @@ class StableGPTEmbedding(nn.Embedding):
 
     @property
     def embed_scale(self) -> torch.Tensor:
-        """The multiplier under the name by which PEFT scales an adapter of this layer."""
-        return self.weight.new_tensor(self.multiplier)
+        """The multiplier, 0-d, under the name that PEFT scales an adapter of this layer by.
+
+        On a CPU, for vLLM reads its value while the weight is on the meta device.
+        """
+        return torch.tensor(self.multiplier)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         embedded = scale_gradient(super().forward(input_ids), self.gradient_factor)
