@@ -55,9 +55,7 @@ def load_model(
     truncated or missing shards, parameters that the weights do not cover, no tokenizer.
     """
     source = str(path)
-    if _is_local(source):
-        _check_folder(Path(source))
-    config = _load_config(source, trust_remote_code)
+    config = load_config(path, trust_remote_code=trust_remote_code)
     if Path(source).is_dir():
         _check_weights(Path(source))
     tokenizer = _load_tokenizer(source, trust_remote_code)
@@ -66,6 +64,14 @@ def load_model(
     # Module.to, because a decorator hides the signature of the class's own `to` from pyright.
     torch.nn.Module.to(model, device)
     return model.eval(), tokenizer
+
+
+def load_config(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config of a folder or a model on the Hub; CheckpointError as of `load_model`."""
+    source = str(path)
+    if _is_local(source):
+        _check_folder(Path(source))
+    return _load_config(source, trust_remote_code)
 
 
 def _is_local(source: str) -> bool:
