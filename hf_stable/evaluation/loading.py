@@ -43,12 +43,16 @@ _BOOKKEEPING = {"model_type", "auto_map", "_name_or_path", "_commit_hash"}
 
 
 def load_model(
-    path: str | Path, *, trust_remote_code: bool = False, dtype: str | torch.dtype | None = None
+    path: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    dtype: str | torch.dtype | None = None,
+    device: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM in eval mode, on the accelerator where there is one, with its tokenizer.
 
     `path` is a folder, or the id of a model on the Hub. `dtype` None keeps the checkpoint's. Code
-    of the checkpoint itself runs only with `trust_remote_code`.
+    of the checkpoint itself runs only with `trust_remote_code`. `device` is another place for it.
 
     Raises CheckpointError (a UserError) naming the folder or file: no such folder, no or broken
     config.json, a model type or fields that the installed version does not know, no weights,
@@ -60,9 +64,9 @@ def load_model(
         _check_weights(Path(source))
     tokenizer = _load_tokenizer(source, trust_remote_code)
     model = _load_weights(source, config, trust_remote_code, dtype)
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     # Module.to, because a decorator hides the signature of the class's own `to` from pyright.
-    torch.nn.Module.to(model, device)
+    torch.nn.Module.to(model, device or accelerator or "cpu")
     return model.eval(), tokenizer
 
 

@@ -1,6 +1,10 @@
 """Laws of convert: the same logits in float64, whole folders, nothing that is passed over."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ from hf_stable.hub import check_export, export
 
 from .sources import CASES, SIZES, build, save
 
+ROOT = Path(__file__).parents[2]
 # Rounding of float64 is 1.1e-16; what was seen is at most 2e-14.
 EXACT = 1e-12
 
@@ -227,3 +232,23 @@ def test_the_command_line_says_what_it_found(
     assert "llama (llama): logits differ by" in shown and "in float64" in shown
     assert cli.main(["convert", str(llama), "--output", str(tmp_path / "ours")]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_a_model_of_the_hub_is_recorded_with_its_commit(llama: Path, tmp_path: Path) -> None:
+    """From the Hub's cache on the disk, in a process of its own: its place is read at import."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "cache" / "hub" / "models--someone--tiny"
+    shutil.copytree(llama, cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    command = [sys.executable, "-m", "hf_stable", "convert", "someone/tiny"]
+    subprocess.run(
+        [*command, "--output", str(tmp_path / "ours")],
+        env={**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    record = json.loads((tmp_path / "ours" / RECORD).read_text())
+    assert (record["source"], record["revision"]) == ("someone/tiny", commit)
+    assert list(record["weights_sha256"]) == ["model.safetensors"]
