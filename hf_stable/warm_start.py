@@ -5,6 +5,7 @@ All weights are the trained ones; vectors that a technique adds begin at their n
 one exists. The perplexity on held-out text, before and after the switch, is printed and recorded.
 """
 
+import copy
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +58,7 @@ class WarmStart:
                 f"holds a {type(source).__name__}; `hf-stable convert` makes a StableGPT of some"
             )
         self._source = source
+        self._trained = copy.deepcopy(source.config)  # as it was, also when sigma is folded
         self.sha256 = _digest(source)
 
     def give_weights(self, model: StableGPTForCausalLM) -> list[str]:
@@ -70,7 +72,7 @@ class WarmStart:
                 weights another meaning or be ignored.
         """
         self._check_fields(model.config)
-        if self._source.config.sigma_reparam and not model.config.sigma_reparam:
+        if self._trained.sigma_reparam and not model.config.sigma_reparam:
             self._source.fold_sigma_reparam()
         theirs, ours = self._source.state_dict(), model.state_dict()
         problems = [f"{name} has no place in it" for name in theirs if name not in ours]
@@ -82,7 +84,7 @@ class WarmStart:
         if problems:
             raise self._error("does not fit the recipe's model:\n  " + "\n  ".join(problems))
         model.load_state_dict(theirs, strict=False)
-        if not self._source.config.sigma_reparam:
+        if not self._trained.sigma_reparam:
             for _, linear in model._sigma_linears():
                 init_sigma(model.config, linear)
         return [name for name in ours if name not in theirs]
@@ -107,7 +109,7 @@ class WarmStart:
         return {
             "folder": str(self._recipe.training.initial_model),
             "sha256": self.sha256,
-            "switched": _differences(self._source.config, model.config),
+            "switched": _differences(self._trained, model.config),
             "added": added,
             "perplexity_before": before.to_dict(),
             "perplexity_after": after.to_dict(),
@@ -132,7 +134,7 @@ class WarmStart:
             torch.nn.Module.to(model, place)
 
     def _check_fields(self, config: StableGPTConfig) -> None:
-        trained = self._source.config
+        trained = self._trained
         for name in _MEANING:
             there, here = getattr(trained, name), getattr(config, name)
             if there != here:

@@ -1,4 +1,4 @@
-"""Laws of a warm start: the trained weights, a cost that is told, and a run that goes on exactly."""
+"""Laws of a warm start: the trained weights, a cost that is told, a run that goes on exactly."""
 
 import json
 import os
@@ -15,10 +15,12 @@ from hf_stable import StableGPTForCausalLM, records
 from hf_stable.check import check
 from hf_stable.checkpoints import list_checkpoints
 from hf_stable.cli import main
+from hf_stable.convert import RECORD, convert
 from hf_stable.errors import CheckpointError, RecipeError
 from hf_stable.recipes import load_recipe
 from hf_stable.training import train
 
+from .convert.sources import save
 from .launching import ROOT, torchrun
 from .tiny import byte_tokenizer, tiny_llama
 from .training import RECIPES, tiny_recipe
@@ -116,9 +118,27 @@ def test_sigma_reparam_is_taken_out_by_folding(home: Path, tmp_path: Path) -> No
     started(home, tmp_path / "sigma", **sigma)
     record = started(home, tmp_path / "plain", training__initial_model=tmp_path / "sigma")
     assert record["perplexity_ratio"] == pytest.approx(1, abs=1e-5)
+    assert record["switched"] == {"sigma_reparam": [True, False]}
     # And goes on with its own vectors where it stays.
     record = started(home, tmp_path / "again", training__initial_model=tmp_path / "sigma", **sigma)
     assert record["perplexity_ratio"] == 1 and record["added"] == []
+
+
+def test_a_converted_checkpoint_trains_on(home: Path, tmp_path: Path) -> None:
+    """The record of a conversion has the recipe's model section, but for the vocabulary."""
+    convert(save(tmp_path / "llama", "llama", num_key_value_heads=2), tmp_path / "ours")
+    fields = json.loads((tmp_path / "ours" / RECORD).read_text())["fields"]
+    del fields["vocab_size"]
+    record = started(
+        home,
+        tmp_path / "run",
+        training__initial_model=tmp_path / "ours",
+        tokenizer__path=tmp_path / "ours",
+        tokenizer__vocab_size=257,
+        model=json.dumps({**fields, "attn_logit_softcapping": 1e4}),
+    )
+    assert record["switched"] == {"attn_logit_softcapping": [None, 1e4]}
+    assert record["perplexity_ratio"] == pytest.approx(1, abs=1e-4)
 
 
 def test_a_warm_run_resumes_exactly(home: Path, tmp_path: Path) -> None:
