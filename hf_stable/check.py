@@ -135,7 +135,8 @@ def _least_bytes(recipe: Recipe, world_size: int, local_size: int) -> int:
     config = recipe.model_config()
     width, head = config.hidden_size, config.head_dim or 0
     queries, keys = config.num_attention_heads * head, 2 * (config.num_key_value_heads or 0) * head
-    block = width * (2 * queries + keys) + 2 * width * (config.intermediate_size or 0)
+    matrices = 3 if config.mlp_gated else 2
+    block = width * (2 * queries + keys) + matrices * width * (config.intermediate_size or 0)
     tables = (1 if config.tie_word_embeddings else 2) * config.vocab_size * width
     parameters = config.num_hidden_layers * block + tables
     sharding = resolve_sharding(recipe.training, world_size, local_size)

@@ -125,7 +125,9 @@ def row_factors(largest: torch.Tensor, threshold: float, key_heads: int) -> torc
 
 
 def _scale_rows(weight: torch.Tensor, factor: torch.Tensor) -> None:
-    """Multiply rows in place by a (rows, 1) factor that every process has."""
+    """Multiply rows in place by a (rows, 1) factor, those of a bias (rows,) too, that every
+    process has."""
+    factor = factor.view(-1, *[1] * (weight.ndim - 1))
     if isinstance(weight, DTensor):
         factor = DTensor.from_local(factor, weight.device_mesh, run_check=False)
         factor = factor.redistribute(placements=weight.placements).to_local()
@@ -200,6 +202,7 @@ class QKClip:
         values = factors.new_ones(len(factors), config.num_key_value_heads)
         rows = torch.cat((factors, values), 1).repeat_interleave(config.head_dim, 1)
         for layer, factor in zip(self._layers, rows[:, :, None].unbind(), strict=True):
-            _scale_rows(layer.qkv_proj.weight, factor)
+            for tensor in layer.qkv_proj.parameters():
+                _scale_rows(tensor, factor)
         self.forget()
         return largest

@@ -25,6 +25,7 @@ _FREE_KEYS = {
     "data.cache",
     "data.num_workers",
     "training.micro_batch_size",
+    "training.initial_model",  # whose weights count, see `check_initial_model`
     "training.sharding",
     "training.shard_size",
     "training.reshard_after_forward",
@@ -114,6 +115,29 @@ def check_data(folder: Path, data: dict[str, Any], resume: str) -> None:
         if old is not None and old != new:
             changes[f"fingerprint of the {part} tokens (text and tokenizer)"] = (old, new)
     _refuse(folder, "a run on other data", changes, resume)
+
+
+def check_initial_model(folder: Path, sha256: str | None, resume: str) -> dict[str, Any] | None:
+    """Refuse to go on with a run that began with other weights than the recipe's initial model.
+
+    Args:
+        sha256: of the initial model; None without one.
+
+    Returns:
+        What run.json says of it, if it is the same one.
+
+    Raises:
+        CheckpointError: with the hashes, unless `resume` is "changed".
+    """
+    if not (folder / "run.json").exists():
+        return None
+    record = records.read_run(folder).get("initial_model")
+    before = None if record is None else record["sha256"]
+    if before == sha256:
+        return record
+    changes = {"SHA-256 of training.initial_model": (before, sha256)}
+    _refuse(folder, "a run that began with other weights", changes, resume)
+    return None
 
 
 def _refuse(folder: Path, what: str, changes: dict[str, tuple[Any, Any]], resume: str) -> None:

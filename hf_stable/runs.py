@@ -33,9 +33,17 @@ from .model import StableGPTConfig, StableGPTForCausalLM
 from .qk_clip import QKClip, check_qk_clip
 from .recipes import Recipe, to_dict
 from .reporting import Reporter, Throughput, describe_device
-from .resuming import check_data, check_recipe, flat, resume_run, roll_back
+from .resuming import (
+    check_data,
+    check_initial_model,
+    check_recipe,
+    flat,
+    resume_run,
+    roll_back,
+)
 from .sharding import resolve_sharding
 from .telemetry import Watcher, watch
+from .warm_start import WarmStart, cost_line
 
 # Seconds that processes wait while the main one prepares the data.
 _LEAST_PATIENCE = 7200
@@ -190,6 +198,8 @@ def prepare_run(recipe: Recipe, resume: str) -> Run:
         tokenizer, corpus = prepare_corpus(recipe, progress=accelerator.is_main_process)
     check_data(folder, _describe_data(corpus), resume)
     inner = _build_model(recipe, tokenizer, accelerator.device)
+    initial = _initial_model(recipe, inner, tokenizer, accelerator, resume)
+    _prepare_blocks(recipe, inner)
     about = _describe(inner, recipe, accelerator.device)
     model, optimizer = parallel.wrap(
         inner, lambda wrapped: _optimizer(recipe, wrapped), accelerator, sharding
@@ -222,7 +232,9 @@ def prepare_run(recipe: Recipe, resume: str) -> Run:
         flops_per_token=about["flops_per_token"],
         reporter=Reporter(folder, accelerator, recipe.num_steps, where.step),
     )
-    _record_start(run, {**about, "sharding": asdict(sharding)}, "started" if is_new else "resumed")
+    _record_start(
+        run, {**about, **initial, "sharding": asdict(sharding)}, "started" if is_new else "resumed"
+    )
     return run
 
 
@@ -269,6 +281,32 @@ def _build_model(
         model = StableGPTForCausalLM._from_config(config, attn_implementation=backend)
     except (ImportError, ValueError) as error:
         raise RecipeError(f"training.attn_implementation is {backend}: {error}") from error
+    return model
+
+
+def _initial_model(
+    recipe: Recipe,
+    model: StableGPTForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+    resume: str,
+) -> dict[str, Any]:
+    """Begin with trained weights if the recipe says so; what run.json is to say of it."""
+    folder = Path(recipe.output)
+    if recipe.training.initial_model is None:
+        check_initial_model(folder, None, resume)
+        return {}
+    start = WarmStart(recipe, accelerator.device)
+    record = check_initial_model(folder, start.sha256, resume)
+    added = start.give_weights(model)
+    if record is None and accelerator.is_main_process:
+        record = start.measure(model, tokenizer, added)
+        _say(cost_line(record))
+    return {"initial_model": record}
+
+
+def _prepare_blocks(recipe: Recipe, model: StableGPTForCausalLM) -> None:
+    """Recomputation and compilation, as the recipe asks for them."""
     if recipe.training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         # Embeddings are trained, or a first block that needs gradients where others do not would
@@ -276,7 +314,6 @@ def _build_model(
         model.disable_input_require_grads()
     if recipe.training.compile:
         compile_blocks(model)
-    return model
 
 
 def _describe(model: StableGPTForCausalLM, recipe: Recipe, device: torch.device) -> dict[str, Any]:

@@ -23,7 +23,9 @@ def _linear(x: Tensor, weights: dict[str, Tensor], name: str, config: Any) -> Te
     if config.sigma_reparam:
         sigma = weights[f"{name}.u"] @ weight @ weights[f"{name}.v"]
         weight = weights[f"{name}.gain"] / sigma * weight
-    return x @ weight.T
+    y = x @ weight.T
+    biased = config.linear_bias == "all" or (config.linear_bias == "qkv" and "qkv" in name)
+    return y + weights[f"{name}.bias"] if biased else y
 
 
 def _rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
@@ -100,16 +102,22 @@ def hidden_states(
             y = _norm(y, weights, f"{name}.post_attention_layernorm", config)
         if config.layer_scale is not None:
             y = y * weights[f"{name}.attention_scale.weight"]
-        x = y = x + y
+        stream = x + y
+        y = x if config.parallel_residual else stream
         if config.mlp_pre_norm:
             y = _norm(y, weights, f"{name}.pre_feedforward_layernorm", config)
-        y = torch.relu(_linear(y, weights, f"{name}.mlp.up_proj", config)) ** 2
+        hidden = _linear(y, weights, f"{name}.mlp.up_proj", config)
+        if config.mlp_gated:
+            gate = torch.relu(_linear(y, weights, f"{name}.mlp.gate_proj", config)) ** 2
+            y = gate * hidden
+        else:
+            y = torch.relu(hidden) ** 2
         y = _linear(y, weights, f"{name}.mlp.down_proj", config)
         if config.mlp_post_norm:
             y = _norm(y, weights, f"{name}.post_feedforward_layernorm", config)
         if config.layer_scale is not None:
             y = y * weights[f"{name}.mlp_scale.weight"]
-        x = x + y
+        x = stream + y
     return _norm(x, weights, "model.norm", config)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_stable.check import CheckReport, check, flops_per_token
+from hf_stable.check import CheckReport, _least_bytes, check, flops_per_token
 from hf_stable.errors import RecipeError
 from hf_stable.model import StableGPTForCausalLM
 from hf_stable.recipes import Recipe, load_recipe
@@ -87,7 +87,7 @@ def test_parameters_are_those_of_the_real_model(overrides: list[str]) -> None:
     assert report.non_embedding_parameters == sum(weight.numel() for weight in without)
 
 
-@pytest.mark.parametrize("preset", ["baseline", "qk_norm_cap", "sigma_reparam"])
+@pytest.mark.parametrize("preset", ["baseline", "qk_norm_cap", "sigma_reparam", "gated_mlp"])
 @pytest.mark.parametrize("heads", ["[2, 2]", "[4, 2]"])
 def test_flops_are_those_that_torch_counts(preset: str, heads: str) -> None:
     num_heads, kv_heads = heads.strip("[]").split(", ")
@@ -114,7 +114,9 @@ def test_flops_are_those_that_torch_counts(preset: str, heads: str) -> None:
     assert matrices + 2 * causal <= counter.get_total_flops() <= matrices + 2 * causal + own
 
 
-@pytest.mark.parametrize("preset", ["baseline", "qkv_norm", "soft_cap", "sigma_reparam"])
+@pytest.mark.parametrize(
+    "preset", ["baseline", "qkv_norm", "soft_cap", "sigma_reparam", "gated_mlp"]
+)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_activations_are_what_a_real_step_keeps(preset: str, precision: str) -> None:
     backend = "eager" if preset == "soft_cap" else "sdpa"
@@ -138,6 +140,15 @@ def test_activations_are_what_a_real_step_keeps(preset: str, precision: str) -> 
         tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights
     )
     assert report.memory.activations == pytest.approx(real, rel=0.05)
+
+
+@pytest.mark.parametrize("preset", ["baseline", "gated_mlp"])
+def test_the_lower_bound_of_memory_counts_the_matrices_of_a_block(preset: str) -> None:
+    recipe = tiny(preset, "training.micro_batch_size=1", "data.sequence_length=2")
+    model = build(recipe, "eager")
+    matrices = sum(weight.numel() for weight in model.parameters() if weight.ndim == 2)
+    layers, width = model.config.num_hidden_layers, model.config.hidden_size
+    assert _least_bytes(recipe, 1, 1) == 16 * matrices + layers * 2 * width * 4
 
 
 @pytest.mark.parametrize("preset", ["soft_cap", "soft_clip"])

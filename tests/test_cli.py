@@ -36,6 +36,7 @@ SURFACE = {
     "generate": {"MODEL", "--prompt", "--max-new-tokens", "--temperature", "--top-k", "--seed"},
     "export": {"RUN", "--step", "--output"},
     "card": {"RUN", "--output", "--evaluations", "--license", "--watts"},
+    "convert": {"SOURCE", "--output", "--dtype"},
     "watch": {"RUN", "--refresh", "--once", "--html"},
     "diagnose": {"RUN", "--json"},
     "sweep": {"PLAN", "--dry-run", "--workers", "--slurm", "--set", "--output"},

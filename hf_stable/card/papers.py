@@ -179,6 +179,20 @@ _PAPERS = (
         2022,
         "2205.01068",
     ),
+    Paper(
+        "shazeer2020glu",
+        "Shazeer, Noam",
+        "GLU Variants Improve Transformer",
+        2020,
+        "2002.05202",
+    ),
+    Paper(
+        "black2022gpt",
+        "Black, Sid and Biderman, Stella and Hallahan, Eric and Anthony, Quentin and others",
+        "GPT-NeoX-20B: An Open-Source Autoregressive Language Model",
+        2022,
+        "2204.06745",
+    ),
 )
 PAPERS = {paper.key: paper for paper in _PAPERS}
 # Whose baseline the model is without any technique (section 3).
@@ -207,6 +221,9 @@ TECHNIQUES = (
     Technique("embedding_scale", 1.0, "Scaled Embed", (_TAKASE,), "scaled_embed"),
     Technique("embedding_norm", False, "Embed LN", (_TAKASE,), "embed_norm"),
     Technique("embedding_detach", 1.0, "Embed Detach", ("zeng2022glm", _TAKASE), "embed_detach"),
+    Technique("parallel_residual", False, "MLP beside attention", ("black2022gpt",)),
+    Technique("mlp_gated", False, "gated MLP", ("shazeer2020glu",)),
+    Technique("linear_bias", None, "linears with a bias"),
     Technique("sigma_reparam", False, "sigma-Reparam", (_ZHAI, _RYBAKOV), "sigma_reparam"),
     Technique("sigma_gain_init", "one", "initial gain of sigma-Reparam", (_ZHAI,)),
     Technique("mup_base_width", None, "simple muP", (_WORTSMAN,), "mup"),

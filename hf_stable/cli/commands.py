@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
+from hf_stable.cli import convert
 from hf_stable.errors import UserError
 
 if TYPE_CHECKING:
@@ -302,6 +303,7 @@ COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
     "generate": _generate,
     "export": _export,
     "card": _card,
+    "convert": convert.run,
     "watch": _watch,
     "diagnose": _diagnose,
     "sweep": _sweep,

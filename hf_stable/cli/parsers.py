@@ -6,6 +6,8 @@ from typing import Literal
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from hf_stable.cli import convert
+
 _DESCRIPTION = """\
 Stable language model pre-training on the HuggingFace stack.
 
@@ -317,6 +319,7 @@ def build_parser(version: str) -> ArgumentParser:
         ("generate", _generate_parser()),
         ("export", _export_parser()),
         ("card", _card_parser()),
+        ("convert", convert.add_options(_parser(convert.DESCRIPTION))),
         ("watch", _watch_parser()),
         ("diagnose", _diagnose_parser()),
         ("sweep", _sweep_parser()),

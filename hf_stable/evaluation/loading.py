@@ -43,29 +43,39 @@ _BOOKKEEPING = {"model_type", "auto_map", "_name_or_path", "_commit_hash"}
 
 
 def load_model(
-    path: str | Path, *, trust_remote_code: bool = False, dtype: str | torch.dtype | None = None
+    path: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    dtype: str | torch.dtype | None = None,
+    device: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM in eval mode, on the accelerator where there is one, with its tokenizer.
 
     `path` is a folder, or the id of a model on the Hub. `dtype` None keeps the checkpoint's. Code
-    of the checkpoint itself runs only with `trust_remote_code`.
+    of the checkpoint itself runs only with `trust_remote_code`. `device` is another place for it.
 
     Raises CheckpointError (a UserError) naming the folder or file: no such folder, no or broken
     config.json, a model type or fields that the installed version does not know, no weights,
     truncated or missing shards, parameters that the weights do not cover, no tokenizer.
     """
     source = str(path)
-    if _is_local(source):
-        _check_folder(Path(source))
-    config = _load_config(source, trust_remote_code)
+    config = load_config(path, trust_remote_code=trust_remote_code)
     if Path(source).is_dir():
         _check_weights(Path(source))
     tokenizer = _load_tokenizer(source, trust_remote_code)
     model = _load_weights(source, config, trust_remote_code, dtype)
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     # Module.to, because a decorator hides the signature of the class's own `to` from pyright.
-    torch.nn.Module.to(model, device)
+    torch.nn.Module.to(model, device or accelerator or "cpu")
     return model.eval(), tokenizer
+
+
+def load_config(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config of a folder or a model on the Hub; CheckpointError as of `load_model`."""
+    source = str(path)
+    if _is_local(source):
+        _check_folder(Path(source))
+    return _load_config(source, trust_remote_code)
 
 
 def _is_local(source: str) -> bool:

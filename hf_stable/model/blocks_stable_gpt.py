@@ -23,7 +23,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .configuration_stable_gpt import StableGPTConfig
-from .functional_stable_gpt import attention_forward, rotate, squared_relu
+from .functional_stable_gpt import attention_forward, mlp_stream, rotate, squared_relu
 from .sigma_stable_gpt import StableGPTSigmaLinear
 from .slots_stable_gpt import (
     StableGPTHeadNorm,
@@ -70,7 +70,8 @@ class StableGPTAttention(nn.Module):
         self.score_arguments = _score_arguments(config)
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.widths = [heads * config.head_dim, *[kv_heads * config.head_dim] * 2]
-        self.qkv_proj = _linear(config, config.hidden_size, sum(self.widths))
+        biased = config.linear_bias is not None
+        self.qkv_proj = _linear(config, config.hidden_size, sum(self.widths), bias=biased)
         self.o_proj = _linear(config, self.widths[0], config.hidden_size, closes_branch=True)
         self.q_norm = _score_norm(config, config.qk_norm, heads)
         self.k_norm = _score_norm(config, config.qk_norm, kv_heads)
@@ -116,12 +117,17 @@ class StableGPTAttention(nn.Module):
 
 
 def _linear(
-    config: StableGPTConfig, in_features: int, out_features: int, closes_branch: bool = False
+    config: StableGPTConfig,
+    in_features: int,
+    out_features: int,
+    closes_branch: bool = False,
+    bias: bool | None = None,
 ) -> StableGPTLinear:
     depth_scaled = closes_branch and config.depth_scaled_init
     init_scale = 1 / math.sqrt(2 * config.num_hidden_layers) if depth_scaled else 1.0
     kind = StableGPTSigmaLinear if config.sigma_reparam else StableGPTLinear
-    return kind(in_features, out_features, init_scale)
+    bias = config.linear_bias == "all" if bias is None else bias
+    return kind(in_features, out_features, init_scale, bias)
 
 
 def norm_slot(config: StableGPTConfig, present: bool, gain: float = 1.0) -> nn.Module:
@@ -147,6 +153,22 @@ class StableGPTMLP(nn.Module):
         return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
 
 
+class StableGPTGatedMLP(StableGPTMLP):
+    """FC2(act(gate x) * FC1 x), a GLU (Shazeer 2020)."""
+
+    def __init__(self, config: StableGPTConfig) -> None:
+        super().__init__(config)
+        self.gate_proj = _linear(config, config.hidden_size, config.intermediate_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate = self.act_fn(self.gate_proj(hidden_states))
+        return self.down_proj(gate * self.up_proj(hidden_states))
+
+
+def _mlp(config: StableGPTConfig) -> StableGPTMLP:
+    return StableGPTGatedMLP(config) if config.mlp_gated else StableGPTMLP(config)
+
+
 class StableGPTDecoderLayer(GradientCheckpointingLayer):
     """Two branches, each pre-norm, map, post-norm, LayerScale, and the residual add."""
 
@@ -158,15 +180,17 @@ class StableGPTDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = norm_slot(config, config.attention_post_norm, gain)
         self.attention_scale = _layer_scale(config)
         self.pre_feedforward_layernorm = norm_slot(config, config.mlp_pre_norm)
-        self.mlp = StableGPTMLP(config)
+        self.mlp = _mlp(config)
         self.post_feedforward_layernorm = norm_slot(config, config.mlp_post_norm, gain)
         self.mlp_scale = _layer_scale(config)
+        self.parallel_residual = config.parallel_residual
 
     def forward(
         self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> torch.Tensor:
         branch, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         branch = self.attention_scale(self.post_attention_layernorm(branch))
-        hidden_states = hidden_states + branch
-        branch = self.mlp(self.pre_feedforward_layernorm(hidden_states))
-        return hidden_states + self.mlp_scale(self.post_feedforward_layernorm(branch))
+        stream = hidden_states + branch
+        read = mlp_stream(hidden_states, stream, self.parallel_residual)
+        branch = self.mlp(self.pre_feedforward_layernorm(read))
+        return stream + self.mlp_scale(self.post_feedforward_layernorm(branch))

@@ -41,6 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "embed_detach": {"embedding_detach": 0.1, "initializer": "small"},
     "z_loss": {"z_loss": 1e-4},
     "mup": {"mup_base_width": 256},
+    "gated_mlp": {"mlp_gated": True},
 }
 
 # What Transformers itself passes to, or stores in, any configuration besides the declared fields.
@@ -149,9 +150,16 @@ class StableGPTConfig(PreTrainedConfig):
         embedding_norm: (branch) norm on the embedding output (Embed LN).
         embedding_detach: (branch) share of the gradient that reaches the embedding (Embed Detach,
             GLM-130B: 0.1); 1.0 is off.
+        parallel_residual: (branch) the MLP reads what the attention branch reads, not its sum
+            (GPT-J; GPT-NeoX).
 
-        sigma_reparam: (linear) W is replaced by gain * W / sigma(W) in the four linears of every
-            block (Zhai et al. 2023).
+        mlp_gated: (linear) FC1's output is multiplied by the activation of a further map of the
+            MLP's input, which has no activation itself (GLU, Shazeer 2020; Llama's SwiGLU with
+            `hidden_act="silu"`): three matrices of `intermediate_size`, not two.
+        linear_bias: (linear) whether the linears of a block add a bias: "qkv" that of queries, keys
+            and values (Qwen 2), "all" every one (GPT-NeoX); None is off.
+        sigma_reparam: (linear) W is replaced by gain * W / sigma(W) in the linears of every block
+            (Zhai et al. 2023).
         sigma_gain_init: (linear) "one" (the paper's text) or "spectral" (the PyTorch release: the
             function is unchanged at initialization).
         mup_base_width: (linear) width at which learning rates were tuned (simple muP, Wortsman et
@@ -220,7 +228,10 @@ class StableGPTConfig(PreTrainedConfig):
     embedding_scale: int | float | str = 1.0
     embedding_norm: bool = False
     embedding_detach: int | float = 1.0
+    parallel_residual: bool = False
 
+    mlp_gated: bool = False
+    linear_bias: Literal["qkv", "all"] | None = None
     sigma_reparam: bool = False
     sigma_gain_init: Literal["one", "spectral"] = "one"
     mup_base_width: int | None = None

@@ -188,6 +188,17 @@ def scale_gradient(tensor: torch.Tensor, factor: float) -> torch.Tensor:
     return fixed + factor * (tensor - fixed)
 
 
+def mlp_stream(before: torch.Tensor, after: torch.Tensor, parallel: bool) -> torch.Tensor:
+    """The residual stream that the MLP reads: that after the attention branch, or, in parallel with
+    it, that before (Wang and Komatsuzaki 2021, GPT-J; Black et al. 2022, GPT-NeoX).
+
+    Args:
+        before, after: (B, Q, C).
+        parallel: False is off.
+    """
+    return before if parallel else after
+
+
 def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary position embedding (Su et al. 2021) of the first `cos.shape[-1]` channels of a head.
 

@@ -45,21 +45,24 @@ register_optimizer_step_post_hook(_count_optimizer_steps)
 
 
 class StableGPTSigmaLinear(StableGPTLinear):
-    """sigma-Reparam: y = gain / sigma(W) * W x (Zhai et al. 2023, section 3.2).
+    """sigma-Reparam: y = gain / sigma(W) * W x, plus a bias if there is one (Zhai et al. 2023,
+    section 3.2).
 
     sigma(W) = u^T W v has a gradient in W; `u` and `v` are buffers that advance by one power step
     whenever training goes on with a changed weight, and stand still otherwise.
     """
 
-    def __init__(self, in_features: int, out_features: int, init_scale: float = 1.0) -> None:
-        super().__init__(in_features, out_features, init_scale)
+    def __init__(
+        self, in_features: int, out_features: int, init_scale: float = 1.0, bias: bool = False
+    ) -> None:
+        super().__init__(in_features, out_features, init_scale, bias)
         self.gain = nn.Parameter(torch.empty(1))
         self.u = nn.Buffer(torch.empty(out_features))
         self.v = nn.Buffer(torch.empty(in_features))
         self.seen_age: tuple[int, int] | None = None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(hidden_states, self.effective_weight())
+        return nn.functional.linear(hidden_states, self.effective_weight(), self.bias)
 
     def effective_weight(self) -> torch.Tensor:
         """gain / sigma(W) * W, (out, in), in the weight's dtype; sigma in at least fp32."""
@@ -90,6 +93,7 @@ class StableGPTSigmaLinear(StableGPTLinear):
         weight = self.effective_weight()
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+        linear.bias = self.bias
         return linear.train(self.training)
 
 

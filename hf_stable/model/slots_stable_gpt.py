@@ -101,10 +101,12 @@ class StableGPTLayerScale(nn.Module):
 
 
 class StableGPTLinear(nn.Linear):
-    """Linear map without bias that knows how small its weight begins."""
+    """Linear map, without bias unless asked, that knows how small its weight begins."""
 
-    def __init__(self, in_features: int, out_features: int, init_scale: float = 1.0) -> None:
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(
+        self, in_features: int, out_features: int, init_scale: float = 1.0, bias: bool = False
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias)
         self.init_scale = init_scale
 
 
@@ -221,6 +223,8 @@ def embedding_std(config: StableGPTConfig) -> float:
 
 
 def init_matrix(config: StableGPTConfig, linear: StableGPTLinear) -> None:
+    if linear.bias is not None:
+        init.zeros_(linear.bias)
     if config.initializer == "fan_in":
         std = linear.init_scale / math.sqrt(linear.in_features) / _TRUNCATED_STD
         init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std)

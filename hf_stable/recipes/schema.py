@@ -229,6 +229,8 @@ class TrainingRecipe:
     """Sequences of one optimizer step, over all processes."""
     micro_batch_size: PositiveCount
     """Sequences that one process computes at once; it accumulates up to its share of a batch."""
+    initial_model: Annotated[str, Field(min_length=1)] | None = None
+    """Run or model folder whose trained weights the run begins with; null draws them."""
     steps: PositiveCount | None = None
     """Optimizer steps; give either this or `tokens`."""
     tokens: PositiveCount | None = None
@@ -286,6 +288,14 @@ class TrainingRecipe:
                 f"{self.micro_batch_size}; change one of them"
             )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_neutral_newcomers(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Records of runs from before these keys stay equal to what the recipe writes now.
+        content = write(self)
+        if self.initial_model is None:
+            content.pop("initial_model", None)
+        return content
 
     @model_validator(mode="after")
     def _sharding_has_effect(self) -> "TrainingRecipe":

@@ -3,7 +3,8 @@
 The norm of a branch's Jacobian is at most that of its maps over the standard deviation of the
 stream that its norm divides by. Written for Pre-LN with the identity as activation, as in the
 paper; gains of the norm and LayerScale vectors, which the paper has at 1, enter by their largest
-entries. A branch that is not Pre-LN has no such bound and gets no number.
+entries. A branch that is not Pre-LN has no such bound and gets no number, nor has an MLP that is
+gated, which is no chain of two maps, or parallel, which does not read x'.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call, jvp, vjp
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_stable.model.blocks_stable_gpt import StableGPTDecoderLayer
+from hf_stable.model.blocks_stable_gpt import StableGPTDecoderLayer, StableGPTGatedMLP
 from hf_stable.model.functional_stable_gpt import attention_forward, spectral_norm, statistics_dtype
 from hf_stable.model.sigma_stable_gpt import StableGPTSigmaLinear
 
@@ -167,14 +168,19 @@ class Bounds:
 
     def _look_at_layer(self, layer: Layer, prefix: torch.Tensor) -> dict[str, torch.Tensor]:
         block: Any = layer.module
-        norms = {name: _spectral(layer, name) for name in ("proj", "fc1", "fc2")}
+        gated = isinstance(block.mlp, StableGPTGatedMLP)
+        words = ("proj", "gate", "fc1", "fc2") if gated else ("proj", "fc1", "fc2")
+        norms = {name: _spectral(layer, name) for name in words}
         found = {f"{layer.place}.{name}/weight_spectral": norm for name, norm in norms.items()}
         if _is_pre_norm(block.input_layernorm, block.post_attention_layernorm):
             rotary = self._model.base_model.rotary_emb
             jacobian = attention_jacobian_norm(block, rotary, prefix)
             gains = _largest(block.input_layernorm) * _largest(block.attention_scale)
             found[f"{layer.place}/attention_factor"] = norms["proj"] * jacobian * gains
-        if _is_pre_norm(block.pre_feedforward_layernorm, block.post_feedforward_layernorm):
+        chain = not gated and not block.parallel_residual
+        if chain and _is_pre_norm(
+            block.pre_feedforward_layernorm, block.post_feedforward_layernorm
+        ):
             gains = _largest(block.pre_feedforward_layernorm) * _largest(block.mlp_scale)
             found[f"{layer.place}/mlp_factor"] = norms["fc1"] * norms["fc2"] * gains
         return found

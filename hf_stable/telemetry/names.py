@@ -27,7 +27,7 @@ LINEAR = {
     "weight_rms": "root mean square of an element of W",
     "weight_grad_l2": "L2 norm of the loss's gradient in W, before clipping where the loop says so",
     "weight_update_ratio": "L2 norm of W's change in this step over that of W",
-    "weight_spectral": "largest singular value of the map, by power iteration; proj, fc1, fc2",
+    "weight_spectral": "largest singular value of proj, gate, fc1 and fc2, by power iteration",
     "gain": "sigma-Reparam's gain",
 }
 ATTENTION = {

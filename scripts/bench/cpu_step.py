@@ -51,7 +51,8 @@ def build(name: str) -> torch.nn.Module:
         return LlamaForCausalLM(LlamaConfig(**gated))
     if name == "gemma2":
         return Gemma2ForCausalLM(Gemma2Config(**gated, sliding_window=SEQUENCE))
-    return StableGPTForCausalLM(StableGPTConfig.from_preset(name, **shape))
+    sizes = gated if name == "gated_mlp" else shape
+    return StableGPTForCausalLM(StableGPTConfig.from_preset(name, **sizes))
 
 
 class Step:

@@ -39,7 +39,8 @@ DRY_MODEL = {
 
 E1 = {**PRESETS["qk_norm_cap"], **PRESETS["z_loss"]}
 # Everything that a run would combine. A clip takes the place of the softmax and has rows of its
-# own; an embedding's scale would be undone by its norm; muP changes numbers only.
+# own; an embedding's scale would be undone by its norm; muP changes numbers only;
+# a gated MLP is another architecture.
 ALL = {
     **E1,
     **PRESETS["qk_fc_norm"],

@@ -334,6 +334,10 @@ def test_state_dict_has_the_published_names() -> None:
     for linear in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
         names |= {f"{layer}{linear}.{kind}" for kind in ("weight", "gain", "u", "v")}
     assert set(build(**everything).state_dict()) == names
+    names |= {f"{layer}mlp.gate_proj.{kind}" for kind in ("weight", "gain", "u", "v")}
+    names |= {name.replace(".gain", ".bias") for name in names if name.endswith(".gain")}
+    everything |= {"mlp_gated": True, "linear_bias": "all"}
+    assert set(build(**everything).state_dict()) == names
     assert build(**everything).state_dict()[f"{layer}self_attn.q_norm.weight"].shape == (8,)
 
 

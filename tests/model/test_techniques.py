@@ -171,6 +171,15 @@ def test_scaled_embedding_enlarges_the_shortcut() -> None:
     assert torch.equal(embedded[0] * math.sqrt(32), embedded[1])
 
 
+def test_a_parallel_mlp_does_not_see_what_attention_adds() -> None:
+    model, read = build(parallel_residual=True), []
+    layer = model.model.layers[0]
+    for norm in (layer.input_layernorm, layer.pre_feedforward_layernorm):
+        norm.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    model(tokens())
+    assert torch.equal(read[0], read[1])
+
+
 def test_embedding_detach_scales_the_embedding_gradient_only() -> None:
     plain, detached = (_gradients(build(embedding_detach=x), tokens()) for x in (1.0, 0.1))
     for name, gradient in plain.items():
@@ -219,6 +228,33 @@ def test_mup_keeps_the_scale_of_activations_across_widths() -> None:
             model.model.layers[0].self_attn.qkv_proj(torch.randn(500, width).double()).std()
         )
     assert abs(stds[0] / stds[1] - 1) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("linear_bias", "biased"),
+    [("qkv", ["qkv_proj"]), ("all", ["qkv_proj", "o_proj", "up_proj", "gate_proj", "down_proj"])],
+)
+def test_biases_are_where_they_should_be_and_begin_at_zero(linear_bias, biased) -> None:
+    model = build(linear_bias=linear_bias, mlp_gated=True)
+    found = {
+        name.rsplit(".", 2)[1]: parameter
+        for name, parameter in model.model.layers[0].named_parameters()
+        if name.endswith(".bias")
+    }
+    assert set(found) == set(biased)
+    assert not any(parameter.any() for parameter in found.values())
+    assert model.lm_head.bias is None
+
+
+def test_folding_sigma_reparam_keeps_the_biases() -> None:
+    model, ids = build(sigma_reparam=True, linear_bias="all"), tokens()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_()
+    before = model(ids).logits
+    assert relative_error(model.fold_sigma_reparam()(ids).logits, before) < 1e-12
+    assert model.model.layers[0].mlp.up_proj.bias is not None
 
 
 # score ----------------------------------------------------------------------------------------

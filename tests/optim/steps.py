@@ -42,6 +42,8 @@ def loud(**fields: Any) -> Any:
         for layer in model.model.layers:
             rows = layer.self_attn.qkv_proj.weight.unflatten(0, (-1, config.head_dim))
             rows[0].mul_(0.05)
+            if layer.self_attn.qkv_proj.bias is not None:
+                layer.self_attn.qkv_proj.bias[2 * config.head_dim :].normal_(std=0.2)
     return model
 
 

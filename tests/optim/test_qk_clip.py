@@ -14,7 +14,8 @@ from ..techniques import build, tokens
 from .steps import batch, loud, optimizer_of, weights
 
 TAU = 1.5
-HEADS = [{"num_key_value_heads": count} for count in (4, 2, 1)]
+HEADS: list[dict[str, Any]] = [{"num_key_value_heads": count} for count in (4, 2, 1)]
+HEADS.append({"num_key_value_heads": 2, "linear_bias": "qkv"})
 
 
 def _largest_logits(model: Any, inputs: list[torch.Tensor]) -> torch.Tensor:

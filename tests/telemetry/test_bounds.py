@@ -96,6 +96,9 @@ def test_bounds_are_in_the_first_sample_and_in_every_nth() -> None:
         ("qk_fc_norm", {}, set()),
         ("baseline", {"mlp_pre_norm": False}, {"attention"}),
         ("baseline", {"attention_post_norm": True}, {"mlp"}),
+        ("baseline", {"linear_bias": "all"}, {"attention", "mlp"}),
+        ("baseline", {"parallel_residual": True}, {"attention"}),
+        ("gated_mlp", {}, {"attention"}),
     ],
 )
 def test_only_branches_that_are_pre_norm_have_a_bound(
@@ -107,6 +110,16 @@ def test_only_branches_that_are_pre_norm_have_a_bound(
         f"layers.{layer}.stream/{branch}_bound" for layer in range(2) for branch in branches
     }
     assert all(found[name] > 1 for name in bounds)
+
+
+def test_a_gate_is_looked_at_as_every_map_is() -> None:
+    model = tiny("gated_mlp")
+    weight = model.model.layers[1].mlp.gate_proj.weight
+    largest = torch.linalg.svdvals(weight)[0].item()
+    found = watched(model, [[BATCH]])[0]
+    assert found["layers.1.gate/weight_spectral"] == pytest.approx(largest, rel=1e-6)
+    quantities = {name.split("/")[1] for name in found if name.startswith("layers.1.fc1/")}
+    assert quantities == {name.split("/")[1] for name in found if name.startswith("layers.1.gate/")}
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "stable_triton"])

@@ -1,0 +1,39 @@
+"""`hf-stable convert`: its options, and what it does."""
+
+# ruff: noqa: PLC0415
+
+from typing import Literal
+
+from jsonargparse import ArgumentParser, Namespace
+
+DESCRIPTION = "Write another family's checkpoint as a StableGPT with the same logits."
+
+
+def add_options(parser: ArgumentParser) -> ArgumentParser:
+    """Give an empty parser the options of the subcommand."""
+    parser.add_argument(
+        "source", metavar="SOURCE", help="model folder or Hub id: Llama, GPT-NeoX, Nemotron, ..."
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--dtype",
+        type=Literal["float32", "bfloat16", "float16"],
+        help="of the weights to write; the source's unless given",
+    )
+    return parser
+
+
+def run(arguments: Namespace) -> None:
+    """Convert, and say how near the result is."""
+    from hf_stable.convert import convert
+
+    done = convert(arguments.source, arguments.output, dtype=arguments.dtype)
+    print(
+        f"{done.source} ({done.model_type}): logits differ by {done.difference:.1e} of the "
+        f"largest in float64 over {done.tokens} tokens"
+    )
+    if done.saved_difference > done.difference:
+        print(f"by {done.saved_difference:.1e} with the weights rounded to {done.dtype}")
+    print(f"written: {arguments.output}")
+    print(f"next: hf-stable evaluate {arguments.output} --data TEXT")
+    print(f"      hf-stable export {arguments.output} --output FOLDER")

@@ -1,0 +1,9 @@
+"""Checkpoints of other families as StableGPTs, where the block of ours is exactly theirs.
+
+`families.py` is the table; `converting.py` reads, maps, compares in float64 and only then writes.
+"""
+
+from .converting import RECORD, TOLERANCE, Conversion, convert
+from .families import FAMILIES, WHY_NOT
+
+__all__ = ["FAMILIES", "RECORD", "TOLERANCE", "WHY_NOT", "Conversion", "convert"]

@@ -1,0 +1,120 @@
+"""From another family's config to ours: each field is mapped, known to change nothing, or refused.
+
+Law of this file: no field of the source is passed over, known or not.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Config = Mapping[str, Any]
+"""A source config as a dictionary, every default filled in."""
+
+Rule = Callable[[str, Config], dict[str, Any] | str]
+"""Told the name of a field and the whole config: our fields, or why it cannot be converted."""
+
+
+def to(field: str) -> Rule:
+    """Our field of another name, or of the same one, with the same value."""
+    return lambda name, config: {field: config[name]}
+
+
+def same(*names: str) -> dict[str, Rule]:
+    """Fields that ours has by the same name and meaning."""
+    return {name: to(name) for name in names}
+
+
+def neutral(*names: str) -> dict[str, Rule]:
+    """Fields that change no output."""
+    return {name: lambda name, config: {} for name in names}
+
+
+def only(*values: Any, why: str) -> Rule:
+    """A field that changes nothing at one of these values, and that ours cannot do at another."""
+    return lambda name, config: {} if config[name] in values else why
+
+
+def rope(partial: bool) -> Rule:
+    """Transformers' own form, which ours takes.
+
+    Args:
+        partial: whether the family knows `partial_rotary_factor`; the others pass over it.
+    """
+
+    def rule(name: str, config: Config) -> dict[str, Any] | str:
+        parameters = dict(config[name] or {})
+        if not partial and parameters.get("partial_rotary_factor", 1.0) != 1.0:
+            return "this family ignores partial_rotary_factor, and ours would not"
+        return {"rope_parameters": parameters}
+
+    return rule
+
+
+def window(name: str, config: Config) -> dict[str, Any] | str:
+    """A sliding window, which ours does not have: fine where no layer uses it, or none is full."""
+    kinds = config.get("layer_types")
+    if kinds is not None and set(kinds) == {"full_attention"}:
+        return {}
+    reach, longest = config.get("sliding_window"), config["max_position_embeddings"]
+    if (kinds is None or set(kinds) <= {"full_attention", "sliding_attention"}) and (
+        reach is None or reach >= longest
+    ):
+        return {}
+    return f"attention in windows of {reach} of {longest} tokens: ours sees every token before"
+
+
+def biases(name: str, config: Config) -> dict[str, Any] | str:
+    """`attention_bias` and `mlp_bias`, which ours has all of or none of."""
+    both = config["attention_bias"], config["mlp_bias"]
+    if both[0] != both[1]:
+        return "biases of one branch alone: ours are of queries, keys and values, or of every map"
+    return {"linear_bias": "all" if both[0] else None}
+
+
+def query_scale(name: str, config: Config) -> dict[str, Any] | str:
+    """Gemma 2's scale, 1 / sqrt(this) instead of 1 / sqrt(head_dim)."""
+    return {"attention_multiplier": (config["head_dim"] / config[name]) ** 0.5}
+
+
+# What every config of Transformers has.
+EVERYWHERE: dict[str, Rule] = {
+    **neutral(
+        *("architectures", "dtype", "model_type", "transformers_version", "_name_or_path"),
+        *("output_attentions", "output_hidden_states", "return_dict", "use_return_dict"),
+        *("id2label", "label2id", "num_labels", "problem_type"),
+    ),
+    "chunk_size_feed_forward": only(0, why="the MLP is computed in pieces"),
+    "is_encoder_decoder": only(False, why="ours has no encoder"),
+    "auto_map": only(
+        None,
+        why="the checkpoint brings code of its own, which may not compute what Transformers'"
+        " class of this type does: remove auto_map from a copy if it does",
+    ),
+    "quantization_config": only(None, why="the weights are quantised: convert the original"),
+    **same(
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+        *("num_attention_heads", "max_position_embeddings", "initializer_range", "use_cache"),
+        *("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings"),
+        *("attention_dropout",),
+    ),
+}
+
+
+def map_fields(rules: Mapping[str, Rule], config: Config) -> tuple[dict[str, Any], list[str]]:
+    """Our fields, and a line for every field of the source that stands in the way.
+
+    Args:
+        rules: of the family, beyond `EVERYWHERE`.
+    """
+    rules, fields, reasons = {**EVERYWHERE, **rules}, {}, []
+    for name, value in config.items():
+        if name in rules:
+            answer = rules[name](name, config)
+        elif value is None:
+            continue
+        else:
+            answer = "convert knows no such field here: remove it from config.json if it is not one"
+        if isinstance(answer, str):
+            reasons.append(f"{name}={value!r}: {answer}")
+        else:
+            fields.update(answer)
+    return fields, reasons

@@ -1,0 +1,226 @@
+"""Warm start: a recipe's model begins with the weights of a trained one, and what that costs.
+
+`training.initial_model` names the trained model, the recipe's model section says what it is to be.
+All weights are the trained ones; vectors that a technique adds begin at their neutral value where
+one exists. The perplexity on held-out text, before and after the switch, is printed and recorded.
+"""
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .corpus import sources_of
+from .data import ReadReport, expand, read_documents
+from .errors import RecipeError
+from .evaluation import PerplexityResult, load_model, perplexity
+from .model import StableGPTConfig, StableGPTForCausalLM
+from .model.configuration_stable_gpt import PRESETS
+from .model.sigma_stable_gpt import init_sigma
+from .recipes import Recipe
+
+# What gives the same tensors another meaning.
+_MEANING = (
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act"),
+    *("tie_word_embeddings", "zero_centered_norm"),
+)
+# What only says how weights begin.
+_BEGINNING = ("initializer", "initializer_range", "embedding_std", "depth_scaled_init")
+_UNTOLD = {
+    *_BEGINNING,
+    *("architectures", "auto_map", "dtype", "transformers_version", "_name_or_path"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "sigma_gain_init"),
+}
+
+
+class WarmStart:
+    """The trained model of a recipe that names one."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        """Load it.
+
+        Args:
+            device: where perplexities are computed.
+
+        Raises:
+            CheckpointError: when there is no model, or it cannot be loaded.
+            RecipeError: when it is no StableGPT.
+        """
+        self._recipe, self._device = recipe, device
+        place = _model_folder(str(recipe.training.initial_model))
+        source, self._tokenizer = load_model(place, dtype=torch.float32, device="cpu")
+        if not isinstance(source, StableGPTForCausalLM):
+            raise self._error(
+                f"holds a {type(source).__name__}; `hf-stable convert` makes a StableGPT of some"
+            )
+        self._source = source
+        self._trained = copy.deepcopy(source.config)  # as it was, also when sigma is folded
+        self.sha256 = _digest(source)
+
+    def give_weights(self, model: StableGPTForCausalLM) -> list[str]:
+        """Put the trained weights into the recipe's model, in place.
+
+        Returns:
+            Names of what the trained model does not have.
+
+        Raises:
+            RecipeError: with every tensor that does not fit, and every field that would give the
+                weights another meaning or be ignored.
+        """
+        self._check_fields(model.config)
+        if self._trained.sigma_reparam and not model.config.sigma_reparam:
+            self._source.fold_sigma_reparam()
+        theirs, ours = self._source.state_dict(), model.state_dict()
+        problems = [f"{name} has no place in it" for name in theirs if name not in ours]
+        for name, tensor in ours.items():
+            if name not in theirs and tensor.ndim > 1:
+                problems.append(f"{name} {tuple(tensor.shape)} would be random")
+            elif name in theirs and theirs[name].shape != tensor.shape:
+                problems.append(f"{name} is {tuple(theirs[name].shape)}, not {tuple(tensor.shape)}")
+        if problems:
+            raise self._error("does not fit the recipe's model:\n  " + "\n  ".join(problems))
+        model.load_state_dict(theirs, strict=False)
+        if not self._trained.sigma_reparam:
+            for _, linear in model._sigma_linears():
+                init_sigma(model.config, linear)
+        return [name for name in ours if name not in theirs]
+
+    def measure(
+        self, model: StableGPTForCausalLM, tokenizer: PreTrainedTokenizerBase, added: list[str]
+    ) -> dict[str, Any]:
+        """Perplexity of the trained model and of the recipe's on the recipe's held-out text.
+
+        Args:
+            model: with the trained weights. tokenizer: the run's.
+
+        Returns:
+            What run.json says of it.
+
+        Raises:
+            RecipeError: when the run's tokenizer is not the trained model's.
+        """
+        texts = list(_held_out(self._recipe, tokenizer))
+        self._check_tokenizer(tokenizer, texts)
+        before, after = (self._perplexity(each, tokenizer, texts) for each in (self._source, model))
+        return {
+            "folder": str(self._recipe.training.initial_model),
+            "sha256": self.sha256,
+            "switched": _differences(self._trained, model.config),
+            "added": added,
+            "perplexity_before": before.to_dict(),
+            "perplexity_after": after.to_dict(),
+            "perplexity_ratio": after.per_token.value / before.per_token.value,
+        }
+
+    def _perplexity(
+        self, model: StableGPTForCausalLM, tokenizer: PreTrainedTokenizerBase, texts: list[str]
+    ) -> PerplexityResult:
+        place = next(model.parameters()).device
+        torch.nn.Module.to(model, self._device)
+        length = self._recipe.data.sequence_length
+        try:
+            return perplexity(
+                model,
+                tokenizer,
+                texts,
+                max_length=min(length, model.config.max_position_embeddings),
+                batch_size=self._recipe.training.micro_batch_size,
+            )
+        finally:
+            torch.nn.Module.to(model, place)
+
+    def _check_fields(self, config: StableGPTConfig) -> None:
+        trained = self._trained
+        for name in _MEANING:
+            there, here = getattr(trained, name), getattr(config, name)
+            if there != here:
+                raise self._error(
+                    f"was trained with {name}={there!r}, with which its tensors mean something "
+                    f"else than with model.{name} {here!r}: set that to {there!r}"
+                )
+        given = {**PRESETS[self._recipe.model.get("preset", "baseline")], **self._recipe.model}
+        for name in _BEGINNING:
+            if name in given and given[name] != getattr(trained, name):
+                raise self._error(
+                    f"has the weights, so model.{name} {given[name]!r} would be ignored: set it "
+                    f"to {getattr(trained, name)!r}, as there"
+                )
+        self._check_neutral("layer_scale", trained.layer_scale is None, config.layer_scale, 1.0)
+        gain = config.sigma_gain_init if config.sigma_reparam else None
+        self._check_neutral("sigma_gain_init", not trained.sigma_reparam, gain, "spectral")
+
+    def _check_neutral(self, name: str, is_new: bool, value: Any, neutral: Any) -> None:
+        if is_new and value is not None and value != neutral:
+            raise self._error(
+                f"is trained, and model.{name} {value!r} would undo that: set it to {neutral!r}, "
+                "which leaves the model what it computes"
+            )
+
+    def _check_tokenizer(self, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> None:
+        same = tokenizer.get_vocab() == self._tokenizer.get_vocab() and all(
+            tokenizer(text).input_ids == self._tokenizer(text).input_ids for text in texts
+        )
+        if not same:
+            raise self._error(
+                "has another tokenizer than the run: set tokenizer.path to it, and "
+                f"tokenizer.vocab_size to {self._source.config.vocab_size}"
+            )
+
+    def _error(self, text: str) -> RecipeError:
+        return RecipeError(f"training.initial_model {self._recipe.training.initial_model}: {text}")
+
+
+def cost_line(record: dict[str, Any]) -> str:
+    """One line that says what the switch cost, from what `measure` returned."""
+
+    def value(key: str) -> str:
+        found = record[key]["per_token"]
+        interval = "" if found["low"] is None else f" ({found['low']:.4g} to {found['high']:.4g})"
+        return f"{found['value']:.6g}{interval}"
+
+    switched = ", ".join(
+        f"{name} {there!r} -> {here!r}" for name, (there, here) in record["switched"].items()
+    )
+    return (
+        f"{record['folder']}: perplexity {value('perplexity_before')} before and "
+        f"{value('perplexity_after')} after the switch ({switched or 'nothing'}), "
+        f"{record['perplexity_ratio']:.4f} times, on "
+        f"{record['perplexity_after']['documents']} held-out documents"
+    )
+
+
+def _model_folder(place: str) -> Path | str:
+    """The model in a run's folder; else the place itself."""
+    return Path(place) / "model" if (Path(place) / "run.json").is_file() else place
+
+
+def _digest(model: StableGPTForCausalLM) -> str:
+    """SHA-256 over names and bytes of all tensors, however many files hold them."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Held-out documents of every source, as many tokens in all as a validation reads."""
+    sources = expand(sources_of(recipe)[1])
+    share = recipe.training.evaluate_blocks * recipe.data.sequence_length / len(sources)
+    for source in sources:
+        seen = 0
+        for text in read_documents(source, ReadReport()):
+            yield text
+            seen += len(tokenizer(text, verbose=False).input_ids)
+            if seen >= share:
+                break
+
+
+def _differences(one: StableGPTConfig, other: StableGPTConfig) -> dict[str, list[Any]]:
+    left, right = one.to_dict(), other.to_dict()
+    names = [name for name in right if name not in _UNTOLD]
+    return {name: [left.get(name), right[name]] for name in names if left.get(name) != right[name]}

@@ -1,0 +1,254 @@
+"""Laws of convert: the same logits in float64, whole folders, nothing that is passed over."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_stable import StableGPTConfig, StableGPTForCausalLM, cli
+from hf_stable.convert import FAMILIES, RECORD, WHY_NOT, convert, converting
+from hf_stable.convert.exact import exact_logits
+from hf_stable.convert.rules import EVERYWHERE
+from hf_stable.errors import CheckpointError
+from hf_stable.hub import check_export, export
+
+from .sources import CASES, SIZES, build, save
+
+ROOT = Path(__file__).parents[2]
+# Rounding of float64 is 1.1e-16; what was seen is at most 2e-14.
+EXACT = 1e-12
+
+
+def ids(batch: int = 2, length: int = 11) -> torch.Tensor:
+    return torch.randint(SIZES["vocab_size"], (batch, length))
+
+
+@pytest.mark.parametrize(("kind", "fields"), CASES)
+def test_logits_are_the_source_s(kind: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    source = save(tmp_path / "source", kind, **fields)
+    done = convert(source, tmp_path / "ours")
+    assert done.difference < EXACT
+    # Once more from the folder, in fp32 as a user has it, where families differ by rounding alone.
+    theirs = AutoModelForCausalLM.from_pretrained(source)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert isinstance(ours, StableGPTForCausalLM)
+    text = ids()
+    with torch.no_grad():
+        expected, found = theirs(text).logits, ours(text).logits
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert ours.generation_config.eos_token_id == theirs.generation_config.eos_token_id
+
+
+def test_every_family_is_tested() -> None:
+    assert {kind for kind, _ in CASES} == set(FAMILIES)
+    assert not FAMILIES.keys() & WHY_NOT.keys()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("source") / "llama", "llama", num_key_value_heads=2)
+
+
+def refused(source: Path, output: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        convert(source, output)
+    assert not output.exists()
+    assert not [*output.parent.glob(".tmp-*")]
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "words"),
+    [
+        ("mistral", {"sliding_window": 64}, ["sliding_window=64", "windows of 64 of 128"]),
+        ("gemma2", {"sliding_window": 64}, ["layer_types=", "sliding_window=64"]),
+        ("gemma", {"use_bidirectional_attention": True}, ["use_bidirectional_attention=True"]),
+        (
+            "qwen3",
+            {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
+            ["sliding_window=64", "windows"],
+        ),
+        ("qwen3", {"attention_bias": True}, ["attention_bias=True"]),
+        ("olmo2", {"attention_bias": True}, ["attention_bias=True"]),
+        ("llama", {"attention_bias": True}, ["attention_bias=True", "one branch alone"]),
+        ("nemotron", {"mlp_bias": True}, ["mlp_bias=True", "one branch alone"]),
+        ("gpt_neox", {"attention_bias": False}, ["attention_bias=False"]),
+        ("gpt_neox", {"hidden_dropout": 0.1}, ["hidden_dropout=0.1", "dropout"]),
+        ("llama", {"chunk_size_feed_forward": 2}, ["chunk_size_feed_forward=2"]),
+        ("llama", {"logit_scale": 0.5}, ["logit_scale=0.5", "no such field"]),
+        ("llama", {"pad_token_id": 300}, ["pad_token_id=300", "an id or None"]),
+        (
+            "llama",
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            ["partial_rotary_factor"],
+        ),
+        ("gpt2", {}, ["'gpt2'", "learns its positions", "Known are nemotron, gpt_neox"]),
+        ("bloom", {}, ["'bloom'", "ALiBi"]),
+        ("qwen3_moe", {}, ["'qwen3_moe'", "experts"]),
+        ("gemma3_text", {}, ["'gemma3_text'", "different rotary embeddings"]),
+        ("biogpt", {}, ["'biogpt'", "no table"]),
+        ("stable_gpt", {}, ["'stable_gpt'", "already"]),
+    ],
+)
+def test_what_ours_cannot_express_is_refused_by_name(
+    kind: str, fields: dict[str, Any], words: list[str], tmp_path: Path
+) -> None:
+    """From config.json alone: no weights are there."""
+    source = tmp_path / "source"
+    source.mkdir()
+    config = {**SIZES, "head_dim": 8, **fields, "model_type": kind}
+    if kind == "gpt_neox":
+        del config["head_dim"]
+    (source / "config.json").write_text(json.dumps(config))
+    message = refused(source, tmp_path / "ours")
+    assert all(word in message for word in words), message
+
+
+def test_every_reason_is_told_at_once(tmp_path: Path) -> None:
+    fields = {"hidden_dropout": 0.1, "attention_bias": False, "auto_map": {"AutoModel": "x.X"}}
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "model_type": "gpt_neox"}))
+    message = refused(tmp_path, tmp_path / "ours")
+    assert all(f"{name}=" in message for name in fields)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_field_of_every_family_has_a_rule(kind: str) -> None:
+    """Nothing of what Transformers declares is left to the refusal of unknown fields."""
+    config = build(kind, num_hidden_layers=1).config.to_dict()
+    known = {*EVERYWHERE, *FAMILIES[kind].rules}
+    assert config.keys() <= known
+
+
+def test_a_map_that_is_wrong_is_found_by_the_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads that are left interleaved, and a field that says something else than it means."""
+    neox = save(tmp_path / "neox", "gpt_neox")
+    right = FAMILIES["gpt_neox"]
+    for wrong in (
+        replace(right, reorder={}),
+        replace(right, fields={**right.fields, "attention_multiplier": 1 + 1e-8}),
+    ):
+        monkeypatch.setitem(FAMILIES, "gpt_neox", wrong)
+        assert "its logits and ours differ" in refused(neox, tmp_path / "ours")
+
+
+def test_float64_is_float64_all_the_way() -> None:
+    """The families' own fp32 norms, softmax and angles would hide a difference of 1e-8."""
+    model, text = build("llama").double(), ids()
+    places = torch.arange(text.shape[1]).expand(2, -1)
+    plain = model(text).logits
+    exact = exact_logits(model, text, places)
+    assert exact.dtype == torch.float64
+    assert 1e-9 < ((exact - plain).abs().max() / exact.abs().max()).item() < 1e-4
+    assert torch.get_default_dtype() == torch.float32
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1 + 1e-9)
+    moved = (exact_logits(model, text, places) / exact - 1).abs().max().item()
+    assert 0.5e-9 < moved < 2e-9
+
+
+def test_the_folder_is_a_model_s_folder(llama: Path, tmp_path: Path) -> None:
+    done = convert(llama, tmp_path / "ours", dtype="bfloat16")
+    record = json.loads((tmp_path / "ours" / RECORD).read_text())
+    assert record["source"] == "llama" and record["revision"] is None
+    assert record["model_type"] == "llama" and record["dtype"] == "bfloat16"
+    assert len(record["weights_sha256"]["model.safetensors"]) == 64
+    assert record["difference"] == done.difference < EXACT
+    assert 1e-4 < record["saved_difference"] == done.saved_difference < 0.1
+    assert str(tmp_path) not in (tmp_path / "ours" / RECORD).read_text()
+    model = StableGPTForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto")
+    assert model.dtype == torch.bfloat16
+    assert StableGPTConfig(**record["fields"]).mlp_gated == model.config.mlp_gated is True
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (llama, tmp_path / "ours")]
+    assert tokenizers[0]("to be").input_ids == tokenizers[1]("to be").input_ids
+    check_export(export(tmp_path / "ours", tmp_path / "export"), new_tokens=3)
+
+
+def test_weights_keep_the_source_s_dtype_bit_by_bit(tmp_path: Path) -> None:
+    source = save(tmp_path / "source", "qwen2")
+    half = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    half.save_pretrained(source)
+    assert convert(source, tmp_path / "ours").dtype == "bfloat16"
+    ours = StableGPTForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto")
+    layer: Any = half.model.layers[1]
+    rows = [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
+    for name in ("weight", "bias"):
+        joined = torch.cat([getattr(each, name) for each in rows])
+        assert torch.equal(getattr(ours.model.layers[1].self_attn.qkv_proj, name), joined)
+
+
+def test_weights_beyond_float16_are_not_written(tmp_path: Path) -> None:
+    model = build("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[3, 4] = 1e6
+    model.save_pretrained(tmp_path / "source")
+    save_tokenizer = save(tmp_path / "other", "llama")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "source" / name).write_bytes((save_tokenizer / name).read_bytes())
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight is not finite .*--dtype"):
+        convert(tmp_path / "source", tmp_path / "ours", dtype="float16")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_nothing_is_half_written(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "conversion.json")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(converting, "write_json", full)
+        with pytest.raises(OSError, match="No space"):
+            convert(llama, tmp_path / "ours")
+    assert not [*tmp_path.iterdir()]
+    (tmp_path / "ours").mkdir()
+    convert(llama, tmp_path / "ours")  # an empty folder is as good as none
+    with pytest.raises(CheckpointError, match="exists already"):
+        convert(llama, tmp_path / "ours")
+
+
+def test_tensors_that_do_not_fit_the_config_are_refused(tmp_path: Path) -> None:
+    source = save(tmp_path / "source", "llama")
+    config = json.loads((source / "config.json").read_text())
+    config["num_hidden_layers"] = 3
+    (source / "config.json").write_text(json.dumps(config))
+    assert "lack" in refused(source, tmp_path / "ours")
+
+
+def test_the_command_line_says_what_it_found(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["convert", str(llama), "--output", str(tmp_path / "ours")]) == 0
+    shown = capsys.readouterr().out
+    assert "llama (llama): logits differ by" in shown and "in float64" in shown
+    assert cli.main(["convert", str(llama), "--output", str(tmp_path / "ours")]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_a_model_of_the_hub_is_recorded_with_its_commit(llama: Path, tmp_path: Path) -> None:
+    """From the Hub's cache on the disk, in a process of its own: its place is read at import."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "cache" / "hub" / "models--someone--tiny"
+    shutil.copytree(llama, cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    command = [sys.executable, "-m", "hf_stable", "convert", "someone/tiny"]
+    subprocess.run(
+        [*command, "--output", str(tmp_path / "ours")],
+        env={**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    record = json.loads((tmp_path / "ours" / RECORD).read_text())
+    assert (record["source"], record["revision"]) == ("someone/tiny", commit)
+    assert list(record["weights_sha256"]) == ["model.safetensors"]
