@@ -3,7 +3,7 @@
     python scripts/survival/kill.py --trials 40 --processes 1 --output results.json
 
 A trial is one run that is killed by SIGKILL up to five times, all of its processes at once or, with
-two processes and every other time, one of them. What must be equal in the end, bit by bit: weights,
+two processes that have met and every other time, one of them. What must be equal in the end, bit by bit: weights,
 optimizer, generators, and every number of every row of the log that a reader takes as in force
 (clocks apart). Processes are forked from one that has torch loaded, so that a trial takes seconds.
 """
@@ -24,6 +24,7 @@ from pydoc_data import topics
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from hf_stable import records
 from hf_stable.checkpoints import list_checkpoints
@@ -73,6 +74,8 @@ def start(case: Case, name: str) -> list[int]:
         port = free.getsockname()[1]
     children = []
     for rank in range(case.processes):
+        _met(case, name, rank).unlink(missing_ok=True)
+    for rank in range(case.processes):
         child = os.fork()
         if child == 0:
             _live(case, name, rank, port)
@@ -92,6 +95,13 @@ def _live(case: Case, name: str, rank: int, port: int) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     code = 1
+    meet = dist.init_process_group
+
+    def init_process_group(*arguments: Any, **options: Any) -> None:
+        meet(*arguments, **options)
+        _met(case, name, rank).touch()
+
+    dist.init_process_group = init_process_group
     try:
         train(case.recipe(name))
         code = 0
@@ -99,6 +109,12 @@ def _live(case: Case, name: str, rank: int, port: int) -> None:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
     finally:
         os._exit(code)
+
+
+def _met(case: Case, name: str, rank: int) -> Path:
+    """There when a process has met the others; it waits for one that dies before until a launcher
+    ends it, and then is told of a death by its connection."""
+    return case.folder / f"{name}-{rank}.met"
 
 
 def wait(children: list[int], seconds: float) -> list[int | None]:
@@ -150,7 +166,8 @@ def trial(case: Case, name: str, whole: float, moments: random.Random) -> dict[s
         codes = wait(children, at)
         if None not in codes:
             break
-        one = case.processes > 1 and kills % 2 == 1
+        met = all(_met(case, name, rank).exists() for rank in range(case.processes))
+        one = case.processes > 1 and kills % 2 == 1 and met
         living = [child for child, code in zip(children, codes, strict=True) if code is None]
         longest = max(longest, kill(living, one))
         kills += 1
