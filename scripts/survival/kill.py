@@ -3,9 +3,10 @@
     python scripts/survival/kill.py --trials 40 --processes 1 --output results.json
 
 A trial is one run that is killed by SIGKILL up to five times, all of its processes at once or, with
-two processes that have met and every other time, one of them. What must be equal in the end, bit by bit: weights,
-optimizer, generators, and every number of every row of the log that a reader takes as in force
-(clocks apart). Processes are forked from one that has torch loaded, so that a trial takes seconds.
+two processes that have met and every other time, one of them. What must be equal in the end, bit by
+bit: weights, optimizer, generators, and every number of every row of the log that a reader takes as
+in force (clocks apart). Processes are forked from one that has torch loaded, so that a trial takes
+seconds.
 """
 
 import argparse
