@@ -116,7 +116,10 @@ def _tokenizer(recipe: Recipe, sources: list[Source]) -> PreTrainedTokenizerBase
     """The recipe's tokenizer, trained on the training text where no finished one is named."""
     wanted = recipe.tokenizer
     if wanted.path is not None:
-        return load_tokenizer(wanted.path)
+        try:
+            return load_tokenizer(wanted.path)
+        except DataError as error:
+            raise DataError(f"tokenizer.path: {error}") from error
     cache, weights = Path(recipe.data.cache), recipe.data.weights
     contents = [item["content"] for item in identify(expand(sources), cache / "hashes.json")]
     parts = [asdict(wanted), contents, *([weights] if weights else [])]

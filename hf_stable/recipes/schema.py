@@ -73,7 +73,7 @@ class TokenizerRecipe:
 
     vocab_size: Annotated[int, Field(gt=0, le=_LARGEST_VOCABULARY)]
     """Rows of the embedding. A tokenizer at `path` may have fewer tokens, not more."""
-    path: str | None = None
+    path: Annotated[str, Field(min_length=1)] | None = None
     """Folder or Hub name of a finished tokenizer; null trains one."""
     kind: Literal["bpe", "sentencepiece"] = "bpe"
     """What to train: byte-level BPE, or SentencePiece unigram with byte fallback."""

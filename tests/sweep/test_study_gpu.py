@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ def test_the_rehearsal_runs_everything_and_reports(tmp_path: Path) -> None:
         "OUTPUT": str(tmp_path / "studies"),
         "TEXT": f"[{write_text(tmp_path)}]",
         "WORKERS": "2",
+        "PYTHON": sys.executable,
     }
     command = ["bash", "scripts/study_gpu.sh", "--dry"]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
