@@ -7,7 +7,15 @@ from typing import Any
 __version__ = "0.1.0"
 # The names below come from __getattr__.
 # pyright: reportUnsupportedDunderAll=false
-__all__ = ["StableGPTConfig", "StableGPTForCausalLM", "StableGPTModel", "StableGPTPreTrainedModel"]
+__all__ = [
+    "StableGPTConfig",
+    "StableGPTForCausalLM",
+    "StableGPTForQuestionAnswering",
+    "StableGPTForSequenceClassification",
+    "StableGPTForTokenClassification",
+    "StableGPTModel",
+    "StableGPTPreTrainedModel",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,15 +2,35 @@
 
 import sys
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from . import kernels
-from .model import StableGPTConfig, StableGPTForCausalLM, StableGPTModel
+from .model import (
+    StableGPTConfig,
+    StableGPTForCausalLM,
+    StableGPTForQuestionAnswering,
+    StableGPTForSequenceClassification,
+    StableGPTForTokenClassification,
+    StableGPTModel,
+)
 
 AutoConfig.register("stable_gpt", StableGPTConfig, exist_ok=True)
-AutoModel.register(StableGPTConfig, StableGPTModel, exist_ok=True)
-AutoModelForCausalLM.register(StableGPTConfig, StableGPTForCausalLM, exist_ok=True)
-# `transformers serve` and TRL look an architecture up as an attribute of Transformers, not by Auto.
-# Not by an import statement: while it is imported, Transformers puts another module in its place.
-vars(sys.modules["transformers"])["StableGPTForCausalLM"] = StableGPTForCausalLM
+for auto, model in (
+    (AutoModel, StableGPTModel),
+    (AutoModelForCausalLM, StableGPTForCausalLM),
+    (AutoModelForQuestionAnswering, StableGPTForQuestionAnswering),
+    (AutoModelForSequenceClassification, StableGPTForSequenceClassification),
+    (AutoModelForTokenClassification, StableGPTForTokenClassification),
+):
+    auto.register(StableGPTConfig, model, exist_ok=True)
+    # `transformers serve` and TRL look an architecture up as an attribute of Transformers. Not by
+    # an import statement: while it is imported, Transformers puts another module in its place.
+    vars(sys.modules["transformers"])[model.__name__] = model
 kernels.register()

@@ -49,7 +49,7 @@ def test_export_is_bit_equal_without_hf_stable(preset: str, tmp_path: Path) -> N
         "LICENSE", "README.md", "config.json", "generation_config.json", "model.safetensors",
         "blocks_stable_gpt.py", "configuration_stable_gpt.py", "functional_stable_gpt.py",
         "loss_stable_gpt.py",
-        "modeling_stable_gpt.py",
+        "modeling_stable_gpt.py", "parallel_stable_gpt.py",
         "sigma_stable_gpt.py", "slots_stable_gpt.py", "tokenizer.json", "tokenizer_config.json",
         "watch_stable_gpt.py",
     }  # fmt: skip

@@ -48,6 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 _HOST_KEYWORDS = {
     "attn_implementation",
     "auto_map",
+    "classifier_dropout",
     "experts_implementation",
     "model_type",
     "name_or_path",
@@ -331,6 +332,24 @@ class StableGPTConfig(PreTrainedConfig):
     def freeze(self) -> None:
         """Called by a model that has read the techniques' fields; a copy is not frozen."""
         _frozen[self] = True
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str] | None:  # pyright: ignore
+        """How Transformers shards the linears of a block; None where a shard is not enough.
+
+        Heads stay whole on every process, as in Transformers' own models with a fused projection:
+        its rows are not in the order of any even split.
+        """
+        if self.sigma_reparam:
+            return None
+        gate = {"layers.*.mlp.gate_proj": "colwise"} if self.mlp_gated else {}
+        return {
+            "layers.*.self_attn.qkv_proj": "colwise_gather_output",
+            "layers.*.self_attn.o_proj": "rowwise_split_input",
+            **gate,
+            "layers.*.mlp.up_proj": "colwise",
+            "layers.*.mlp.down_proj": "rowwise",
+        }
 
     @property
     def embedding_multiplier(self) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Replicate
 
 # Additive masks hide a key by -inf, by the smallest number of their dtype, by -1e9 or by -1e4.
 _HIDDEN = -9999.0
@@ -18,6 +19,18 @@ _HIDDEN = -9999.0
 def statistics_dtype(tensor: torch.Tensor) -> torch.dtype:
     """The dtype for sums over `tensor`: at least fp32, and float64 stays float64."""
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that may be sharded over processes; collective where it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def summed(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of what processes looked up in their shards, as each holds it; else the tensor."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
 
 
 def softcap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:

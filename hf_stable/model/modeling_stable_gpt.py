@@ -10,6 +10,7 @@ Law of this file, as of the blocks: no `forward` tests a technique's field.
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 
 import copy
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,14 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto import AutoModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -29,7 +36,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .blocks_stable_gpt import StableGPTAttention, StableGPTDecoderLayer, norm_slot
 from .configuration_stable_gpt import StableGPTConfig
-from .sigma_stable_gpt import StableGPTSigmaLinear, init_sigma, power_iterate
+from .parallel_stable_gpt import check_parallelism
+from .sigma_stable_gpt import StableGPTSigmaLinear, follow_weights, init_sigma, power_iterate
 from .slots_stable_gpt import (
     StableGPTEmbedding,
     StableGPTHead,
@@ -127,6 +135,10 @@ class StableGPTPreTrainedModel(PreTrainedModel):
                 f"{name} would drop sigma_reparam=True: serve model.fold_sigma_reparam() instead."
             )
 
+    def _resolve_parallel_plans(self, distributed_config: Any) -> Any:
+        check_parallelism(self.config, distributed_config)
+        return super()._resolve_parallel_plans(distributed_config)
+
     def set_input_embeddings(self, value: Any) -> None:
         """Give the embedding another weight; a plain embedding would lose scale and detach."""
         embedding: Any = self.base_model.embed_tokens
@@ -157,9 +169,9 @@ class StableGPTPreTrainedModel(PreTrainedModel):
 
     def _follow_weights(self) -> None:
         """One power step for every training layer whose weight has changed."""
-        if self.training:
-            linears = (linear for _, linear in self._sigma_linears() if linear.training)
-            power_iterate([linear for linear in linears if linear.notice_change()], 1)
+        linears = [linear for _, linear in self._sigma_linears() if linear.training]
+        if self.training and linears:
+            follow_weights(linears)
 
     def power_iterate(self, steps: int) -> None:
         """Advance the singular vectors of every sigma-Reparam layer by `steps` power iterations."""
@@ -247,8 +259,7 @@ class StableGPTModel(StableGPTPreTrainedModel):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
             position_ids = position_ids.unsqueeze(0)
         self._check_inputs(inputs_embeds.shape, position_ids, attention_mask)
-        if given_positions is None and kwargs.get("cu_seq_lens_q") is not None:
-            self._check_packing()
+        self._check_keywords(kwargs, packed=given_positions is not None)
         # Before a cache is made: with one, Transformers would not look for packed documents.
         causal_mask = create_causal_mask(
             config=self.config,
@@ -261,7 +272,8 @@ class StableGPTModel(StableGPTPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         hidden_states = self.embed_norm(inputs_embeds)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        for layer in self.layers:
+        # Assisted generation lowers the number for a draft that leaves the model early.
+        for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(
                 hidden_states,
                 position_embeddings=position_embeddings,
@@ -274,9 +286,13 @@ class StableGPTModel(StableGPTPreTrainedModel):
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
         )
 
-    def _check_packing(self) -> None:
+    def _check_keywords(self, keywords: Any, packed: bool) -> None:
+        """Refuse what would be passed on to attention functions that ignore it."""
+        if keywords.get("head_mask") is not None:
+            raise ValueError("head_mask would be ignored: Transformers 5 has no head masks.")
         name = self.config._attn_implementation
-        if name in ("eager", "sdpa", "flex_attention"):
+        is_dense = name in ("eager", "sdpa", "flex_attention")
+        if is_dense and not packed and keywords.get("cu_seq_lens_q") is not None:
             raise ValueError(
                 f'attn_implementation="{name}" ignores cu_seq_lens_q: give position_ids that '
                 "restart at 0 with each packed document."
@@ -308,7 +324,7 @@ class StableGPTForCausalLM(StableGPTPreTrainedModel, GenerationMixin):
     """The decoder with its head, which makes logits or the loss."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _tp_plan = {"lm_head": "stable_gpt_head"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
@@ -328,6 +344,23 @@ class StableGPTForCausalLM(StableGPTPreTrainedModel, GenerationMixin):
             raise ValueError("lm_head has no bias, but the new output embedding has one.")
         self.lm_head.weight = new_embeddings.weight
         self.lm_head.out_features = new_embeddings.out_features
+
+    def _prepare_generated_length(self, **arguments: Any) -> Any:
+        """End a generation where the positions end, on every device and before it begins."""
+        generation_config = super()._prepare_generated_length(**arguments)  # pyright: ignore
+        if self.model.rotary_emb.rope_type != "default":
+            return generation_config
+        limit = f"max_position_embeddings={self.config.max_position_embeddings}"
+        # The last token is not read again. With embeddings, only tokens that have ids are counted.
+        prompt, counted = arguments["inputs_tensor"].shape[1], arguments["input_ids_length"]
+        longest = self.config.max_position_embeddings + 1 - (prompt - counted)
+        if longest <= counted:
+            raise ValueError(f"The prompt has {prompt} tokens, but {limit}: shorten it.")
+        surplus = generation_config.max_length - longest
+        if surplus > 0:
+            warnings.warn(f"Generation ends {surplus} tokens early, by {limit}.", stacklevel=4)
+            generation_config.max_length = longest
+        return generation_config
 
     @can_return_tuple
     def forward(
@@ -407,4 +440,42 @@ class StableGPTForCausalLM(StableGPTPreTrainedModel, GenerationMixin):
         return targets
 
 
-__all__ = ["StableGPTForCausalLM", "StableGPTModel", "StableGPTPreTrainedModel"]
+class StableGPTGenericHead:
+    """Before Transformers' generic heads, which build their decoder by `AutoModel.from_config`."""
+
+    def __init__(self, config: StableGPTConfig) -> None:
+        # AutoModel knows no StableGPT where this file came from the Hub, and where it came from a
+        # folder, the config's class is not even the one that is imported here.
+        AutoModel.register(type(config), StableGPTModel, exist_ok=True)
+        super().__init__(config)
+
+
+class StableGPTForSequenceClassification(
+    StableGPTGenericHead, GenericForSequenceClassification, StableGPTPreTrainedModel
+):
+    """The decoder with one output a sequence, read at its last token that is no padding."""
+
+
+class StableGPTForTokenClassification(
+    StableGPTGenericHead, GenericForTokenClassification, StableGPTPreTrainedModel
+):
+    """The decoder with one output a token. `config.classifier_dropout` None is 0.1."""
+
+
+class StableGPTForQuestionAnswering(
+    StableGPTGenericHead, GenericForQuestionAnswering, StableGPTPreTrainedModel
+):
+    """The decoder with two outputs a token: where an answer begins and where it ends."""
+
+    # The generic one would put a plain embedding in the place of ours, without scale and detach.
+    set_input_embeddings = StableGPTPreTrainedModel.set_input_embeddings
+
+
+__all__ = [
+    "StableGPTForCausalLM",
+    "StableGPTForQuestionAnswering",
+    "StableGPTForSequenceClassification",
+    "StableGPTForTokenClassification",
+    "StableGPTModel",
+    "StableGPTPreTrainedModel",
+]

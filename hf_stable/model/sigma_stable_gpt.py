@@ -21,6 +21,7 @@ from .functional_stable_gpt import (
     spectral_norm,
     statistics_dtype,
     top_singular_vectors,
+    whole,
 )
 from .slots_stable_gpt import StableGPTLinear
 
@@ -102,10 +103,6 @@ def _side_by_side(tensors: list[torch.Tensor]) -> torch.Tensor:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def _power_step(
     weight: torch.Tensor, u: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,7 +110,7 @@ def _power_step(
     if isinstance(weight, DTensor):
         u, v = (DTensor.from_local(each, weight.device_mesh, run_check=False) for each in (u, v))
     u, v = power_iteration(weight, u, v)
-    return _whole(u), _whole(v)
+    return whole(u), whole(v)
 
 
 @torch.no_grad()
@@ -147,6 +144,15 @@ def power_iterate(linears: list[StableGPTSigmaLinear], steps: int) -> None:
         count = max(1, STACK_BYTES.get(device.type, STACK_BYTES["cuda"]) // nbytes)
         for start in range(0, len(alike), count):
             _power_iterate_alike(alike[start : start + count], steps)
+
+
+@torch.compiler.disable(
+    reason="sigma_reparam=True follows the optimizer's steps, which no graph sees: compile the "
+    "blocks (`layer.compile(fullgraph=True)`), or the model without fullgraph."
+)
+def follow_weights(linears: list[StableGPTSigmaLinear]) -> None:
+    """One power step for every layer whose weight has changed."""
+    power_iterate([linear for linear in linears if linear.notice_change()], 1)
 
 
 @torch.no_grad()

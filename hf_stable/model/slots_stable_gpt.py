@@ -19,7 +19,7 @@ from transformers import initialization as init
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
 from .configuration_stable_gpt import StableGPTConfig
-from .functional_stable_gpt import scale_gradient, softcap, statistics_dtype
+from .functional_stable_gpt import scale_gradient, softcap, statistics_dtype, summed, whole
 from .loss_stable_gpt import LINEAR_CROSS_ENTROPY_FUNCTIONS, linear_cross_entropy
 
 # Standard deviation of a standard normal truncated at two sigma.
@@ -47,7 +47,7 @@ class StableGPTEmbedding(nn.Embedding):
         return torch.tensor(self.multiplier)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        embedded = scale_gradient(super().forward(input_ids), self.gradient_factor)
+        embedded = scale_gradient(summed(super().forward(input_ids)), self.gradient_factor)
         return embedded if self.multiplier == 1.0 else embedded * self.multiplier
 
 
@@ -194,7 +194,7 @@ class StableGPTHead(StableGPTLinear):
             loss_function = LINEAR_CROSS_ENTROPY_FUNCTIONS.get(device, linear_cross_entropy)
             return loss_function(
                 hidden_states.flatten(0, -2),
-                self.weight,
+                whole(self.weight),
                 shift_labels.to(hidden_states.device).flatten(),
                 num_items=num_items_in_batch,
                 cap=self.cap,
