@@ -18,6 +18,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
+from hf_stable.licenses import is_license
 from hf_stable.recipes import strict_yaml
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass(frozen=True, config=_STRICT)
 class SourceRecipe:
-    """Text to read: the fields of `hf_stable.data.Source` and a weight; a string is its path."""
+    """Text to read: the fields of `hf_stable.data.Source` and two more; a string is its path."""
 
     path: Annotated[str, Field(min_length=1)]
     """A file, folder or glob (text, JSON lines, parquet), else the name of a `datasets` dataset."""
@@ -60,14 +61,25 @@ class SourceRecipe:
     """Fraction of the documents that are validation, chosen by a hash of their text."""
     weight: Positive | None = None
     """Share of the training tokens relative to the others; give one to all of them or to none."""
+    license: str | None = None
+    """The text's licence, SPDX or one of the Hub's identifiers, for records and model card."""
+
+    @model_validator(mode="after")
+    def _license_is_known(self) -> "SourceRecipe":
+        if self.license is not None and not is_license(self.license):
+            raise ValueError(
+                f"license {self.license!r} of {self.path} is neither an SPDX expression (such as "
+                "CC-BY-4.0) nor one of the Hub's identifiers (such as odc-by); one without an "
+                "identifier is written LicenseRef-NAME"
+            )
+        return self
 
     @model_serializer(mode="wrap")
-    def _without_neutral_weight(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Records of runs from before there were weights stay equal to what the recipe writes now.
-        content = write(self)
-        if self.weight is None:
-            content.pop("weight", None)
-        return content
+    def _without_neutral_newcomers(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Records of runs from before these keys stay equal to what the recipe writes now.
+        newcomers = {"weight", "license"}
+        neutral = {name for name in newcomers if self.__dict__[name] is None}
+        return {name: value for name, value in write(self).items() if name not in neutral}
 
 
 def _source(value: Any) -> Any:
