@@ -2,16 +2,23 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_stable import StableGPTForCausalLM
+from hf_stable import StableGPTForCausalLM, cli
+from hf_stable.checksums import sha256_of
+from hf_stable.hub import ExportCheck
+from hf_stable.hub.files import files_of
+from hf_stable.training import train
 
-from .conftest import finished_run
+from ..training import tiny_recipe
 from .server import TOKEN, Hub
 
 # On another machine: hf_stable cannot be imported, and the cache is empty.
@@ -44,7 +51,14 @@ json.dump(said, open(f"{out}/said.json", "w"))
 """
 
 
-def run(*command: str, home: Path, hub: Hub) -> "subprocess.CompletedProcess[str]":
+def lines_of_the_readme(section: str) -> list[list[str]]:
+    """Commands of a section's first block, as a shell would split them."""
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    block = text.split(f"## {section}\n")[1].split("```bash\n")[1].split("```")[0]
+    return [shlex.split(line, comments=True) for line in block.splitlines()]
+
+
+def elsewhere(*command: str, home: Path, hub: Hub, cwd: Path) -> "subprocess.CompletedProcess[str]":
     """A command with an empty Hub home, and the token of a user who is signed in."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment = {
@@ -55,34 +69,52 @@ def run(*command: str, home: Path, hub: Hub) -> "subprocess.CompletedProcess[str
     (home / "token").write_text(TOKEN)
     return subprocess.run(
         command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        check=False,
+        check=False, cwd=cwd,
     )  # fmt: skip
 
 
-def test_a_run_that_is_pushed_loads_anywhere_bit_equal(tmp_path: Path) -> None:
-    source = finished_run(tmp_path / "run")
-    with Hub() as hub:
-        command = ["-m", "hf_stable", "push", str(source), "--to", "org/name", "--tag", "v1"]
-        done = run(sys.executable, *command, home=tmp_path / "writer", hub=hub)
-        assert done.returncode == 0, done.stderr
-        repo = hub.repos["org/name"]
-        commit = repo.refs["tags/v1"]
-        assert f"/org/name/commit/{commit}" in done.stdout and "tagged: v1" in done.stdout
-        assert f'revision="{commit}")' in done.stdout and TOKEN not in done.stdout + done.stderr
-        # What is on main since then is another model: the tag is what counts.
-        repo.commit({**repo.commits[commit], "modeling_stable_gpt.py": b"raise"}, "main")
-        out = tmp_path / "out"
-        out.mkdir()
-        read = run(sys.executable, "-c", READER, str(out), home=tmp_path / "reader", hub=hub)
-        assert read.returncode == 0, read.stderr
-    said = json.loads((out / "said.json").read_text())
+def unchecked(folder: Path) -> ExportCheck:
+    """Stands in where the last command checks the same folder in earnest."""
+    return ExportCheck(
+        folder, "", {name: sha256_of(path) for name, path in files_of(folder).items()}
+    )
+
+
+def test_the_readme_s_lines_publish_a_run_that_loads_anywhere_bit_equal(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train(tiny_recipe(tmp_path, output="runs/quickstart"))
+    *before, last = [
+        [each.replace("OWNER/NAME", "org/name") for each in line]
+        for line in lines_of_the_readme("To the Hub")
+    ]
+    assert [line[1] for line in before] == ["evaluate", "export", "push"] and last[1] == "push"
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_stable.hub.check_export", unchecked)
+        for program, *arguments in before:
+            assert program == "hf-stable" and cli.main(arguments) == 0
+    assert "nothing was written" in capsys.readouterr().out and hub.repos == {}
+    command = [sys.executable, "-m", "hf_stable", *last[1:]]
+    done = elsewhere(*command, home=tmp_path / "writer", hub=hub, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    repo = hub.repos["org/name"]
+    commit = repo.refs["tags/v1"]
+    assert f"/org/name/commit/{commit}" in done.stdout and "tagged: v1" in done.stdout
+    assert f'revision="{commit}")' in done.stdout and TOKEN not in done.stdout + done.stderr
+    assert repo.private and b"model-index" in repo.commits[commit]["README.md"]
+    # What is on main since then is another model: the tag is what counts.
+    repo.commit({**repo.commits[commit], "modeling_stable_gpt.py": b"raise"}, "main")
+    reader = [sys.executable, "-c", READER, str(tmp_path)]
+    read = elsewhere(*reader, home=tmp_path / "reader", hub=hub, cwd=tmp_path)
+    assert read.returncode == 0, read.stderr
+    said = json.loads((tmp_path / "said.json").read_text())
     assert "trust_remote_code=True" in said["not trusted"]
     assert "v9" in said["no such revision"]
     assert said["types"] == ["StableGPTForCausalLM", "StableGPTModel"]
     assert said["config"] == "StableGPTConfig"
-    found = load_file(out / "tensors")
-    model = StableGPTForCausalLM.from_pretrained(source / "model").eval()
+    found = load_file(tmp_path / "tensors")
+    model = StableGPTForCausalLM.from_pretrained("runs/quickstart/model").eval()
     with torch.no_grad():
         assert torch.equal(model(found["ids"]).logits, found["logits"])
         assert torch.equal(model.model(found["ids"]).last_hidden_state, found["hidden"])
-    assert repo.commits[commit].keys() >= {"SHA256SUMS", "LICENSE", "records/run.json"}
