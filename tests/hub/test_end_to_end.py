@@ -13,12 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from hf_stable import StableGPTForCausalLM, cli
-from hf_stable.checksums import sha256_of
-from hf_stable.hub import ExportCheck
-from hf_stable.hub.files import files_of
 from hf_stable.training import train
 
 from ..training import tiny_recipe
+from .conftest import unchecked
 from .server import TOKEN, Hub
 
 # On another machine: hf_stable cannot be imported, and the cache is empty.
@@ -73,13 +71,6 @@ def elsewhere(*command: str, home: Path, hub: Hub, cwd: Path) -> "subprocess.Com
     )  # fmt: skip
 
 
-def unchecked(folder: Path) -> ExportCheck:
-    """Stands in where the last command checks the same folder in earnest."""
-    return ExportCheck(
-        folder, "", {name: sha256_of(path) for name, path in files_of(folder).items()}
-    )
-
-
 def test_the_readme_s_lines_publish_a_run_that_loads_anywhere_bit_equal(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -91,6 +82,7 @@ def test_the_readme_s_lines_publish_a_run_that_loads_anywhere_bit_equal(
     ]
     assert [line[1] for line in before] == ["evaluate", "export", "push"] and last[1] == "push"
     with monkeypatch.context() as patched:
+        # The last command checks the same folder in earnest.
         patched.setattr("hf_stable.hub.check_export", unchecked)
         for program, *arguments in before:
             assert program == "hf-stable" and cli.main(arguments) == 0

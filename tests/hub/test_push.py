@@ -421,7 +421,11 @@ def test_a_push_that_is_killed_leaves_nothing_and_the_next_one_succeeds(
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL
     assert "tags/v1" not in hub.repos[REPO].refs
     assert on(hub) == ({} if where != "/tag/" else checked.files)
+    there = len(hub.large)
+    hub.asked.clear()
     published(checked, tag="v1")
+    sent = sum(each.startswith("PUT /large") for each in hub.asked)
+    assert sent == len(hub.large) - there and (sent > 0) == (where == "PUT /large")
     assert on(hub, "tags/v1") == on(hub) == checked.files and commits(hub) == 2
 
 
