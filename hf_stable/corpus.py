@@ -77,7 +77,7 @@ def sources_of(recipe: Recipe) -> tuple[list[Source], list[Source]]:
 
     def convert(source: SourceRecipe, **changes: object) -> Source:
         fields = asdict(source)
-        del fields["weight"]
+        del fields["weight"], fields["license"]
         return Source(**{**fields, **changes})
 
     data = recipe.data
@@ -88,6 +88,35 @@ def sources_of(recipe: Recipe) -> tuple[list[Source], list[Source]]:
         [convert(item, part="train", **held_out) for item in data.train],
         [convert(item, part="validation", **held_out) for item in data.train],
     )
+
+
+def describe_data(recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
+    """What run.json says of the text, by "train" and "validation", with the recipe's licences."""
+    train, validation = sources_of(recipe)
+    named = [source.license for source in recipe.data.train]
+    held_out = [source.license for source in recipe.data.validation] or named
+    return {
+        "train": _licensed(corpus.train_tokens.meta, train, named),
+        "validation": _licensed(corpus.validation_tokens.meta, validation, held_out),
+    }
+
+
+def _licensed(
+    meta: dict[str, Any], sources: list[Source], licences: list[str | None]
+) -> dict[str, Any]:
+    if not any(licences):
+        return meta
+    if "mixture" in meta:
+        parts = zip(meta["mixture"], sources, licences, strict=True)
+        mixture = [_licensed(part, [source], [name]) for part, source, name in parts]
+        return {**meta, "mixture": mixture}
+    # By order, which the fingerprint holds: a cached file may have been built from other places.
+    names = [name for source, name in zip(sources, licences, strict=True) for _ in expand([source])]
+    each = zip(meta["sources"], names, strict=True)
+    return {
+        **meta,
+        "sources": [{**about, "license": name} if name else about for about, name in each],
+    }
 
 
 def _first_bytes(sources: Sequence[Source], limit: int) -> Iterator[str]:

@@ -17,5 +17,9 @@ class CheckpointError(UserError):
     """A checkpoint or model folder that cannot be loaded."""
 
 
+class HubError(UserError):
+    """What the Hub refused, or did not do; nothing is done that is not said to be."""
+
+
 class DivergedError(UserError):
     """Training stopped because too many steps in a row were not finite (exit code 3)."""

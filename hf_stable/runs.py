@@ -18,7 +18,7 @@ from . import optim, parallel, records, registration  # noqa: F401 (AutoTokenize
 from .check import check_memory, flops_per_token
 from .checkpoints import CheckpointWriter, Keep
 from .compilation import check_compiler, compile_blocks
-from .corpus import Corpus, planned_epochs, prepare_corpus, training_order
+from .corpus import Corpus, describe_data, planned_epochs, prepare_corpus, training_order
 from .data import boundary_ids, data_loader, ngram_cross_entropy
 from .data.order import Order
 from .errors import RecipeError
@@ -196,7 +196,7 @@ def prepare_run(recipe: Recipe, resume: str) -> Run:
     _check_machine(recipe, accelerator)
     with accelerator.main_process_first():
         tokenizer, corpus = prepare_corpus(recipe, progress=accelerator.is_main_process)
-    check_data(folder, _describe_data(corpus), resume)
+    check_data(folder, describe_data(recipe, corpus), resume)
     inner = _build_model(recipe, tokenizer, accelerator.device)
     initial = _initial_model(recipe, inner, tokenizer, accelerator, resume)
     _prepare_blocks(recipe, inner)
@@ -344,11 +344,6 @@ def _optimizer(recipe: Recipe, model: Any) -> torch.optim.AdamW:
     return make(groups, beta1=settings.beta1, beta2=settings.beta2, eps=settings.eps)
 
 
-def _describe_data(corpus: Corpus) -> dict[str, Any]:
-    """What run.json says of the text."""
-    return {"train": corpus.train_tokens.meta, "validation": corpus.validation_tokens.meta}
-
-
 def _record_start(run: Run, about: dict[str, Any], event: str) -> None:
     """Write run.json, open the trackers and say in one line what runs where."""
     recipe, corpus, accelerator = to_dict(run.recipe), run.corpus, run.accelerator
@@ -373,7 +368,7 @@ def _record_start(run: Run, about: dict[str, Any], event: str) -> None:
             "model_config": run.config.to_dict(),
             **about,
             "data": {
-                **_describe_data(corpus),
+                **describe_data(run.recipe, corpus),
                 "sources": [asdict(use) for use in uses],
                 "unigram_nats_per_token": baselines.unigram,
                 "bigram_nats_per_token": baselines.bigram,

@@ -327,6 +327,16 @@ def test_licence_and_language_come_from_the_hash_of_the_text(tmp_path: Path) -> 
         assert ("not in the records: see" in section(card, "Data")) == (unknown in sources)
 
 
+def test_a_stated_licence_is_in_the_card_of_one_text_and_of_a_mixture(tmp_path: Path) -> None:
+    stated, known = {**source("a.jsonl"), "license": "odc-by"}, source("b.jsonl", KNOWN_HASH)
+    mixed = {"tokens": 9, "documents": 2, "mixture": [part(stated), part(known)]}
+    for number, data in enumerate([{"train": part(stated, known)}, {"train": mixed}]):
+        shown = section(render_card(records(tmp_path / str(number), data=data)), "Data")
+        assert "odc-by (stated in the recipe); public domain" in shown
+        assert "not in the records" not in shown
+        assert "a.jsonl" in shown and "King James" in shown
+
+
 def test_a_dataset_of_the_hub_is_in_the_header(tmp_path: Path) -> None:
     content = {"dataset": "owner/name", "split": "train", "hash": "x"}
     data = {

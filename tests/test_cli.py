@@ -32,9 +32,20 @@ SURFACE = {
     "evaluate": {
         *("MODEL", "--data", "--column", "--sample-by", "--name", "--split", "--max-length"),
         *("--stride", "--batch-size", "--limit-documents", "--trust-remote-code", "--output"),
+        "--revision",
     },
-    "generate": {"MODEL", "--prompt", "--max-new-tokens", "--temperature", "--top-k", "--seed"},
-    "export": {"RUN", "--step", "--output"},
+    "generate": {
+        *("MODEL", "--prompt", "--max-new-tokens", "--temperature", "--top-k", "--seed"),
+        "--revision",
+    },
+    "export": {
+        *("RUN", "--step", "--output", "--fold-sigma", "--dtype", "--max-shard-size"),
+        *("--license", "--watts"),
+    },
+    "push": {
+        *("SOURCE", "--to", "--private", "--branch", "--tag", "--commit-message", "--create-pr"),
+        *("--unevaluated", "--dry-run"),
+    },
     "card": {"RUN", "--output", "--evaluations", "--license", "--watts"},
     "convert": {"SOURCE", "--output", "--dtype"},
     "watch": {"RUN", "--refresh", "--once", "--html"},
@@ -147,6 +158,8 @@ def test_an_unexpected_failure_keeps_its_traceback(monkeypatch: pytest.MonkeyPat
         ["tokenizer", "a.txt", "--output", "b", "--vocab-size", "1e3x"],
         ["generate", "m", "--prompt", "x", "--temperature", "-1"],
         ["train", TINY, "--resume", "always"],
+        ["export", "run", "--output", "x", "--dtype", "int8"],
+        ["push", "run"],
     ],
 )
 def test_a_command_line_that_cannot_be_meant_is_refused(
@@ -169,6 +182,8 @@ def test_a_command_line_that_cannot_be_meant_is_refused(
         (["tokenizer", "none.txt", "--vocab-size", "300", "--output", "x"], "none.txt"),
         (["evaluate", "./none", "--data", str(ROOT / "pyproject.toml")], "pyproject.toml"),
         (["generate", "./none", "--prompt", "x"], "none"),
+        (["push", "./none", "--to", "owner/name", "--dry-run"], "none holds no model"),
+        (["push", "./none", "--to", "name"], "names no owner"),
     ],
 )
 def test_bad_input_is_one_message_and_code_2(

@@ -116,6 +116,10 @@ BAD = {
         "data: {validation: [{path: a, weight: 1.0}]}",
         "weight 1.0 of a has no effect",
     ),
+    "licence that nobody knows": (
+        "data: {train: [{path: a, license: apche-2.0}]}",
+        "license 'apche-2.0' of a is neither an SPDX expression",
+    ),
     "extends that is no path": ("extends: 3", "extends: found 3"),
 }
 
@@ -281,7 +285,7 @@ def test_recipes_say_what_they_are_in_their_first_line(path: Path) -> None:
 
 def test_a_source_has_the_fields_and_defaults_of_data() -> None:
     fields = dataclasses.asdict(SourceRecipe("x"))
-    assert fields.pop("weight") is None
+    assert fields.pop("weight") is fields.pop("license") is None
     assert fields == dataclasses.asdict(Source("x"))
 
 

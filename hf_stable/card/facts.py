@@ -37,8 +37,10 @@ class Facts:
         return {part: data[part] for part in ("train", "validation") if data.get(part)}
 
     def sources(self, part: str) -> list[dict[str, Any]]:
-        """The files and datasets of a part, as they were identified."""
-        return (self.parts.get(part) or {}).get("sources") or []
+        """The files and datasets of a part, as they were identified; of all parts of a mixture."""
+        about = self.parts.get(part) or {}
+        files = about.get("mixture") or [about]
+        return [source for file in files for source in file.get("sources") or []]
 
     def of(self, place: str) -> Any:
         """What the recipe has at dotted keys; None where it has nothing."""

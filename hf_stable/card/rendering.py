@@ -27,6 +27,8 @@ from .privacy import clean, leaks
 from .texts import languages
 
 PICTURE = "training_curve.png"
+# What an export did to the weights: {"notes": [sentence, ...], ...}.
+EXPORT_RECORD = "records/export.json"
 
 
 @dataclass(frozen=True)
@@ -127,12 +129,17 @@ def write_card(
     """Write `render_card`'s card, and beside it the training curve where it can be drawn.
 
     Args:
-        file: the card, such as FOLDER/README.md. picture: the name of the curve's file.
+        file: the card, such as FOLDER/README.md. Where FOLDER is an export whose weights are not as
+            they were trained, the card says so first.
+        picture: the name of the curve's file.
 
     Raises:
         UserError: as `render_card`.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
+    statement = statement or Statement()
+    notes = (*_export_notes(file.parent), *statement.notes)
+    statement = dataclasses.replace(statement, notes=notes)
     image = draw_picture(read_facts(run).history)
     drawn = None if image is None else picture
     card = render_card(run, evaluations=evaluations, statement=statement, picture=drawn)
@@ -140,6 +147,14 @@ def write_card(
         (file.parent / picture).write_bytes(image)
     card.save(file)
     return file
+
+
+def _export_notes(folder: Path) -> tuple[str, ...]:
+    file = folder / EXPORT_RECORD
+    if not file.is_file():
+        return ()
+    with _damage_named(folder):
+        return tuple(map(str, json.loads(file.read_text(encoding="utf-8"))["notes"]))
 
 
 def read_facts(run: Path) -> Facts:

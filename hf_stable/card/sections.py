@@ -134,9 +134,10 @@ def data(facts: Facts) -> list[Made]:
 def _data(facts: Facts, part: str) -> Made:
     found, licences = facts.parts[part], []
     for source in facts.sources(part):
-        text = known_text(source)
+        text, stated = known_text(source), source.get("license")
         unknown = "not in the records: see where the text is from"
-        licences.append(unknown if text is None else f"{text.licence} ({text.origin})")
+        known = unknown if text is None else f"{text.licence} ({text.origin})"
+        licences.append(f"{stated} (stated in the recipe)" if stated else known)
     rows = [("text", _names(facts, part)), ("licence", "; ".join(dict.fromkeys(licences)))]
     report = found.get("report") or {}
     counts = [

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import Namespace
 
 from hf_stable.cli import convert
+from hf_stable.cli.push import export_command, push_command
 from hf_stable.errors import UserError
 
 if TYPE_CHECKING:
@@ -145,7 +146,9 @@ def _evaluate(arguments: Namespace) -> None:
         raise UserError(f"{folder} is no run, so what to evaluate it on is needed: give --data")
     documents = (text for source in sources for text in read_documents(source, report))
     model, tokenizer = load_model(
-        _model_of(arguments.model), trust_remote_code=arguments.trust_remote_code
+        _model_of(arguments.model),
+        revision=arguments.revision,
+        trust_remote_code=arguments.trust_remote_code,
     )
     result = perplexity(
         model,
@@ -173,7 +176,7 @@ def _generate(arguments: Namespace) -> None:
     from hf_stable.data import boundary_ids
     from hf_stable.evaluation import load_model
 
-    loaded, tokenizer = load_model(_model_of(arguments.model))
+    loaded, tokenizer = load_model(_model_of(arguments.model), revision=arguments.revision)
     model: Any = loaded  # decorators hide the signature of generate
     ids = (
         boundary_ids(tokenizer)[0] + tokenizer(arguments.prompt, add_special_tokens=False).input_ids
@@ -195,21 +198,6 @@ def _generate(arguments: Namespace) -> None:
         **({"do_sample": True, **sampling} if arguments.temperature > 0 else {"do_sample": False}),
     )
     print(tokenizer.decode(output[0], skip_special_tokens=True))
-
-
-def _export(arguments: Namespace) -> None:
-    from hf_stable import StableGPTForCausalLM  # noqa: F401 (registers the Auto classes)
-    from hf_stable.hub import check_export, export
-
-    folder = export(Path(arguments.run), Path(arguments.output), step=arguments.step)
-    checked = check_export(folder)
-    print(
-        "loads in a process without hf_stable, with bit-equal logits; it continues the empty text:"
-    )
-    print(f"\n{checked.text}\n")
-    print(f"exported to {folder}; load it without hf_stable:")
-    for auto in ("AutoModelForCausalLM", "AutoTokenizer"):
-        print(f'  {auto}.from_pretrained("{folder}", trust_remote_code=True)')
 
 
 def _card(arguments: Namespace) -> None:
@@ -301,9 +289,10 @@ COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
     "tokenizer": _tokenizer,
     "evaluate": _evaluate,
     "generate": _generate,
-    "export": _export,
+    "export": export_command,
     "card": _card,
     "convert": convert.run,
+    "push": push_command,
     "watch": _watch,
     "diagnose": _diagnose,
     "sweep": _sweep,

@@ -7,6 +7,7 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from hf_stable.cli import convert
+from hf_stable.cli.push import EXPORT, PUSH, add_export_options, add_push_options
 
 _DESCRIPTION = """\
 Stable language model pre-training on the HuggingFace stack.
@@ -77,6 +78,10 @@ def _add_text_options(parser: ArgumentParser) -> None:
         default="document",
         help="what one document of a text file is: document (the file), line or paragraph",
     )
+
+
+def _add_revision(parser: ArgumentParser) -> None:
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
 
 
 def _train_parser() -> ArgumentParser:
@@ -158,6 +163,7 @@ def _evaluate_parser() -> ArgumentParser:
         help="files, folders, globs or datasets; a run's folder has validation text of its own",
     )
     _add_text_options(parser)
+    _add_revision(parser)
     parser.add_argument("--name", help="configuration of a dataset, e.g. wikitext-2-raw-v1")
     parser.add_argument("--split", default="test", help="split of a dataset")
     parser.add_argument("--max-length", type=PositiveInt, metavar="N", help="tokens of one window")
@@ -183,6 +189,7 @@ def _evaluate_parser() -> ArgumentParser:
 def _generate_parser() -> ArgumentParser:
     parser = _parser("Let a model continue a text.")
     parser.add_argument("model", metavar="MODEL", help="model folder or Hub id")
+    _add_revision(parser)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
     parser.add_argument(
         "--max-new-tokens", type=PositiveInt, default=100, metavar="N", help="tokens to add"
@@ -194,19 +201,6 @@ def _generate_parser() -> ArgumentParser:
         "--top-k", type=NonNegativeInt, default=50, metavar="K", help="likeliest tokens; 0 is all"
     )
     parser.add_argument("--seed", type=NonNegativeInt, default=0, metavar="N", help="of sampling")
-    return parser
-
-
-def _export_parser() -> ArgumentParser:
-    parser = _parser("Write a run's model as a folder that loads without hf_stable, ready to push.")
-    parser.add_argument("run", metavar="RUN", help="folder of a run")
-    parser.add_argument(
-        "--step",
-        type=PositiveInt,
-        metavar="N",
-        help="take the checkpoint of this step; the finished model unless given",
-    )
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
     return parser
 
 
@@ -317,9 +311,10 @@ def build_parser(version: str) -> ArgumentParser:
         ("tokenizer", _tokenizer_parser()),
         ("evaluate", _evaluate_parser()),
         ("generate", _generate_parser()),
-        ("export", _export_parser()),
+        ("export", add_export_options(_parser(EXPORT))),
         ("card", _card_parser()),
         ("convert", convert.add_options(_parser(convert.DESCRIPTION))),
+        ("push", add_push_options(_parser(PUSH))),
         ("watch", _watch_parser()),
         ("diagnose", _diagnose_parser()),
         ("sweep", _sweep_parser()),

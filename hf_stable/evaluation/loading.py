@@ -1,7 +1,6 @@
 """Load any causal language model and its tokenizer, or say in one sentence why that cannot be done.
 
-Importing this module has imported `hf_stable`, which registers the StableGPT classes: they need no
-trust_remote_code.
+Importing this module registers the StableGPT classes: they need no trust_remote_code.
 """
 
 import json
@@ -23,7 +22,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hf_stable import registration  # noqa: F401
+from hf_stable.checksums import SUMS, verify_sums
 from hf_stable.errors import CheckpointError
+from hf_stable.evaluation.downloading import download_verified
+from hf_stable.model import StableGPTConfig
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -45,25 +48,34 @@ _BOOKKEEPING = {"model_type", "auto_map", "_name_or_path", "_commit_hash"}
 def load_model(
     path: str | Path,
     *,
+    revision: str | None = None,
     trust_remote_code: bool = False,
     dtype: str | torch.dtype | None = None,
     device: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM in eval mode, on the accelerator where there is one, with its tokenizer.
 
-    `path` is a folder, or the id of a model on the Hub. `dtype` None keeps the checkpoint's. Code
-    of the checkpoint itself runs only with `trust_remote_code`. `device` is another place for it.
+    `path` is a folder, or the id of a model on the Hub, of which `revision` is a branch, tag or
+    commit. `dtype` None keeps the checkpoint's. Code of the checkpoint itself runs only with
+    `trust_remote_code`. Where SHA256SUMS is in the folder or repository, all files are verified.
+    `device` is another place than the accelerator.
 
-    Raises CheckpointError (a UserError) naming the folder or file: no such folder, no or broken
-    config.json, a model type or fields that the installed version does not know, no weights,
-    truncated or missing shards, parameters that the weights do not cover, no tokenizer.
+    Raises CheckpointError (a UserError) naming the folder or file: no such folder or revision, a
+    file that is not what was exported, no or broken config.json, a model type or fields that the
+    installed version does not know, no weights, truncated or missing shards, parameters that the
+    weights do not cover, no tokenizer or (of a StableGPT) one that is not the model's.
     """
-    source = str(path)
-    config = load_config(path, trust_remote_code=trust_remote_code)
+    source = _find(str(path), revision)
+    remote: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if not Path(source).is_dir():
+        remote["revision"] = revision
+    config = _load_config(source, remote)
     if Path(source).is_dir():
         _check_weights(Path(source))
-    tokenizer = _load_tokenizer(source, trust_remote_code)
-    model = _load_weights(source, config, trust_remote_code, dtype)
+    tokenizer = _load_tokenizer(source, remote)
+    if isinstance(config, StableGPTConfig):
+        check_vocabulary(source, config, tokenizer)
+    model = _load_weights(source, config, remote, dtype)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     # Module.to, because a decorator hides the signature of the class's own `to` from pyright.
     torch.nn.Module.to(model, device or accelerator or "cpu")
@@ -72,10 +84,48 @@ def load_model(
 
 def load_config(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of a folder or a model on the Hub; CheckpointError as of `load_model`."""
-    source = str(path)
-    if _is_local(source):
-        _check_folder(Path(source))
-    return _load_config(source, trust_remote_code)
+    return _load_config(_find(str(path), None), {"trust_remote_code": trust_remote_code})
+
+
+def _find(source: str, revision: str | None) -> str:
+    """The folder to read, verified where it can be; the id of a model on the Hub otherwise."""
+    if not _is_local(source):
+        return str(download_verified(source, revision) or source)
+    if revision is not None:
+        raise CheckpointError(
+            f"{source} is a folder here, so revision {revision!r} would be ignored: leave it out"
+        )
+    _check_folder(Path(source))
+    if (Path(source) / SUMS).is_file():
+        verify_sums(Path(source))
+    return source
+
+
+def check_vocabulary(
+    source: str, config: StableGPTConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """See that a model and a tokenizer mean the same by their ids.
+
+    Raises:
+        CheckpointError: naming the ids that they disagree on.
+    """
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= config.vocab_size:
+        raise CheckpointError(
+            f"{source}: its tokenizer has ids up to {largest}, but the model's vocab_size is "
+            f"{config.vocab_size}: put the tokenizer there that the model was trained with"
+        )
+    pairs = {
+        "bos_token_id": (config.bos_token_id, tokenizer.bos_token_id),
+        "eos_token_id": (config.eos_token_id, tokenizer.eos_token_id),
+    }
+    for name, (ours, theirs) in pairs.items():
+        known = ours if isinstance(ours, list) else [ours]
+        if ours is not None and theirs is not None and theirs not in known:
+            raise CheckpointError(
+                f"{source}: {name} is {ours} in config.json and {theirs} in the tokenizer: put the "
+                "tokenizer there that the model was trained with"
+            )
 
 
 def _is_local(source: str) -> bool:
@@ -94,15 +144,15 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _load_config(source: str, trust_remote_code: bool) -> PreTrainedConfig:
+def _load_config(source: str, remote: dict[str, Any]) -> PreTrainedConfig:
     try:
-        raw, _ = PreTrainedConfig.get_config_dict(source)
+        raw, _ = PreTrainedConfig.get_config_dict(source, revision=remote.get("revision"))
     except (OSError, ValueError) as error:
         raise CheckpointError(_config_unreadable(source, error)) from error
     version = str(raw.get("transformers_version", "an unknown version"))
     written = f"it was written by transformers {version}, installed is {transformers.__version__}"
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(source, **remote)
     except ImportError as error:
         raise CheckpointError(f"{source}: its own code cannot be imported: {error}") from error
     # Whatever else a config class raises is about what config.json says.
@@ -180,9 +230,9 @@ def _check_safetensors(file: Path) -> None:
         ) from error
 
 
-def _load_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def _load_tokenizer(source: str, remote: dict[str, Any]) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, **remote)
     # Transformers raises OSError, ValueError, TypeError or KeyError, by the kind of tokenizer that
     # it expected.
     except Exception as error:
@@ -198,14 +248,14 @@ def _load_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizer
 def _load_weights(
     source: str,
     config: PreTrainedConfig,
-    trust_remote_code: bool,
+    remote: dict[str, Any],
     dtype: str | torch.dtype | None,
 ) -> PreTrainedModel:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
-            trust_remote_code=trust_remote_code,
+            **remote,
             dtype="auto" if dtype is None else dtype,
             output_loading_info=True,
         )

@@ -16,6 +16,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
+from hf_stable.licenses import is_license
 from hf_stable.recipes import strict_yaml
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass(frozen=True, config=_STRICT)
 class SourceRecipe:
-    """Text to read: the fields of `hf_stable.data.Source` and a weight; a string is its path."""
+    """Text to read: the fields of `hf_stable.data.Source` and two more; a string is its path."""
 
     path: Annotated[str, Field(min_length=1)]
     """A file, folder or glob (text, JSON lines, parquet), else the name of a `datasets` dataset."""
@@ -58,6 +59,18 @@ class SourceRecipe:
     """Fraction of the documents that are validation, chosen by a hash of their text."""
     weight: Positive | None = None
     """Share of the training tokens relative to the others; give one to all of them or to none."""
+    license: str | None = None
+    """The text's licence, SPDX or one of the Hub's identifiers, for records and model card."""
+
+    @model_validator(mode="after")
+    def _license_is_known(self) -> "SourceRecipe":
+        if self.license is not None and not is_license(self.license):
+            raise ValueError(
+                f"license {self.license!r} of {self.path} is neither an SPDX expression (such as "
+                "CC-BY-4.0) nor one of the Hub's identifiers (such as odc-by); one without an "
+                "identifier is written LicenseRef-NAME"
+            )
+        return self
 
 
 def _source(value: Any) -> Any:

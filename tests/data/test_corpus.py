@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hf_stable.corpus import planned_epochs, prepare_corpus, training_order
+from hf_stable.corpus import describe_data, planned_epochs, prepare_corpus, training_order
 from hf_stable.data import (
     BlockDataset,
     DataOrder,
@@ -109,6 +109,32 @@ def test_epochs_and_shares_of_the_plan_are_told(mixed, paths):
     again = load_recipe(TINY, ["training.steps=4000"])
     object.__setattr__(long, "training", again.training)
     assert "worth less" in planned_epochs(long, corpus)[2].line()
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 2.0]])
+def test_licences_are_recorded_beside_their_files_and_change_nothing_else(tmp_path, paths, weights):
+    """A folder's licence is that of each file in it, also where a cached token file is taken."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for path in paths[:2]:
+        Path(path).rename(folder / Path(path).name)
+    sources = [{"path": str(folder), "license": "CC-BY-4.0 OR MIT"}, {"path": paths[2]}]
+    for source, weight in zip(sources, weights or [], strict=False):
+        source["weight"] = weight
+    plain = [{key: source[key] for key in source if key != "license"} for source in sources]
+    unlicensed = recipe_of(tmp_path, plain)
+    without = describe_data(unlicensed, prepare_corpus(unlicensed, progress=False)[1])
+    recipe = recipe_of(tmp_path, sources)
+    _, corpus = prepare_corpus(recipe, progress=False)
+    described = describe_data(recipe, corpus)
+    for part in ("train", "validation"):
+        held = described[part]
+        files = [each for piece in held.get("mixture", [held]) for each in piece["sources"]]
+        assert [Path(each["path"]).name for each in files] == ["a.jsonl", "b.jsonl", "c.jsonl"]
+        stated = [each.get("license") for each in files]
+        assert stated == ["CC-BY-4.0 OR MIT", "CC-BY-4.0 OR MIT", None]
+        assert held["fingerprint"] == without[part]["fingerprint"]
+    assert "license" not in json.dumps(without)
 
 
 def test_what_is_recorded_and_counted_of_a_mixture_is_all_of_it(mixed):

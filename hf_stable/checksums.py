@@ -1,0 +1,74 @@
+"""SHA256SUMS: what the files of an exported folder were when it was written.
+
+The form is that of coreutils: `sha256sum -c SHA256SUMS` checks a folder with nothing of ours. It
+finds damage and changes; somebody who changes SHA256SUMS too is found only with a copy of it.
+"""
+
+import hashlib
+import re
+from pathlib import Path
+
+from .errors import CheckpointError
+
+SUMS = "SHA256SUMS"
+# The card: text that nothing reads on loading, and that people go on writing, also on the Hub.
+EDITABLE = frozenset({"README.md", "training_curve.png"})
+# What Transformers might read from a model's folder; such a file beside the listed ones may take
+# their place, as model.safetensors does that of shards.
+_LOADED = frozenset({".py", ".json", ".safetensors", ".bin", ".pt", ".jinja", ".model", ".txt"})
+_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def write_sums(folder: Path) -> None:
+    """Write SHA256SUMS for all files of a folder but the card's."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+    names = sorted(name for name, path in files.items() if path.is_file())
+    listed = [name for name in names if name not in EDITABLE | {SUMS}]
+    lines = [f"{sha256_of(files[name])}  {name}\n" for name in listed]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def read_sums(file: Path) -> dict[str, str]:
+    """SHA-256 by relative name.
+
+    Raises:
+        CheckpointError: a line of another form, or a name that leads out of the folder.
+    """
+    found = {}
+    for number, line in enumerate(file.read_text("utf-8", "replace").splitlines(), start=1):
+        match = _LINE.fullmatch(line)
+        if match is None or match[2].startswith("/") or ".." in match[2].split("/"):
+            raise CheckpointError(f"{file}: line {number} is no SHA-256 with a name; get it again")
+        found[match[2]] = match[1]
+    return found
+
+
+def verify_sums(folder: Path) -> dict[str, str]:
+    """SHA-256 by name, as listed, when all files of the folder are as they were exported.
+
+    Raises:
+        CheckpointError: naming the first file that is missing, changed, or not listed though
+            Transformers might read it.
+    """
+    listed = read_sums(folder / SUMS)
+    for name, expected in listed.items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing, though {SUMS} lists it; get the folder again")
+        if sha256_of(file) != expected:
+            raise CheckpointError(
+                f"{file}: its SHA-256 is not the one in {SUMS}, so it was damaged or tampered with "
+                "after the export; get the folder again, or export it again"
+            )
+    for file in sorted(folder.iterdir()):
+        if file.suffix in _LOADED and file.name not in listed and file.name not in EDITABLE:
+            raise CheckpointError(
+                f"{file}: not in {SUMS}, but Transformers might read it; remove it, or export again"
+            )
+    return listed

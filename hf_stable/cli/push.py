@@ -1,0 +1,176 @@
+"""`hf-stable export` and `hf-stable push`: from a run to a folder, and from there to the Hub."""
+
+# ruff: noqa: PLC0415
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveFloat, PositiveInt
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+    from hf_stable.hub import Destination, Difference, ExportCheck
+
+EXPORT = "Write a run's model as a folder that loads without hf_stable, ready to push."
+PUSH = "Put a model on the Hub: checked here, one commit there, verified, then tagged."
+
+
+def add_export_options(parser: ArgumentParser) -> ArgumentParser:
+    """The options of `hf-stable export`."""
+    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "--step",
+        type=PositiveInt,
+        metavar="N",
+        help="take the checkpoint of this step; the finished model unless given",
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--fold-sigma",
+        action="store_true",
+        help="write sigma-Reparam as the plain weights that it equals; the card has the difference",
+    )
+    parser.add_argument(
+        "--dtype",
+        type=Literal["bfloat16"],
+        help="round the weights; the card has what it costs. As they were trained unless given",
+    )
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of one file of weights"
+    )
+    parser.add_argument(
+        "--license", default="apache-2.0", metavar="ID", help="of the Hub's identifiers"
+    )
+    parser.add_argument(
+        "--watts",
+        type=PositiveFloat,
+        metavar="W",
+        help="power of each process's device, which no record holds, to estimate energy with",
+    )
+    return parser
+
+
+def add_push_options(parser: ArgumentParser) -> ArgumentParser:
+    """The options of `hf-stable push`."""
+    parser.epilog = (
+        "The token is that of `hf auth login`, or HF_TOKEN; it is never an option, which other "
+        "users of the machine could read."
+    )
+    parser.add_argument(
+        "source", metavar="SOURCE", help="what `hf-stable export` wrote, or a run's folder"
+    )
+    parser.add_argument("--to", required=True, metavar="OWNER/NAME", help="repository on the Hub")
+    parser.add_argument("--private", action="store_true", help="make it a private repository")
+    parser.add_argument(
+        "--revision", "--branch", default="main", metavar="BRANCH", help="made if it is not there"
+    )
+    parser.add_argument("--tag", help="name for the commit, given when it is verified")
+    parser.add_argument("--commit-message", metavar="TEXT", help="one is made unless given")
+    parser.add_argument(
+        "--create-pr", action="store_true", help="propose a pull request instead of writing to main"
+    )
+    parser.add_argument(
+        "--unevaluated", action="store_true", help="push a card without measured perplexities too"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list what would go, with SHA-256; write nothing"
+    )
+    return parser
+
+
+def export_command(arguments: Namespace) -> None:
+    """Export, check, and say how to load."""
+    from hf_stable import StableGPTForCausalLM  # noqa: F401 (registers the Auto classes)
+    from hf_stable.card import Statement
+    from hf_stable.hub import Weights, check_export, export
+
+    folder = export(
+        Path(arguments.run),
+        Path(arguments.output),
+        step=arguments.step,
+        weights=Weights(arguments.fold_sigma, arguments.dtype, arguments.max_shard_size),
+        statement=Statement(license=arguments.license, watts=arguments.watts),
+    )
+    checked = check_export(folder)
+    print(
+        "loads in a process without hf_stable, with bit-equal logits; it continues the empty text:"
+    )
+    print(f"\n{checked.text}\n")
+    print(f"exported to {folder}; load it without hf_stable:")
+    for auto in ("AutoModelForCausalLM", "AutoTokenizer"):
+        print(f'  {auto}.from_pretrained("{folder}", trust_remote_code=True)')
+    print(f"publish it: hf-stable push {folder} --to OWNER/NAME")
+
+
+def push_command(arguments: Namespace) -> None:
+    """Export where that is still to be done, check, push, and say how to load."""
+    from hf_stable import hub
+
+    message = arguments.commit_message
+    to = hub.Destination(
+        repo=arguments.to,
+        private=arguments.private,
+        branch=arguments.revision,
+        tag=arguments.tag,
+        create_pr=arguments.create_pr,
+        unevaluated=arguments.unevaluated,
+        **({} if message is None else {"message": message}),
+    )
+    api = hub.connect(anonymously=arguments.dry_run)
+    with _exported(Path(arguments.source)) as folder:
+        checked = hub.check_export(folder)
+        if arguments.dry_run:
+            _print_difference(*_preview(checked, to, api), to.repo)
+            return
+        done = hub.push(checked, to, api)
+    what = "pushed, and verified there" if done.is_new else "was there already, verified"
+    print(f"{what}: {done.url}")
+    if to.tag is not None:
+        print(f"tagged: {to.tag}")
+    print("load it without hf_stable, pinned to what was verified:")
+    for auto in ("AutoModelForCausalLM", "AutoTokenizer"):
+        print(
+            f'  {auto}.from_pretrained("{to.repo}", trust_remote_code=True, '
+            f'revision="{done.commit}")'
+        )
+
+
+@contextlib.contextmanager
+def _exported(source: Path) -> Iterator[Path]:
+    """The folder itself where it is an export, else one made of it, which is gone afterwards."""
+    from hf_stable.checksums import SUMS
+    from hf_stable.hub import export
+
+    if (source / SUMS).is_file():
+        yield source
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield export(source, Path(scratch) / source.resolve().name)
+
+
+def _preview(
+    checked: "ExportCheck", to: "Destination", api: "HfApi"
+) -> "tuple[Difference, str | None]":
+    """What would go, and why what the Hub has is not known, if it is not."""
+    from hf_stable import hub
+
+    try:
+        return hub.preview(checked, to, api), None
+    except hub.UnreachableError as error:
+        return hub.compare(checked.folder, checked.files, None), str(error)
+
+
+def _print_difference(difference: "Difference", unreachable: str | None, repo: str) -> None:
+    for each in difference.changes:
+        print(f"{each.state:<8} {each.bytes:>14,}  {each.sha256}  {each.name}")
+    for name in difference.removed:
+        print(f"{'removed':<8} {'':>14}  {'':<64}  {name}")
+    total = sum(each.bytes for each in difference.changes)
+    print(f"{len(difference.changes)} files, {total:,} bytes, to {repo}; nothing was written")
+    if unreachable is not None:
+        print(f"what is new there is not known: {unreachable}")

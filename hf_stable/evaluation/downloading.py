@@ -1,0 +1,74 @@
+"""Models of the Hub that come with SHA256SUMS: downloaded as one commit, and verified."""
+
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from hf_stable.checksums import SUMS, read_sums, sha256_of, verify_sums
+from hf_stable.errors import CheckpointError
+
+
+def download_verified(repo: str, revision: str | None) -> Path | None:
+    """The folder of a model that `hf-stable push` published, every file as it was exported.
+
+    Returns:
+        None for a repository without SHA256SUMS, or none that can be reached.
+
+    Raises:
+        CheckpointError: no such revision; the download broke off; a file is not what was exported,
+            and is then removed from the cache.
+    """
+    sums = _sums_of(repo, revision)
+    if sums is None:
+        return None
+    listed = read_sums(sums)
+    try:
+        # Of the commit that the sums are of, whatever is pushed meanwhile.
+        folder = Path(
+            snapshot_download(repo, revision=sums.parent.name, allow_patterns=[*listed, SUMS])
+        )
+    # Besides OSError, whatever the HTTP library raises when a connection breaks.
+    except Exception as error:
+        raise CheckpointError(
+            f"{repo}: the download broke off ({_short(error)}); the same command goes on with it"
+        ) from error
+    _forget_bad(folder, listed)
+    verify_sums(folder)
+    return folder
+
+
+def _sums_of(repo: str, revision: str | None) -> Path | None:
+    try:
+        return Path(hf_hub_download(repo, SUMS, revision=revision))
+    except RevisionNotFoundError as error:
+        raise CheckpointError(
+            f"{repo} has no revision {revision!r}: name one of its branches, tags or commits"
+        ) from error
+    except (EntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError, ValueError):
+        # What is wrong with the repository, Transformers says when it asks for the config.
+        return None
+
+
+def _forget_bad(folder: Path, listed: dict[str, str]) -> None:
+    """Remove damaged downloads, which the cache would hand out again, and say which."""
+    for name, expected in listed.items():
+        file = folder / name
+        if file.is_file() and sha256_of(file) != expected:
+            file.resolve().unlink()
+            file.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"{file.name} from the Hub is not what was exported: its SHA-256 is not the one in "
+                f"{SUMS}. It is out of the cache again; the same command downloads it anew. Where "
+                "that does not help, it was changed on the Hub: do not use it."
+            )
+
+
+def _short(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__

@@ -1,0 +1,50 @@
+"""The files that a model's folder may hold; whatever else lies there is not the model's."""
+
+import re
+from pathlib import Path
+
+from hf_stable.card.rendering import PICTURE
+from hf_stable.checksums import SUMS
+
+CARD = "README.md"
+_NAMES = frozenset(
+    {
+        *(CARD, PICTURE, "LICENSE", SUMS),
+        *("config.json", "generation_config.json"),
+        *("model.safetensors", "model.safetensors.index.json"),
+        *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja"),
+        *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+        "records/metrics.jsonl.gz",
+    }
+)
+_FORMS = re.compile(
+    r"model-\d{5}-of-\d{5}\.safetensors|[a-z_]+_stable_gpt\.py|records/[A-Za-z0-9][\w.-]*\.json"
+)
+# By which a repository is told to hold a model.
+_WEIGHTS = re.compile(r".*\.(?:safetensors|bin|gguf|pt|pth|h5|onnx)|config\.json")
+
+
+def belongs(name: str) -> bool:
+    """Whether a relative name is one of an export's."""
+    return name in _NAMES or _FORMS.fullmatch(name) is not None
+
+
+def is_of_a_model(name: str) -> bool:
+    """Whether a repository with such a file holds a model, whoever made it."""
+    return _WEIGHTS.fullmatch(name) is not None
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """All that is in a folder but folders, by relative name, in order; links are not followed."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not path.is_dir():
+            found[path.relative_to(folder).as_posix()] = path
+    return found
+
+
+def strangers(folder: Path) -> list[str]:
+    """What lies in a folder and is not a model's: other names, and links wherever they lead."""
+    return [
+        name for name, path in files_of(folder).items() if not belongs(name) or path.is_symlink()
+    ]

@@ -1,0 +1,161 @@
+"""What the Hub holds beside what a folder holds, and the Hub's refusals in one sentence each."""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # httpx or httpx2, by version
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
+
+from hf_stable.card import clean
+from hf_stable.checksums import SUMS
+from hf_stable.errors import HubError
+
+from .files import belongs, is_of_a_model
+
+State = Literal["new", "changed", "same", "unknown"]
+
+
+class UnreachableError(HubError):
+    """No answer from the Hub."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A file that goes. `bytes` is its size; `state` is against what the Hub has."""
+
+    name: str
+    bytes: int
+    sha256: str
+    state: State
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What a push does.
+
+    Args:
+        changes: all files of the folder, by name.
+        removed: files of an earlier export on the Hub, which a push takes away.
+    """
+
+    changes: tuple[Change, ...]
+    removed: tuple[str, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the Hub has it already."""
+        return not self.removed and all(each.state == "same" for each in self.changes)
+
+
+def compare(folder: Path, files: dict[str, str], tree: dict[str, RepoFile] | None) -> Difference:
+    """The folder against a revision on the Hub.
+
+    Args:
+        files: SHA-256 by relative name.
+        tree: of the revision; None where it is not known.
+    """
+    changes = []
+    for name, sha256 in sorted(files.items()):
+        state: State = "unknown"
+        if tree is not None:
+            state = _state(folder / name, sha256, tree.get(name))
+        changes.append(Change(name, (folder / name).stat().st_size, sha256, state))
+    removed = [name for name in sorted(tree or {}) if belongs(name) and name not in files]
+    return Difference(tuple(changes), tuple(removed))
+
+
+def _state(file: Path, sha256: str, there: RepoFile | None) -> State:
+    if there is None:
+        return "new"
+    if there.lfs is not None:
+        return "same" if there.lfs.sha256 == sha256 else "changed"
+    if there.size != file.stat().st_size:
+        return "changed"
+    content = file.read_bytes()
+    # Git's name of a file.
+    blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+    return "same" if there.blob_id == blob else "changed"
+
+
+def tree_of(api: HfApi, repo: str, revision: str) -> dict[str, RepoFile]:
+    """The files of a revision by name."""
+    entries = api.list_repo_tree(repo, recursive=True, revision=revision)
+    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+
+def refuse_other_model(repo: str, tree: dict[str, RepoFile]) -> None:
+    """Raise HubError when the repository holds a model that no push of ours put there."""
+    other = [name for name in sorted(tree) if is_of_a_model(name)]
+    if other and SUMS not in tree:
+        raise HubError(
+            f"{repo} is taken: it holds {other[0]}, which hf-stable did not push. Choose another "
+            "name, or remove the files there first."
+        )
+
+
+@contextlib.contextmanager
+def explained(repo: str, doing: str) -> Iterator[None]:
+    """Turn whatever huggingface_hub raises meanwhile into one sentence.
+
+    Raises:
+        HubError: what was being done, what the Hub said, and what to do; never with a secret.
+    """
+    try:
+        yield
+    except HubError:
+        raise
+    # Uploads raise RuntimeError from what went wrong; answers in another form are the last two.
+    except (HTTPError, OSError, RuntimeError, ValueError, KeyError) as error:
+        inner = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
+        answered = isinstance(inner, HfHubHTTPError | ValueError)
+        kind = HubError if answered else UnreachableError
+        raise kind(f"{repo}: {doing} failed: {_reason(repo, inner)}") from error
+
+
+_AGAIN = "the same command tries again, and sends nothing twice that is there already"
+
+
+def _reason(repo: str, error: BaseException) -> str:
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set: unset it to reach the Hub"
+    if isinstance(error, RevisionNotFoundError):
+        return "there is no such branch, tag or commit"
+    if isinstance(error, HfHubHTTPError):
+        return _answer(repo, error)
+    return f"{_first_line(error)}; {_AGAIN}"
+
+
+def _answer(repo: str, error: HfHubHTTPError) -> str:
+    status, owner = error.response.status_code, repo.partition("/")[0]
+    said = f" ({_first_line(error.server_message)})" if error.server_message else ""
+    known = {
+        401: "the Hub does not accept the token: make one that may write and run `hf auth login`, "
+        "or set HF_TOKEN",
+        403: f"the token may not write there{said}: it needs write access to {owner}",
+        409: f"the Hub has it already, or something else under that name{said}",
+        412: "somebody else pushed meanwhile: look at it, then run the same command again",
+        429: "too many requests: wait, then run the same command again",
+    }
+    if status in known:
+        return known[status]
+    if isinstance(error, RepositoryNotFoundError):
+        return "no such repository, or none that the token may see"
+    if status >= 500:
+        return f"the Hub has an error of its own, HTTP {status}{said}; {_AGAIN}"
+    return f"the Hub answered HTTP {status}{said}"
+
+
+def _first_line(error: BaseException | str) -> str:
+    lines = str(clean(str(error))).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,80 @@
+"""What must not be in a folder that is pushed: other files, secrets, places of one machine."""
+
+import gzip
+import json
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import safe_open
+from yaml import YAMLError
+
+from hf_stable.card import leaks, problems
+from hf_stable.errors import UserError
+
+from .files import CARD, files_of, strangers
+
+
+def refuse_strangers(folder: Path) -> None:
+    """Raise UserError for the first files that are not the model's, and for links."""
+    if found := strangers(folder):
+        raise UserError(
+            f"{folder} holds {', '.join(found[:3])}{' and more' if found[3:] else ''}, not the "
+            "model's: remove it from the folder, nothing was pushed"
+        )
+
+
+def refuse_leaks(folder: Path) -> None:
+    """Raise UserError for the first secret, or absolute path of a machine, naming file and line."""
+    for path in files_of(folder).values():
+        text = _text_of(path)
+        # A picture's bytes are no sentences, so that only the forms of secrets are looked for.
+        meant = ("a secret",) if path.suffix == ".png" else ("a secret", "a path on this machine")
+        for number, line in enumerate(text.splitlines(), start=1):
+            if found := [kind for kind in leaks(line) if kind in meant]:
+                raise UserError(
+                    f"{path}: line {number} holds {' and '.join(found)}: take it out where it came "
+                    "from and export again, nothing was pushed"
+                )
+        if "a secret" in leaks(text):
+            raise UserError(f"{path} holds a secret: take it out, nothing was pushed")
+
+
+def _text_of(path: Path) -> str:
+    """What can be read in a file. A vocabulary is left out: it is pieces of the training text."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            return json.dumps(file.metadata() or {}) + "\n".join(file.keys())
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        content = gzip.decompress(content)
+    text = content.decode("latin-1" if path.suffix == ".png" else "utf-8", "replace")
+    if path.name == "tokenizer.json":
+        return json.dumps({**json.loads(text), "model": None}, ensure_ascii=False, indent=0)
+    return "" if path.name in {"vocab.json", "merges.txt", "tokenizer.model"} else text
+
+
+def check_card(folder: Path, *, unevaluated: bool) -> None:
+    """See that the Hub will take the card, and that it says how good the model is.
+
+    Args:
+        unevaluated: a card without measured perplexities is meant.
+
+    Raises:
+        UserError: naming what the card lacks.
+    """
+    file = folder / CARD
+    if not file.is_file():
+        raise UserError(f"{file} is missing: export again, which writes the card")
+    try:
+        header = ModelCard.load(file).data.to_dict()
+    except (ValueError, YAMLError, HfHubHTTPError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{file}: its header cannot be read ({first})") from error
+    if found := problems(header):
+        raise UserError(f"{file}: the Hub would refuse the card: {'; '.join(found)}")
+    if "model-index" not in header and not unevaluated:
+        raise UserError(
+            f"{file} has no measured metrics (model-index): `hf-stable evaluate RUN --output "
+            "RUN/evaluation.json` measures them, then export again; --unevaluated pushes it so"
+        )
