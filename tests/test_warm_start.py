@@ -213,7 +213,10 @@ def test_other_models_and_tokenizers_are_refused(home: Path, tmp_path: Path) -> 
     with pytest.raises(RecipeError, match=r"LlamaForCausalLM; `hf-stable convert`"):
         train(warm(home, tmp_path / "run", training__initial_model=tmp_path / "llama"))
     shutil.copytree(home / "trained" / "model", tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
+    other, config = byte_tokenizer(), tmp_path / "model" / "config.json"
+    other.save_pretrained(tmp_path / "model")
+    ends = {"bos_token_id": other.bos_token_id, "eos_token_id": other.eos_token_id}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **ends}))
     with pytest.raises(RecipeError, match=r"another tokenizer than the run: set tokenizer\.path"):
         train(warm(home, tmp_path / "run", training__initial_model=tmp_path / "model"))
     with pytest.raises(CheckpointError, match="nothing"):
