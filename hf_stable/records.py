@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA_VERSION = 1
+# What `hf-stable convert` leaves beside the model.
+CONVERSION = "conversion.json"
 PACKAGES = ("hf_stable", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
 
 

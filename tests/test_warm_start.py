@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_stable import StableGPTForCausalLM, records
+from hf_stable.card import render_card
 from hf_stable.check import check
 from hf_stable.checkpoints import list_checkpoints
 from hf_stable.cli import main
-from hf_stable.convert import RECORD, convert
+from hf_stable.convert import convert
 from hf_stable.errors import CheckpointError, RecipeError
 from hf_stable.recipes import load_recipe
 from hf_stable.training import train
@@ -88,6 +89,8 @@ def test_what_has_none_has_a_price_that_is_told(
     line = next(line for line in capsys.readouterr().err.splitlines() if "the switch" in line)
     assert f"{before['value']:.6g}" in line and f"{after['value']:.6g}" in line
     assert next(iter(fields)).removeprefix("model__") in line
+    card = str(render_card(tmp_path / "run")).replace("\\", "")
+    assert record["sha256"] in card and f"{record['perplexity_ratio']:.4f} times" in card
 
 
 def test_the_perplexity_before_is_the_trained_model_s(home: Path, tmp_path: Path) -> None:
@@ -127,7 +130,7 @@ def test_sigma_reparam_is_taken_out_by_folding(home: Path, tmp_path: Path) -> No
 def test_a_converted_checkpoint_trains_on(home: Path, tmp_path: Path) -> None:
     """The record of a conversion has the recipe's model section, but for the vocabulary."""
     convert(save(tmp_path / "llama", "llama", num_key_value_heads=2), tmp_path / "ours")
-    fields = json.loads((tmp_path / "ours" / RECORD).read_text())["fields"]
+    fields = json.loads((tmp_path / "ours" / records.CONVERSION).read_text())["fields"]
     del fields["vocab_size"]
     record = started(
         home,

@@ -37,14 +37,14 @@ class Statement:
 
     Args:
         name: the model's; None takes the recipe's.
-        license: of the Hub's identifiers.
+        license: of the weights, of the Hub's identifiers; left out where it is not stated.
         watts: drawn by each process's device while it trains, for the estimate of energy.
         repository: address of hf_stable's sources, which links to the studies begin with.
         notes: sentences to put first, such as how the checkpoint was chosen.
     """
 
     name: str | None = None
-    license: str = "apache-2.0"
+    license: str | None = None
     watts: float | None = None
     repository: str | None = None
     notes: tuple[str, ...] = ()
@@ -100,7 +100,7 @@ def _filled(
         header=Made(header.to_yaml()),
         name=name,
         summary=sections.summary(facts),
-        notes=[escape(note) for note in statement.notes],
+        notes=[escape(note) for note in (*sections.origins(facts), *statement.notes)],
         evaluations=[sections.evaluation(each, facts) for each in scored],
         validation=sections.validation(facts),
         baselines=sections.baselines(facts),
@@ -170,6 +170,9 @@ def read_facts(run: Path) -> Facts:
         elif (run / "config.json").is_file():
             config = json.loads((run / "config.json").read_text(encoding="utf-8"))
             content = {"model_config": config}
+        for place in (run / records.CONVERSION, run / "records" / records.CONVERSION):
+            if place.is_file():
+                content["conversion"] = json.loads(place.read_text(encoding="utf-8"))
         history = read_history(run) if (run / "metrics.jsonl").is_file() else None
     if not content and history is None:
         raise UserError(

@@ -33,6 +33,29 @@ def summary(facts: Facts) -> Made:
     return Made("".join(words) + ("." if facts.recipe else ", of which none are here."))
 
 
+def origins(facts: Facts) -> list[str]:
+    """Where the weights began, if not with random numbers."""
+    found = []
+    if start := facts.run.get("initial_model"):
+        switched = ", ".join(
+            f"{name} {there!r} to {here!r}" for name, (there, here) in start["switched"].items()
+        )
+        found.append(
+            f"Training began with the weights of {start['folder']} (SHA-256 {start['sha256']}); "
+            f"changed by then: {switched or 'nothing'}, which made the perplexity on held-out text "
+            f"{start['perplexity_ratio']:.4f} times what it was."
+        )
+    if made := facts.run.get("conversion"):
+        revision = f" at revision {made['revision']}" if made["revision"] else ""
+        found.append(
+            f"Converted by `hf-stable convert` from {made['source']}{revision}, a "
+            f"{made['model_type']} checkpoint: its licence and its training are that one's. Logits "
+            f"of both differ by {made['difference']:.1e} of the largest in float64, and by "
+            f"{made['saved_difference']:.1e} with these {made['dtype']} weights."
+        )
+    return found
+
+
 def text_name(evaluation: Evaluation, facts: Facts) -> str:
     """The name of the text that was scored, for a reader."""
     if evaluation.text is None:

@@ -215,7 +215,9 @@ def _card_parser() -> ArgumentParser:
         help="what `hf-stable evaluate RUN --output` wrote; RUN/evaluation*.json unless given",
     )
     parser.add_argument(
-        "--license", default="apache-2.0", metavar="ID", help="of the Hub's identifiers"
+        "--license",
+        metavar="ID",
+        help="of the weights, of the Hub's identifiers; stated in the card",
     )
     parser.add_argument(
         "--watts",

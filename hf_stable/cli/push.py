@@ -44,7 +44,9 @@ def add_export_options(parser: ArgumentParser) -> ArgumentParser:
         "--max-shard-size", default="5GB", metavar="SIZE", help="of one file of weights"
     )
     parser.add_argument(
-        "--license", default="apache-2.0", metavar="ID", help="of the Hub's identifiers"
+        "--license",
+        metavar="ID",
+        help="of the weights, of the Hub's identifiers; stated in the card",
     )
     parser.add_argument(
         "--watts",

@@ -3,7 +3,7 @@
 `families.py` is the table; `converting.py` reads, maps, compares in float64 and only then writes.
 """
 
-from .converting import RECORD, TOLERANCE, Conversion, convert
+from .converting import TOLERANCE, Conversion, convert
 from .families import FAMILIES, WHY_NOT
 
-__all__ = ["FAMILIES", "RECORD", "TOLERANCE", "WHY_NOT", "Conversion", "convert"]
+__all__ = ["FAMILIES", "TOLERANCE", "WHY_NOT", "Conversion", "convert"]

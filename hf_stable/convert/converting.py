@@ -17,14 +17,13 @@ from hf_stable import registration  # noqa: F401 (AutoTokenizer reads configs)
 from hf_stable.errors import CheckpointError
 from hf_stable.evaluation import load_config, load_model
 from hf_stable.model import StableGPTConfig, StableGPTForCausalLM
-from hf_stable.records import versions, write_json
+from hf_stable.records import CONVERSION, versions, write_json
 
 from .exact import exact_logits
 from .families import FAMILIES, WHY_NOT, Family
 from .rules import map_fields
 from .tensors import map_tensors
 
-RECORD = "conversion.json"
 # Largest difference of a logit over the largest logit. Rounding of float64 is 1.1e-16; norms and
 # softmax of many blocks add some digits to it.
 TOLERANCE = 1e-10
@@ -214,7 +213,7 @@ def _write(
     try:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        write_json(temporary / RECORD, {**asdict(conversion), "versions": versions()})
+        write_json(temporary / CONVERSION, {**asdict(conversion), "versions": versions()})
         again = StableGPTForCausalLM.from_pretrained(temporary, dtype="auto")
         for name, tensor in model.state_dict().items():
             if not torch.equal(again.state_dict()[name], tensor):

@@ -37,7 +37,7 @@ from hf_stable.model import (
     StableGPTForTokenClassification,
     StableGPTModel,
 )
-from hf_stable.records import read_metrics, write_json
+from hf_stable.records import CONVERSION, read_metrics, write_json
 
 from .files import CARD, files_of, strangers
 from .rounding import Rounding, measure, measuring_tokens
@@ -106,6 +106,9 @@ def export(
     with _model_folder(source, step) as folder, _fresh(output, folder) as fresh:
         _write_model(folder, fresh, weights)
         _write_code(fresh)
+        if (made := folder / CONVERSION).is_file():
+            content = clean(json.loads(made.read_text(encoding="utf-8")))
+            write_json(fresh / "records" / CONVERSION, content)
         if is_run:
             _write_records(source, fresh / "records")
         statement = statement or Statement()

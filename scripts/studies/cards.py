@@ -65,7 +65,12 @@ def main() -> None:
         study.folder / "runs" / identity,
         output / f"{name}.md",
         evaluations=[study.folder / "perplexity" / f"{identity}.json"],
-        statement=Statement(name=name, repository="..", notes=(note(study, best, perplexities),)),
+        statement=Statement(
+            name=name,
+            license="apache-2.0",
+            repository="..",
+            notes=(note(study, best, perplexities),),
+        ),
         picture=f"{name}.png",
     )
     print(f"written: {file}")

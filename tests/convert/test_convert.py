@@ -14,11 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_stable import StableGPTConfig, StableGPTForCausalLM, cli
-from hf_stable.convert import FAMILIES, RECORD, WHY_NOT, convert, converting
+from hf_stable.convert import FAMILIES, WHY_NOT, convert, converting
 from hf_stable.convert.exact import exact_logits
 from hf_stable.convert.rules import EVERYWHERE
 from hf_stable.errors import CheckpointError
 from hf_stable.hub import check_export, export
+from hf_stable.records import CONVERSION
 
 from .sources import CASES, SIZES, build, save
 
@@ -158,19 +159,23 @@ def test_float64_is_float64_all_the_way() -> None:
 
 def test_the_folder_is_a_model_s_folder(llama: Path, tmp_path: Path) -> None:
     done = convert(llama, tmp_path / "ours", dtype="bfloat16")
-    record = json.loads((tmp_path / "ours" / RECORD).read_text())
+    record = json.loads((tmp_path / "ours" / CONVERSION).read_text())
     assert record["source"] == "llama" and record["revision"] is None
     assert record["model_type"] == "llama" and record["dtype"] == "bfloat16"
     assert len(record["weights_sha256"]["model.safetensors"]) == 64
     assert record["difference"] == done.difference < EXACT
     assert 1e-4 < record["saved_difference"] == done.saved_difference < 0.1
-    assert str(tmp_path) not in (tmp_path / "ours" / RECORD).read_text()
+    assert str(tmp_path) not in (tmp_path / "ours" / CONVERSION).read_text()
     model = StableGPTForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto")
     assert model.dtype == torch.bfloat16
     assert StableGPTConfig(**record["fields"]).mlp_gated == model.config.mlp_gated is True
     tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (llama, tmp_path / "ours")]
     assert tokenizers[0]("to be").input_ids == tokenizers[1]("to be").input_ids
-    check_export(export(tmp_path / "ours", tmp_path / "export"), new_tokens=3)
+    exported = export(tmp_path / "ours", tmp_path / "export")
+    check_export(exported, new_tokens=3)
+    assert json.loads((exported / "records" / CONVERSION).read_text()) == record
+    card = (exported / "README.md").read_text()
+    assert "from llama, a llama checkpoint" in card and f"{done.difference:.1e}" in card
 
 
 def test_weights_keep_the_source_s_dtype_bit_by_bit(tmp_path: Path) -> None:
@@ -249,6 +254,6 @@ def test_a_model_of_the_hub_is_recorded_with_its_commit(llama: Path, tmp_path: P
         check=True,
         capture_output=True,
     )
-    record = json.loads((tmp_path / "ours" / RECORD).read_text())
+    record = json.loads((tmp_path / "ours" / CONVERSION).read_text())
     assert (record["source"], record["revision"]) == ("someone/tiny", commit)
     assert list(record["weights_sha256"]) == ["model.safetensors"]
