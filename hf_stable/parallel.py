@@ -205,7 +205,7 @@ def all_sum(value: torch.Tensor) -> torch.Tensor:
 
 def all_max(value: torch.Tensor) -> torch.Tensor:
     """Largest of each element over all processes, in place; a NaN counts as infinite there."""
-    if dist.is_initialized():
+    if dist.is_initialized() and dist.get_world_size() > 1:
         value.nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf)
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return value

@@ -48,7 +48,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 _HOST_KEYWORDS = {
     "attn_implementation",
     "auto_map",
-    "classifier_dropout",
     "experts_implementation",
     "model_type",
     "name_or_path",
@@ -132,6 +131,7 @@ class StableGPTConfig(PreTrainedConfig):
         rope_parameters: rotary embedding in Transformers' form, e.g. `{"rope_theta": 10000.0}`.
         tie_word_embeddings: whether the head shares the embedding's weight.
         attention_dropout: dropout probability of attention weights in training.
+        classifier_dropout: the same before the head of token classification; None is 0.1.
 
         norm: (branch) "layernorm" or "rmsnorm", for every norm of the model.
         norm_bias: (branch) whether norms add a bias.
@@ -211,6 +211,7 @@ class StableGPTConfig(PreTrainedConfig):
     rope_parameters: RopeParameters | dict | None = None
     tie_word_embeddings: bool = False
     attention_dropout: int | float = 0.0
+    classifier_dropout: int | float | None = None
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -411,6 +412,8 @@ class StableGPTConfig(PreTrainedConfig):
                 f"head_dim={self.head_dim} is odd, but RoPE rotates pairs: make it even."
             )
         self._require("attention_dropout", 0.0 <= self.attention_dropout < 1.0, "in [0, 1)")
+        dropout = self.classifier_dropout
+        self._require("classifier_dropout", dropout is None or 0.0 <= dropout < 1.0, "in [0, 1)")
         if self.hidden_act not in ACT2FN or any(True for _ in ACT2FN[self.hidden_act].parameters()):
             raise ValueError(
                 f"hidden_act={self.hidden_act!r} is no activation of Transformers without "

@@ -407,9 +407,9 @@ class StableGPTForCausalLM(StableGPTPreTrainedModel, GenerationMixin):
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         loss = ce_loss = z_loss = None
         if shift_labels is not None:
+            self.loss_watch.answer()
             targets = self._targets(shift_labels, hidden_states.shape[:2], ignore_index)
             loss, ce_loss, z_loss = self.lm_head(hidden_states, targets, num_items_in_batch)
-            self.loss_watch.answer()
         skip = self.training if skip_logits is None else skip_logits
         logits = None
         if shift_labels is None or not skip:

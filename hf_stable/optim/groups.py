@@ -7,13 +7,12 @@ from typing import Any, Literal
 
 from torch import nn
 
-from hf_stable.model import StableGPTConfig
-
 
 def _learning_rate_multiplier(model: nn.Module) -> float:
     """Simple muP's factor for matrices; 1.0 for any model that is not a StableGPT with muP."""
     config = model.config  # pyright: ignore[reportAttributeAccessIssue]
-    return config.learning_rate_multiplier if isinstance(config, StableGPTConfig) else 1.0
+    # Not by its class: that of a model whose code came from the Hub is another one.
+    return getattr(config, "learning_rate_multiplier", 1.0)
 
 
 def parameter_groups(

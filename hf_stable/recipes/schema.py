@@ -302,6 +302,22 @@ class TrainingRecipe:
             )
         return self
 
+    @model_validator(mode="after")
+    def _sharding_has_effect(self) -> "TrainingRecipe":
+        meant = {
+            "shard_size": (None, ("hsdp",)),
+            "reshard_after_forward": (True, ("fsdp2", "hsdp")),
+            "cpu_offload": (False, ("fsdp2", "hsdp")),
+        }
+        for name, (neutral, kinds) in meant.items():
+            value = getattr(self, name)
+            if value != neutral and self.sharding not in kinds:
+                raise ValueError(
+                    f"{name} {json.dumps(value)} has no effect with sharding {self.sharding}; "
+                    f"remove it, or set sharding to {' or '.join(kinds)}"
+                )
+        return self
+
 
 @dataclass(frozen=True, config=_STRICT)
 class TelemetryRecipe:

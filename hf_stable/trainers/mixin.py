@@ -73,6 +73,7 @@ class StableTrainerMixin(_Base):
         causal_lm = _stable_gpt_of(self.model)
         if causal_lm is None or not causal_lm.config.z_loss or not torch.is_grad_enabled():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._check_z_loss(causal_lm)
         with squares_of_scored_tokens(causal_lm) as squares:
             result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not squares:
@@ -91,6 +92,18 @@ class StableTrainerMixin(_Base):
             return loss + z_loss, outputs
         return result + z_loss
 
+    def _check_z_loss(self, causal_lm: StableGPTForCausalLM) -> None:
+        """Refuse what can be told before a step; a compiled one is seen by no watch."""
+        z_loss = causal_lm.config.z_loss
+        if self.label_smoother is not None or self.compute_loss_func is not None:
+            raise _foreign_loss(z_loss)
+        if self.args.torch_compile and "forward" in vars(causal_lm):
+            raise UserError(
+                f"z_loss={z_loss} may be lost with torch_compile=True, since this trainer scores "
+                "hidden states by itself: leave torch_compile off and compile the blocks "
+                "(`layer.compile()`), or load the model with z_loss=0.0"
+            )
+
     def _processes_averaged_over(self) -> int:
         """The factor of Trainer's loss: items are of all ranks, and DDP averages over the ranks."""
         if not self.args.average_tokens_across_devices:
@@ -100,8 +113,8 @@ class StableTrainerMixin(_Base):
 
 def _stable_gpt_of(model: Any) -> StableGPTForCausalLM | None:
     """The StableGPT inside wrappers such as PEFT's; None for another model."""
-    found = (module for module in model.modules() if isinstance(module, StableGPTForCausalLM))
-    return next(found, None)
+    # Not by its class: that of a model whose code came from the Hub is another one.
+    return next((module for module in model.modules() if hasattr(module, "loss_watch")), None)
 
 
 def _foreign_loss(z_loss: float) -> UserError:
