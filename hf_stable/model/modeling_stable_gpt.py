@@ -10,7 +10,6 @@ Law of this file, as of the blocks: no `forward` tests a technique's field.
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 
 import copy
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,6 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -36,6 +34,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .blocks_stable_gpt import StableGPTAttention, StableGPTDecoderLayer, norm_slot
 from .configuration_stable_gpt import StableGPTConfig
+from .generation_stable_gpt import StableGPTGenerationMixin
 from .parallel_stable_gpt import check_parallelism
 from .sigma_stable_gpt import StableGPTSigmaLinear, follow_weights, init_sigma, power_iterate
 from .slots_stable_gpt import (
@@ -320,7 +319,7 @@ class StableGPTModel(StableGPTPreTrainedModel):
             )
 
 
-class StableGPTForCausalLM(StableGPTPreTrainedModel, GenerationMixin):
+class StableGPTForCausalLM(StableGPTPreTrainedModel, StableGPTGenerationMixin):
     """The decoder with its head, which makes logits or the loss."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -344,23 +343,6 @@ class StableGPTForCausalLM(StableGPTPreTrainedModel, GenerationMixin):
             raise ValueError("lm_head has no bias, but the new output embedding has one.")
         self.lm_head.weight = new_embeddings.weight
         self.lm_head.out_features = new_embeddings.out_features
-
-    def _prepare_generated_length(self, **arguments: Any) -> Any:
-        """End a generation where the positions end, on every device and before it begins."""
-        generation_config = super()._prepare_generated_length(**arguments)  # pyright: ignore
-        if self.model.rotary_emb.rope_type != "default":
-            return generation_config
-        limit = f"max_position_embeddings={self.config.max_position_embeddings}"
-        # The last token is not read again. With embeddings, only tokens that have ids are counted.
-        prompt, counted = arguments["inputs_tensor"].shape[1], arguments["input_ids_length"]
-        longest = self.config.max_position_embeddings + 1 - (prompt - counted)
-        if longest <= counted:
-            raise ValueError(f"The prompt has {prompt} tokens, but {limit}: shorten it.")
-        surplus = generation_config.max_length - longest
-        if surplus > 0:
-            warnings.warn(f"Generation ends {surplus} tokens early, by {limit}.", stacklevel=4)
-            generation_config.max_length = longest
-        return generation_config
 
     @can_return_tuple
     def forward(

@@ -114,7 +114,7 @@ class StableTrainerMixin(_Base):
 def _stable_gpt_of(model: Any) -> StableGPTForCausalLM | None:
     """The StableGPT inside wrappers such as PEFT's; None for another model."""
     # Not by its class: that of a model whose code came from the Hub is another one.
-    return next((module for module in model.modules() if hasattr(module, "loss_watch")), None)
+    return next((module for module in model.modules() if "loss_watch" in vars(module)), None)
 
 
 def _foreign_loss(z_loss: float) -> UserError:

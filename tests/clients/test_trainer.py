@@ -78,6 +78,15 @@ def test_an_optimizer_with_groups_of_its_own_is_refused(tmp_path: Path, dataset:
             trainer.create_optimizer()
 
 
+def test_label_smoothing_is_refused_of_a_compiled_model_too(tmp_path: Path, dataset: list) -> None:
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    settings = arguments(tmp_path, label_smoothing_factor=0.1, **compiled)
+    data: Any = dataset
+    trainer = StableTrainer(model=stable_gpt(z_loss=0.1), args=settings, train_dataset=data)
+    with pytest.raises(UserError, match=r"z_loss=0\.1.*label_smoothing_factor"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 def test_label_smoothing_is_refused_or_warned_of_where_z_loss_would_be_lost(
     z_loss: float, tmp_path: Path, dataset: list

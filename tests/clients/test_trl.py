@@ -144,3 +144,11 @@ def test_a_loss_that_z_loss_cannot_follow_is_refused(folder: Path) -> None:
     trainer = sft(StableSFTTrainer, str(folder), label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match=r"z_loss=0\.1.*label_smoothing_factor"):
         trainer.train()
+
+
+def test_compiled_scoring_is_refused_for_it_may_leave_z_loss_out(folder: Path) -> None:
+    """A graph of an earlier training, with another z-loss, may be taken again."""
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    trainer = sft(StableSFTTrainer, str(folder), **compiled)
+    with pytest.raises(ValueError, match=r"z_loss=0\.1.*torch_compile"):
+        trainer.train()

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -216,6 +217,36 @@ def test_a_prompt_beyond_the_positions_is_named_before_anything_is_computed(monk
     monkeypatch.setattr(model.model, "forward", None)
     with pytest.raises(ValueError, match="prompt has 65 tokens, but max_position_embeddings=64"):
         model.generate(prompt(length=65), max_new_tokens=1)
+
+
+def repeated(length: int) -> torch.Tensor:
+    """Text in which a lookup finds candidates, (1, length)."""
+    return (torch.arange(length) % 4 + 1)[None]
+
+
+@pytest.mark.parametrize("asked", [13, 14, 40])
+@pytest.mark.parametrize("draft", ["lookup", "shorter model", "model"])
+@pytest.mark.filterwarnings("ignore:Generation ends")
+def test_drafts_end_where_positions_end(asked: int, draft: str) -> None:
+    model, options = make("baseline"), {"max_new_tokens": asked, "do_sample": False}
+    drafts: dict[str, Any] = {
+        "lookup": {"prompt_lookup_num_tokens": 10},
+        "shorter model": {"assistant_model": make("baseline", max_position_embeddings=52)},
+        "model": {"assistant_model": copy.deepcopy(model)},
+    }
+    plain = model.generate(repeated(50), **options)
+    assert plain.shape == (1, min(50 + asked, 65))
+    assert torch.equal(model.generate(repeated(50), **options, **drafts[draft]), plain)
+
+
+@pytest.mark.parametrize("padding", [10, 20])
+@pytest.mark.filterwarnings("error:Generation ends")
+def test_padding_on_the_left_takes_no_positions(padding: int) -> None:
+    model, options = make("baseline"), {"max_new_tokens": 14, "do_sample": False}
+    plain = model.generate(repeated(50), **options)
+    padded = torch.nn.functional.pad(repeated(50), (padding, 0))
+    found = model.generate(padded, attention_mask=(padded != 0).long(), **options)
+    assert torch.equal(found[:, padding:], plain)
 
 
 def test_positions_that_scale_have_no_end() -> None:

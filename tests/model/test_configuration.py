@@ -17,8 +17,8 @@ from ..techniques import GEOMETRY, TECHNIQUES
 HOST_FIELDS = {
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings", "hidden_act", "rope_parameters",
-    "tie_word_embeddings", "attention_dropout", "use_cache", "pad_token_id", "bos_token_id",
-    "eos_token_id",
+    "tie_word_embeddings", "attention_dropout", "classifier_dropout", "use_cache",
+    "pad_token_id", "bos_token_id", "eos_token_id",
 }  # fmt: skip
 OWN_FIELDS = {f.name for f in dataclasses.fields(StableGPTConfig)} - {
     f.name for f in dataclasses.fields(PreTrainedConfig)
