@@ -268,6 +268,8 @@ class StableGPTConfig(PreTrainedConfig):
                     f"{self.num_attention_heads}: change one of them, or give head_dim."
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
+        # Of the instance, since Transformers 5.17 adds the embedding to it where it is tied.
+        self.base_model_tp_plan = self.tensor_parallel_plan()  # pyright: ignore
         super().__post_init__(**kwargs)
         self.check()
         self._warn_of_dead_rows()
@@ -334,8 +336,7 @@ class StableGPTConfig(PreTrainedConfig):
         """Called by a model that has read the techniques' fields; a copy is not frozen."""
         _frozen[self] = True
 
-    @property
-    def base_model_tp_plan(self) -> dict[str, str] | None:  # pyright: ignore
+    def tensor_parallel_plan(self) -> dict[str, str] | None:
         """How Transformers shards the linears of a block; None where a shard is not enough.
 
         Heads stay whole on every process, as in Transformers' own models with a fused projection:
