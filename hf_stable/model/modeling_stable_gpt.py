@@ -184,7 +184,7 @@ class StableGPTPreTrainedModel(PreTrainedModel):
         # A config of its own, since other models may have been built from the same one.
         shared, folded = self.config, copy.deepcopy(self.config)
         folded.sigma_reparam, folded.sigma_gain_init = False, "one"
-        folded.base_model_tp_plan = folded.tensor_parallel_plan()
+        folded.base_model_tp_plan = folded.tensor_parallel_plan()  # pyright: ignore
         folded.freeze()
         for module in self.modules():
             if vars(module).get("config") is shared:
