@@ -210,6 +210,33 @@ def test_what_does_not_fit_is_refused(
     assert not (tmp_path / "run" / "run.json").exists()
 
 
+def test_first_values_of_vectors_that_are_trained_must_be_as_there(
+    home: Path, tmp_path: Path
+) -> None:
+    """They would be ignored, and told as a switch all the same."""
+    there: dict[str, Any] = {
+        **{"model__attention_post_norm": True, "model__post_norm_gain": 0.5},
+        **{"model__layer_scale": 0.5, "model__sigma_reparam": True},
+    }
+    plain = {"telemetry__every": 0, "training__steps": 1, "output": tmp_path / "trained"}
+    train(tiny_recipe(home, **plain, **there))
+    there["training__initial_model"] = tmp_path / "trained"
+    for name, value in (
+        ("layer_scale", 1.0),
+        ("post_norm_gain", 1.0),
+        ("sigma_gain_init", "spectral"),
+    ):
+        words = rf"model\.{name} '?{value}'? would be ignored: set it to "
+        with pytest.raises(RecipeError, match=words):
+            train(warm(home, tmp_path / "run", **{**there, f"model__{name}": value}))
+    record = started(home, tmp_path / "run", **there)
+    assert record["switched"] == {} and record["perplexity_ratio"] == 1
+    # A post norm that is new begins as the recipe says.
+    both = {"model__mlp_post_norm": True, "model__post_norm_gain": 1.0}
+    record = started(home, tmp_path / "both", **{**there, **both})
+    assert record["switched"].keys() == {"mlp_post_norm", "post_norm_gain"}
+
+
 def test_other_models_and_tokenizers_are_refused(home: Path, tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path / "llama")
     byte_tokenizer().save_pretrained(tmp_path / "llama")
