@@ -162,22 +162,58 @@ def test_a_warm_run_resumes_exactly(home: Path, tmp_path: Path) -> None:
         assert records.read_run(tmp_path / "run")["initial_model"] == record
 
 
-def test_the_initial_weights_are_the_run_s_identity(home: Path, tmp_path: Path) -> None:
+def test_the_initial_weights_are_the_run_s_identity(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(home / "trained" / "model", tmp_path / "model")
-    recipe = warm(home, tmp_path / "run", training__initial_model=tmp_path / "model")
+    saved = {"training__checkpoint_every": 10}
+    recipe = warm(home, tmp_path / "run", training__initial_model=tmp_path / "model", **saved)
     train(recipe)
+    record = records.read_run(tmp_path / "run")["initial_model"]
     shutil.copytree(tmp_path / "model", tmp_path / "moved")
-    train(warm(home, tmp_path / "run", training__initial_model=tmp_path / "moved"))  # the same
+    moved = {"training__initial_model": tmp_path / "moved", **saved}
+    train(warm(home, tmp_path / "run", **moved))  # the same
     file = tmp_path / "model" / "model.safetensors"
     tensors = load_file(file)
     tensors["model.norm.weight"][0] += 1e-3
     save_file(tensors, file, metadata={"format": "pt"})
-    for other in (recipe, tiny_recipe(home, output=tmp_path / "run", telemetry__every=0)):
+    none = tiny_recipe(home, output=tmp_path / "run", telemetry__every=0, **saved)
+    for other in (recipe, none):
         with pytest.raises(CheckpointError, match=r"SHA-256 of training\.initial_model"):
             train(other)
-    train(recipe, resume="changed")
+        # The weights are the checkpoint's, and so is where they came from.
+        train(other, resume="changed")
+        assert records.read_run(tmp_path / "run")["initial_model"] == record
     shutil.rmtree(tmp_path / "model")
-    with pytest.raises(CheckpointError, match=str(tmp_path / "model")):
+    capsys.readouterr()
+    train(recipe)
+    assert f"could not be seen again (SHA-256 {record['sha256']}" in capsys.readouterr().err
+    assert records.read_run(tmp_path / "run")["initial_model"] == record
+
+
+def test_another_initial_model_counts_where_a_run_begins_anew(home: Path, tmp_path: Path) -> None:
+    """Without a checkpoint there is nothing but the initial model to begin with."""
+    other = {"seed": 5, "output": tmp_path / "other", "training__steps": 1, "telemetry__every": 0}
+    train(tiny_recipe(home, **other))
+    first = started(home, tmp_path / "run", training__checkpoint_every=0)
+    for folder in list_checkpoints(tmp_path / "run"):
+        shutil.rmtree(folder)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    recipe = warm(
+        home,
+        tmp_path / "run",
+        training__steps=1,
+        training__checkpoint_every=0,
+        training__initial_model=tmp_path / "other",
+    )
+    train(recipe, resume="changed")
+    second = records.read_run(tmp_path / "run")["initial_model"]
+    assert second["folder"] == str(tmp_path / "other") and second["sha256"] != first["sha256"]
+    shutil.rmtree(tmp_path / "other")
+    for folder in list_checkpoints(tmp_path / "run"):
+        shutil.rmtree(folder)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    with pytest.raises(CheckpointError, match=str(tmp_path / "other")):
         train(recipe)
 
 
