@@ -21,7 +21,8 @@ from hf_stable.errors import CheckpointError
 from hf_stable.hub import check_export, export
 from hf_stable.records import CONVERSION
 
-from .sources import CASES, SIZES, build, save
+from .real import CONFIGS
+from .sources import CASES, SIZES, build, save, save_as_written
 
 ROOT = Path(__file__).parents[2]
 # Rounding of float64 is 1.1e-16; what was seen is at most 2e-14.
@@ -46,6 +47,16 @@ def test_logits_are_the_source_s(kind: str, fields: dict[str, Any], tmp_path: Pa
         expected, found = theirs(text).logits, ours(text).logits
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
     assert ours.generation_config.eos_token_id == theirs.generation_config.eos_token_id
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_authors_and_tools_leave_in_config_json_is_no_hindrance(
+    name: str, tmp_path: Path
+) -> None:
+    source = save_as_written(tmp_path / "source", CONFIGS[name])
+    assert convert(source, tmp_path / "ours").difference < EXACT
+    pad = StableGPTConfig.from_pretrained(tmp_path / "ours").pad_token_id
+    assert pad == (4 if "Unsloth" in name else None)
 
 
 def test_every_family_is_tested() -> None:
@@ -83,6 +94,9 @@ def refused(source: Path, output: Path) -> str:
         ("nemotron", {"mlp_bias": True}, ["mlp_bias=True", "one branch alone"]),
         ("gpt_neox", {"attention_bias": False}, ["attention_bias=False"]),
         ("gpt_neox", {"hidden_dropout": 0.1}, ["hidden_dropout=0.1", "dropout"]),
+        ("gpt_neox", {"hidden_dropout_prob": 0.1}, ["hidden_dropout_prob=0.1", "passes over"]),
+        ("qwen2", {"use_mrope": True}, ["use_mrope=True", "one position a token"]),
+        ("llama", {"rope_interleaved": True}, ["rope_interleaved=True", "neighbouring"]),
         ("llama", {"chunk_size_feed_forward": 2}, ["chunk_size_feed_forward=2"]),
         ("llama", {"logit_scale": 0.5}, ["logit_scale=0.5", "no such field"]),
         ("llama", {"pad_token_id": 300}, ["pad_token_id=300", "an id or None"]),
