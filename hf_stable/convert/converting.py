@@ -16,6 +16,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from hf_stable import registration  # noqa: F401 (AutoTokenizer reads configs)
 from hf_stable.errors import CheckpointError
 from hf_stable.evaluation import load_config, load_model
+from hf_stable.evaluation.loading import check_vocabulary
 from hf_stable.model import StableGPTConfig, StableGPTForCausalLM
 from hf_stable.records import CONVERSION, versions, write_json
 
@@ -69,14 +70,15 @@ def convert(source: str | Path, output: str | Path, *, dtype: Dtype | None = Non
 
     Raises:
         CheckpointError: with every field of the source that ours cannot express; when the logits
-            differ in float64 by more than TOLERANCE; when the output exists or the source cannot
-            be loaded.
+            differ in float64 by more than TOLERANCE; when the output exists, the source cannot
+            be loaded or its tokenizer has ids that it has no row for.
     """
     source, output = str(source), Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output}: exists already; name a folder that does not")
     family, fields, config = _plan(source)
-    loaded, tokenizer = load_model(source)
+    loaded, tokenizer = load_model(source, device="cpu")
+    check_vocabulary(source, config, tokenizer)
     target: torch.dtype = loaded.dtype if dtype is None else _DTYPES[dtype]
     places = _sample(config)
     expected = _logits_of_source(loaded, places)

@@ -4,6 +4,7 @@ Importing this module registers the StableGPT classes: they need no trust_remote
 """
 
 import json
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from pickle import UnpicklingError
@@ -63,7 +64,7 @@ def load_model(
     Raises CheckpointError (a UserError) naming the folder or file: no such folder or revision, a
     file that is not what was exported, no or broken config.json, a model type or fields that the
     installed version does not know, no weights, truncated or missing shards, parameters that the
-    weights do not cover, no tokenizer or (of a StableGPT) one that is not the model's.
+    weights do not cover, no tokenizer or (of a StableGPT) one with ids beyond the model's.
     """
     source = _find(str(path), revision)
     remote: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -104,10 +105,13 @@ def _find(source: str, revision: str | None) -> str:
 def check_vocabulary(
     source: str, config: StableGPTConfig, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """See that a model and a tokenizer mean the same by their ids.
+    """See that a model has a row for every id of a tokenizer.
+
+    Another bos or eos than config.json's, as fine-tuned chat models have, is no other meaning of an
+    id: a warning.
 
     Raises:
-        CheckpointError: naming the ids that they disagree on.
+        CheckpointError: naming the largest id when the model has no row for it.
     """
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
@@ -122,9 +126,11 @@ def check_vocabulary(
     for name, (ours, theirs) in pairs.items():
         known = ours if isinstance(ours, list) else [ours]
         if ours is not None and theirs is not None and theirs not in known:
-            raise CheckpointError(
-                f"{source}: {name} is {ours} in config.json and {theirs} in the tokenizer: put the "
-                "tokenizer there that the model was trained with"
+            warnings.warn(
+                f"{source}: {name} is {ours} in config.json and {theirs} in the tokenizer; "
+                "generate takes generation_config.json's, else config.json's, and perplexity the "
+                "tokenizer's: make them one if that is not meant",
+                stacklevel=2,
             )
 
 

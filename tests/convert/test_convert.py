@@ -21,6 +21,7 @@ from hf_stable.errors import CheckpointError
 from hf_stable.hub import check_export, export
 from hf_stable.records import CONVERSION
 
+from ..tiny import byte_tokenizer
 from .real import CONFIGS
 from .sources import CASES, SIZES, build, save, save_as_written
 
@@ -216,6 +217,24 @@ def test_weights_beyond_float16_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"embed_tokens\.weight is not finite .*--dtype"):
         convert(tmp_path / "source", tmp_path / "ours", dtype="float16")
     assert not (tmp_path / "ours").exists()
+
+
+def test_a_chat_model_s_end_of_text_is_kept(tmp_path: Path) -> None:
+    """config.json's is another than the tokenizer's, and export takes the folder."""
+    source = save(tmp_path / "source", "llama", eos_token_id=7)
+    with pytest.warns(UserWarning, match="eos_token_id is 7 in config.json and 256 in the"):
+        convert(source, tmp_path / "ours")
+        exported = export(tmp_path / "ours", tmp_path / "export")
+    assert StableGPTConfig.from_pretrained(exported).eos_token_id == 7
+
+
+def test_a_token_without_a_row_is_refused(tmp_path: Path) -> None:
+    source = save(tmp_path / "source", "llama")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(source)
+    words = "its tokenizer has ids up to 257, but the model's vocab_size is 257"
+    assert words in refused(source, tmp_path / "ours")
 
 
 def test_nothing_is_half_written(
