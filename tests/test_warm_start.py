@@ -129,7 +129,8 @@ def test_sigma_reparam_is_taken_out_by_folding(home: Path, tmp_path: Path) -> No
 
 def test_a_converted_checkpoint_trains_on(home: Path, tmp_path: Path) -> None:
     """The record of a conversion has the recipe's model section, but for the vocabulary."""
-    convert(save(tmp_path / "llama", "llama", num_key_value_heads=2), tmp_path / "ours")
+    ids = {"bos_token_id": 7, "eos_token_id": [256, 5], "pad_token_id": 3}
+    convert(save(tmp_path / "llama", "llama", num_key_value_heads=2, **ids), tmp_path / "ours")
     fields = json.loads((tmp_path / "ours" / records.CONVERSION).read_text())["fields"]
     del fields["vocab_size"]
     record = started(
@@ -142,6 +143,9 @@ def test_a_converted_checkpoint_trains_on(home: Path, tmp_path: Path) -> None:
     )
     assert record["switched"] == {"attn_logit_softcapping": [None, 1e4]}
     assert record["perplexity_ratio"] == pytest.approx(1, abs=1e-4)
+    # What the recipe says of ids counts, and not the tokenizer's one end of text.
+    config = StableGPTForCausalLM.from_pretrained(tmp_path / "run" / "model").config
+    assert {name: getattr(config, name) for name in ids} == ids
 
 
 def test_a_warm_run_resumes_exactly(home: Path, tmp_path: Path) -> None:
