@@ -5,6 +5,7 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, Literal
 
 import torch
@@ -73,7 +74,7 @@ def convert(source: str | Path, output: str | Path, *, dtype: Dtype | None = Non
             differ in float64 by more than TOLERANCE; when the output exists, the source cannot
             be loaded or its tokenizer has ids that it has no row for.
     """
-    source, output = str(source), Path(output)
+    source, output = str(source), Path(output).resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output}: exists already; name a folder that does not")
     family, fields, config = _plan(source)
@@ -81,7 +82,7 @@ def convert(source: str | Path, output: str | Path, *, dtype: Dtype | None = Non
     check_vocabulary(source, config, tokenizer)
     target: torch.dtype = loaded.dtype if dtype is None else _DTYPES[dtype]
     places = _sample(config)
-    expected = _logits_of_source(loaded, places)
+    expected = _logits_of_source(source, loaded, places)
     model = _build(source, family, config, loaded)
     difference = _difference(exact_logits(model, *places), expected)
     if not difference <= TOLERANCE:
@@ -144,9 +145,18 @@ def _sample(config: StableGPTConfig) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, torch.stack((first, first + config.max_position_embeddings - length))
 
 
-def _logits_of_source(loaded: Any, places: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def _logits_of_source(
+    source: str, loaded: Any, places: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
     torch.nn.Module.to(loaded, "cpu", torch.float64)
-    return exact_logits(loaded, *places)
+    logits = exact_logits(loaded, *places)
+    if not logits.isfinite().all() or not logits.any():
+        what = "zero" if logits.isfinite().all() else "not finite"
+        raise CheckpointError(
+            f"{source}: its own logits are {what}, so that nothing can be compared: the weights "
+            "are damaged or were never trained"
+        )
+    return logits
 
 
 def _build(
@@ -210,8 +220,9 @@ def _write(
     conversion: Conversion,
 ) -> None:
     """Write beside the folder, read again, and rename: it is whole or not there."""
-    temporary = output.with_name(f".tmp-{output.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    holder = Path(mkdtemp(prefix=f".tmp-{output.name}-", dir=output.parent))
+    temporary = holder / output.name  # in it, since only its owner may read what mkdtemp makes
     try:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -220,11 +231,11 @@ def _write(
         for name, tensor in model.state_dict().items():
             if not torch.equal(again.state_dict()[name], tensor):
                 raise CheckpointError(f"{temporary / name}: reads otherwise than it was written")
-        for file in temporary.iterdir():
+        for file in filter(Path.is_file, temporary.rglob("*")):
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
         if output.exists():
             output.rmdir()  # an empty one
         temporary.rename(output)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(holder, ignore_errors=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_stable import StableGPTConfig, StableGPTForCausalLM, cli
@@ -252,6 +253,34 @@ def test_nothing_is_half_written(
     convert(llama, tmp_path / "ours")  # an empty folder is as good as none
     with pytest.raises(CheckpointError, match="exists already"):
         convert(llama, tmp_path / "ours")
+
+
+def test_the_folder_one_is_in_and_templates_in_a_folder(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(llama, source)
+    templates = source / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool.jinja").write_text("{{ messages }}")
+    (source / "chat_template.jinja").write_text("{{ messages[0] }}")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    convert("../source", ".")
+    written = tmp_path / "here" / "additional_chat_templates" / "tool.jinja"
+    assert written.read_text() == "{{ messages }}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "source"]
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "here").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize(("factor", "words"), [(0.0, "zero"), (float("nan"), "not finite")])
+def test_logits_that_show_nothing_are_refused(factor: float, words: str, tmp_path: Path) -> None:
+    source = save(tmp_path / "source", "llama")
+    tensors = load_file(source / "model.safetensors")
+    scaled = {name: tensor * factor for name, tensor in tensors.items()}
+    save_file(scaled, source / "model.safetensors", metadata={"format": "pt"})
+    assert f"its own logits are {words}" in refused(source, tmp_path / "ours")
 
 
 def test_tensors_that_do_not_fit_the_config_are_refused(tmp_path: Path) -> None:
