@@ -78,7 +78,7 @@ def convert(source: str | Path, output: str | Path, *, dtype: Dtype | None = Non
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output}: exists already; name a folder that does not")
     family, fields, config = _plan(source)
-    loaded, tokenizer = load_model(source, device="cpu")
+    loaded, tokenizer = load_model(source, device="cpu", refuse_unknown=True)
     check_vocabulary(source, config, tokenizer)
     target: torch.dtype = loaded.dtype if dtype is None else _DTYPES[dtype]
     places = _sample(config)

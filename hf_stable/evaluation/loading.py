@@ -53,13 +53,15 @@ def load_model(
     trust_remote_code: bool = False,
     dtype: str | torch.dtype | None = None,
     device: str | None = None,
+    refuse_unknown: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM in eval mode, on the accelerator where there is one, with its tokenizer.
 
     `path` is a folder, or the id of a model on the Hub, of which `revision` is a branch, tag or
     commit. `dtype` None keeps the checkpoint's. Code of the checkpoint itself runs only with
     `trust_remote_code`. Where SHA256SUMS is in the folder or repository, all files are verified.
-    `device` is another place than the accelerator.
+    `device` is another place than the accelerator. Tensors that the model has no place for are
+    passed over, as Transformers does, unless `refuse_unknown`.
 
     Raises CheckpointError (a UserError) naming the folder or file: no such folder or revision, a
     file that is not what was exported, no or broken config.json, a model type or fields that the
@@ -76,7 +78,7 @@ def load_model(
     tokenizer = _load_tokenizer(source, remote)
     if isinstance(config, StableGPTConfig):
         check_vocabulary(source, config, tokenizer)
-    model = _load_weights(source, config, remote, dtype)
+    model = _load_weights(source, config, remote, dtype, refuse_unknown)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     # Module.to, because a decorator hides the signature of the class's own `to` from pyright.
     torch.nn.Module.to(model, device or accelerator or "cpu")
@@ -256,6 +258,7 @@ def _load_weights(
     config: PreTrainedConfig,
     remote: dict[str, Any],
     dtype: str | torch.dtype | None,
+    refuse_unknown: bool,
 ) -> PreTrainedModel:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -276,6 +279,13 @@ def _load_weights(
         raise CheckpointError(
             f"{source}: its weights lack {len(missing)} parameters of a {type(model).__name__}, "
             f"such as {missing[0]}; the checkpoint is incomplete or of another model"
+        )
+    if refuse_unknown and info["unexpected_keys"]:
+        unknown = sorted(info["unexpected_keys"])
+        raise CheckpointError(
+            f"{source}: a {type(model).__name__} with its config.json has no place for "
+            f"{len(unknown)} of its tensors: {', '.join(unknown[:5])}; correct config.json, or "
+            "remove them from a copy"
         )
     return model
 

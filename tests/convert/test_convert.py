@@ -291,6 +291,24 @@ def test_tensors_that_do_not_fit_the_config_are_refused(tmp_path: Path) -> None:
     assert "lack" in refused(source, tmp_path / "ours")
 
 
+def test_tensors_that_would_be_dropped_are_refused_by_name(tmp_path: Path) -> None:
+    """Biases that config.json does not tell of; what old Transformers saved beside is none."""
+    for kind, dropped, harmless in (
+        ("llama", "model.layers.0.self_attn.q_proj.bias", "model.layers.0.self_attn.rotary_emb"),
+        ("gpt_neox", "gpt_neox.layers.0.attention.gain", "gpt_neox.layers.0.attention.rotary_emb"),
+    ):
+        source = save(tmp_path / kind, kind)
+        file = source / "model.safetensors"
+        tensors = {**load_file(file), f"{harmless}.inv_freq": torch.ones(4)}
+        if kind == "gpt_neox":
+            tensors["gpt_neox.layers.0.attention.masked_bias"] = torch.tensor(-1e9)
+        save_file(tensors, file, metadata={"format": "pt"})
+        convert(source, tmp_path / f"ours-{kind}")
+        save_file({**tensors, dropped: torch.ones(32)}, file, metadata={"format": "pt"})
+        message = refused(source, tmp_path / "ours")
+        assert f"no place for 1 of its tensors: {dropped}" in message
+
+
 def test_the_command_line_says_what_it_found(
     llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
