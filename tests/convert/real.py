@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from .sources import QWEN2_VOCAB_SIZE
+
 _TINY: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -77,6 +79,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "transformers_version": "4.40.1",
         "use_mrope": False,
         "use_sliding_window": False,
+        "vocab_size": QWEN2_VOCAB_SIZE,
     },
     "GPT-NeoX-20B": {
         **_TINY,

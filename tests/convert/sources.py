@@ -21,6 +21,8 @@ SIZES: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": 256,
 }
+# Transformers gives every tokenizer of a Qwen 2 an <|endoftext|>.
+QWEN2_VOCAB_SIZE = SIZES["vocab_size"] + 1
 GROUPED = {"num_key_value_heads": 2}
 WINDOW_OFF = {"sliding_window": None}
 YARN = {
@@ -66,7 +68,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 def build(kind: str, **fields: Any) -> PreTrainedModel:
     """A model whose every parameter is drawn at random, gains and biases too, and matters."""
     heads = {} if kind == "gpt_neox" else {"num_key_value_heads": SIZES["num_attention_heads"]}
-    config: Any = CONFIG_MAPPING[kind](**{**SIZES, **heads, **fields})
+    vocabulary = {"vocab_size": QWEN2_VOCAB_SIZE} if kind == "qwen2" else {}
+    config: Any = CONFIG_MAPPING[kind](**{**SIZES, **heads, **vocabulary, **fields})
     return build_from(config)
 
 
