@@ -58,7 +58,13 @@ class Conversion:
     saved_difference: float
 
 
-def convert(source: str | Path, output: str | Path, *, dtype: Dtype | None = None) -> Conversion:
+def convert(
+    source: str | Path,
+    output: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: Dtype | None = None,
+) -> Conversion:
     """Write a checkpoint of another family as a StableGPT with the same logits and tokenizer.
 
     Both are compared on the CPU, one after the other: 8 bytes of memory a parameter, and those of
@@ -67,6 +73,7 @@ def convert(source: str | Path, output: str | Path, *, dtype: Dtype | None = Non
     Args:
         source: folder or Hub id of a causal language model of Transformers.
         output: folder to write; it appears when everything is in it.
+        revision: branch, tag or commit of a Hub id.
         dtype: of the weights to write; None is the source's.
 
     Raises:
@@ -77,8 +84,8 @@ def convert(source: str | Path, output: str | Path, *, dtype: Dtype | None = Non
     source, output = str(source), Path(output).resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output}: exists already; name a folder that does not")
-    family, fields, config = _plan(source)
-    loaded, tokenizer = load_model(source, device="cpu", refuse_unknown=True)
+    family, fields, config = _plan(source, revision)
+    loaded, tokenizer = load_model(source, revision=revision, device="cpu", refuse_unknown=True)
     check_vocabulary(source, config, tokenizer)
     target: torch.dtype = loaded.dtype if dtype is None else _DTYPES[dtype]
     places = _sample(config)
@@ -94,8 +101,8 @@ def convert(source: str | Path, output: str | Path, *, dtype: Dtype | None = Non
     _round(source, model, target)
     conversion = Conversion(
         source=Path(source).name if Path(source).exists() else source,
-        revision=_revision(source),
-        weights_sha256=_digests(source),
+        revision=_commit(source, revision),
+        weights_sha256=_digests(source, revision),
         model_type=str(loaded.config.model_type),
         fields=fields,
         tokens=places[0].numel(),
@@ -108,9 +115,9 @@ def convert(source: str | Path, output: str | Path, *, dtype: Dtype | None = Non
     return conversion
 
 
-def _plan(source: str) -> tuple[Family, dict[str, Any], StableGPTConfig]:
+def _plan(source: str, revision: str | None) -> tuple[Family, dict[str, Any], StableGPTConfig]:
     """The family and our config, from the source's config alone."""
-    found = load_config(source)
+    found = load_config(source, revision=revision)
     kind = str(found.model_type)
     if kind not in FAMILIES:
         why = WHY_NOT.get(kind, "convert has no table of it")
@@ -194,17 +201,18 @@ def _round(source: str, model: StableGPTForCausalLM, dtype: torch.dtype) -> None
         parameter.copy_(rounded)
 
 
-def _revision(source: str) -> str | None:
+def _commit(source: str, revision: str | None) -> str | None:
     """The commit that a Hub id stood for; None for a folder."""
     if Path(source).exists():
         return None
-    return extract_commit_hash(cached_file(source, "config.json"), None)
+    return extract_commit_hash(cached_file(source, "config.json", revision=revision), None)
 
 
-def _digests(source: str) -> dict[str, str]:
+def _digests(source: str, revision: str | None) -> dict[str, str]:
     """SHA-256 of the source's weight files, by name."""
-    config = source if Path(source).exists() else cached_file(source, "config.json")
-    folder = Path(str(config)) if Path(source).exists() else Path(str(config)).parent
+    folder = Path(source)
+    if not folder.exists():
+        folder = Path(str(cached_file(source, "config.json", revision=revision))).parent
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
     digests = {}
     for file in files:

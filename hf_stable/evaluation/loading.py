@@ -85,9 +85,15 @@ def load_model(
     return model.eval(), tokenizer
 
 
-def load_config(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+def load_config(
+    path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedConfig:
     """The config of a folder or a model on the Hub; CheckpointError as of `load_model`."""
-    return _load_config(_find(str(path), None), {"trust_remote_code": trust_remote_code})
+    source = _find(str(path), revision)
+    remote: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if not Path(source).is_dir():
+        remote["revision"] = revision
+    return _load_config(source, remote)
 
 
 def _find(source: str, revision: str | None) -> str:

@@ -1,5 +1,6 @@
 """Laws of convert: the same logits in float64, whole folders, nothing that is passed over."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -326,14 +327,25 @@ def test_a_model_of_the_hub_is_recorded_with_its_commit(llama: Path, tmp_path: P
     shutil.copytree(llama, cache / "snapshots" / commit)
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text(commit)
+    older = "1" * 40
+    save(cache / "snapshots" / older, "qwen2")
+    (cache / "refs" / "v1").write_text(older)
     command = [sys.executable, "-m", "hf_stable", "convert", "someone/tiny"]
-    subprocess.run(
-        [*command, "--output", str(tmp_path / "ours")],
-        env={**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-    )
-    record = json.loads((tmp_path / "ours" / CONVERSION).read_text())
-    assert (record["source"], record["revision"]) == ("someone/tiny", commit)
-    assert list(record["weights_sha256"]) == ["model.safetensors"]
+    for options, kind, expected in (
+        ([], "llama", commit),
+        (["--revision", "v1"], "qwen2", older),
+    ):
+        output = tmp_path / kind
+        subprocess.run(
+            [*command, "--output", str(output), *options],
+            env={**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+        )
+        record = json.loads((output / CONVERSION).read_text())
+        assert (record["source"], record["revision"]) == ("someone/tiny", expected)
+        assert record["model_type"] == kind
+        file = (cache / "snapshots" / expected / "model.safetensors").read_bytes()
+        digests = {"model.safetensors": hashlib.sha256(file).hexdigest()}
+        assert record["weights_sha256"] == digests
