@@ -124,20 +124,27 @@ def check_initial_model(folder: Path, sha256: str | None, resume: str) -> dict[s
         sha256: of the initial model; None without one.
 
     Returns:
-        What run.json says of it, if it is the same one.
+        What run.json says of the weights that the run began with; None where it begins anew.
 
     Raises:
         CheckpointError: with the hashes, unless `resume` is "changed".
     """
     if not (folder / "run.json").exists():
         return None
-    record = records.read_run(folder).get("initial_model")
+    record = recorded_initial_model(folder)
     before = None if record is None else record["sha256"]
     if before == sha256:
         return record
     changes = {"SHA-256 of training.initial_model": (before, sha256)}
     _refuse(folder, "a run that began with other weights", changes, resume)
-    return None
+    return record if list_checkpoints(folder) else None  # a checkpoint's weights count
+
+
+def recorded_initial_model(folder: Path) -> dict[str, Any] | None:
+    """What run.json says of the weights that the run began with."""
+    if not (folder / "run.json").exists():
+        return None
+    return records.read_run(folder).get("initial_model")
 
 
 def _refuse(folder: Path, what: str, changes: dict[str, tuple[Any, Any]], resume: str) -> None:

@@ -16,12 +16,12 @@ from transformers import PreTrainedTokenizerBase
 
 from . import optim, parallel, records, registration  # noqa: F401 (AutoTokenizer reads configs)
 from .check import check_memory, flops_per_token
-from .checkpoints import CheckpointWriter, Keep
+from .checkpoints import CheckpointWriter, Keep, list_checkpoints
 from .compilation import check_compiler, compile_blocks
 from .corpus import Corpus, describe_data, planned_epochs, prepare_corpus, training_order
 from .data import boundary_ids, data_loader, ngram_cross_entropy
 from .data.order import Order
-from .errors import RecipeError
+from .errors import CheckpointError, RecipeError
 from .guard import Decision, Guard
 from .kernels.backends import (
     check_attention,
@@ -38,6 +38,7 @@ from .resuming import (
     check_initial_model,
     check_recipe,
     flat,
+    recorded_initial_model,
     resume_run,
     roll_back,
 )
@@ -293,16 +294,33 @@ def _initial_model(
 ) -> dict[str, Any]:
     """Begin with trained weights if the recipe says so; what run.json is to say of it."""
     folder = Path(recipe.output)
+    goes_on = bool(list_checkpoints(folder))  # whose weights count, and not the initial model's
     if recipe.training.initial_model is None:
-        check_initial_model(folder, None, resume)
-        return {}
-    start = WarmStart(recipe, accelerator.device)
+        return _told(check_initial_model(folder, None, resume))
+    try:
+        start = WarmStart(recipe, accelerator.device)
+    except CheckpointError as error:
+        record = recorded_initial_model(folder)
+        if not goes_on or record is None:
+            raise
+        if accelerator.is_main_process:
+            _say(
+                f"{error}. The run goes on from its checkpoint; that it began with these weights "
+                f"could not be seen again (SHA-256 {record['sha256']} in run.json)."
+            )
+        return _told(record)
     record = check_initial_model(folder, start.sha256, resume)
+    if goes_on:
+        return _told(record)
     added = start.give_weights(model)
     if record is None and accelerator.is_main_process:
         record = start.measure(model, tokenizer, added)
         _say(cost_line(record))
     return {"initial_model": record}
+
+
+def _told(record: dict[str, Any] | None) -> dict[str, Any]:
+    return {} if record is None else {"initial_model": record}
 
 
 def _prepare_blocks(recipe: Recipe, model: StableGPTForCausalLM) -> None:

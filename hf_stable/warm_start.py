@@ -143,11 +143,13 @@ class WarmStart:
                     f"else than with model.{name} {here!r}: set that to {there!r}"
                 )
         given = {**PRESETS[self._recipe.model.get("preset", "baseline")], **self._recipe.model}
-        for name in _BEGINNING:
-            if name in given and given[name] != getattr(trained, name):
+        ignored = [name for name in _BEGINNING if name in given] + _given_values(trained, config)
+        for name in ignored:
+            there, here = getattr(trained, name), getattr(config, name)
+            if there != here:
                 raise self._error(
-                    f"has the weights, so model.{name} {given[name]!r} would be ignored: set it "
-                    f"to {getattr(trained, name)!r}, as there"
+                    f"has the weights, so model.{name} {here!r} would be ignored: set it "
+                    f"to {there!r}, as there"
                 )
         self._check_neutral("layer_scale", trained.layer_scale is None, config.layer_scale, 1.0)
         gain = config.sigma_gain_init if config.sigma_reparam else None
@@ -191,6 +193,17 @@ def cost_line(record: dict[str, Any]) -> str:
         f"{record['perplexity_ratio']:.4f} times, on "
         f"{record['perplexity_after']['documents']} held-out documents"
     )
+
+
+def _given_values(trained: StableGPTConfig, config: StableGPTConfig) -> list[str]:
+    """Fields that say how vectors begin which the trained model brings along."""
+    norms = [name for name in ("attention_post_norm", "mlp_post_norm") if getattr(config, name)]
+    brought = {
+        "layer_scale": None not in (trained.layer_scale, config.layer_scale),
+        "sigma_gain_init": trained.sigma_reparam and config.sigma_reparam,
+        "post_norm_gain": bool(norms) and all(getattr(trained, name) for name in norms),
+    }
+    return [name for name, is_brought in brought.items() if is_brought]
 
 
 def _model_folder(place: str) -> Path | str:

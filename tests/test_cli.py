@@ -47,7 +47,7 @@ SURFACE = {
         *("--unevaluated", "--dry-run"),
     },
     "card": {"RUN", "--output", "--evaluations", "--license", "--watts"},
-    "convert": {"SOURCE", "--output", "--dtype"},
+    "convert": {"SOURCE", "--output", "--revision", "--dtype"},
     "watch": {"RUN", "--refresh", "--once", "--html"},
     "diagnose": {"RUN", "--json"},
     "sweep": {"PLAN", "--dry-run", "--workers", "--slurm", "--set", "--output"},

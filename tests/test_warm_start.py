@@ -129,7 +129,8 @@ def test_sigma_reparam_is_taken_out_by_folding(home: Path, tmp_path: Path) -> No
 
 def test_a_converted_checkpoint_trains_on(home: Path, tmp_path: Path) -> None:
     """The record of a conversion has the recipe's model section, but for the vocabulary."""
-    convert(save(tmp_path / "llama", "llama", num_key_value_heads=2), tmp_path / "ours")
+    ids = {"bos_token_id": 7, "eos_token_id": [256, 5], "pad_token_id": 3}
+    convert(save(tmp_path / "llama", "llama", num_key_value_heads=2, **ids), tmp_path / "ours")
     fields = json.loads((tmp_path / "ours" / records.CONVERSION).read_text())["fields"]
     del fields["vocab_size"]
     record = started(
@@ -142,6 +143,9 @@ def test_a_converted_checkpoint_trains_on(home: Path, tmp_path: Path) -> None:
     )
     assert record["switched"] == {"attn_logit_softcapping": [None, 1e4]}
     assert record["perplexity_ratio"] == pytest.approx(1, abs=1e-4)
+    # What the recipe says of ids counts, and not the tokenizer's one end of text.
+    config = StableGPTForCausalLM.from_pretrained(tmp_path / "run" / "model").config
+    assert {name: getattr(config, name) for name in ids} == ids
 
 
 def test_a_warm_run_resumes_exactly(home: Path, tmp_path: Path) -> None:
@@ -162,22 +166,58 @@ def test_a_warm_run_resumes_exactly(home: Path, tmp_path: Path) -> None:
         assert records.read_run(tmp_path / "run")["initial_model"] == record
 
 
-def test_the_initial_weights_are_the_run_s_identity(home: Path, tmp_path: Path) -> None:
+def test_the_initial_weights_are_the_run_s_identity(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(home / "trained" / "model", tmp_path / "model")
-    recipe = warm(home, tmp_path / "run", training__initial_model=tmp_path / "model")
+    saved = {"training__checkpoint_every": 10}
+    recipe = warm(home, tmp_path / "run", training__initial_model=tmp_path / "model", **saved)
     train(recipe)
+    record = records.read_run(tmp_path / "run")["initial_model"]
     shutil.copytree(tmp_path / "model", tmp_path / "moved")
-    train(warm(home, tmp_path / "run", training__initial_model=tmp_path / "moved"))  # the same
+    moved = {"training__initial_model": tmp_path / "moved", **saved}
+    train(warm(home, tmp_path / "run", **moved))  # the same
     file = tmp_path / "model" / "model.safetensors"
     tensors = load_file(file)
     tensors["model.norm.weight"][0] += 1e-3
     save_file(tensors, file, metadata={"format": "pt"})
-    for other in (recipe, tiny_recipe(home, output=tmp_path / "run", telemetry__every=0)):
+    none = tiny_recipe(home, output=tmp_path / "run", telemetry__every=0, **saved)
+    for other in (recipe, none):
         with pytest.raises(CheckpointError, match=r"SHA-256 of training\.initial_model"):
             train(other)
-    train(recipe, resume="changed")
+        # The weights are the checkpoint's, and so is where they came from.
+        train(other, resume="changed")
+        assert records.read_run(tmp_path / "run")["initial_model"] == record
     shutil.rmtree(tmp_path / "model")
-    with pytest.raises(CheckpointError, match=str(tmp_path / "model")):
+    capsys.readouterr()
+    train(recipe)
+    assert f"could not be seen again (SHA-256 {record['sha256']}" in capsys.readouterr().err
+    assert records.read_run(tmp_path / "run")["initial_model"] == record
+
+
+def test_another_initial_model_counts_where_a_run_begins_anew(home: Path, tmp_path: Path) -> None:
+    """Without a checkpoint there is nothing but the initial model to begin with."""
+    other = {"seed": 5, "output": tmp_path / "other", "training__steps": 1, "telemetry__every": 0}
+    train(tiny_recipe(home, **other))
+    first = started(home, tmp_path / "run", training__checkpoint_every=0)
+    for folder in list_checkpoints(tmp_path / "run"):
+        shutil.rmtree(folder)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    recipe = warm(
+        home,
+        tmp_path / "run",
+        training__steps=1,
+        training__checkpoint_every=0,
+        training__initial_model=tmp_path / "other",
+    )
+    train(recipe, resume="changed")
+    second = records.read_run(tmp_path / "run")["initial_model"]
+    assert second["folder"] == str(tmp_path / "other") and second["sha256"] != first["sha256"]
+    shutil.rmtree(tmp_path / "other")
+    for folder in list_checkpoints(tmp_path / "run"):
+        shutil.rmtree(folder)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    with pytest.raises(CheckpointError, match=str(tmp_path / "other")):
         train(recipe)
 
 
@@ -208,6 +248,33 @@ def test_what_does_not_fit_is_refused(
     assert message.startswith(f"training.initial_model {home / 'trained'}: ")
     assert all(word in message for word in words), message
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_first_values_of_vectors_that_are_trained_must_be_as_there(
+    home: Path, tmp_path: Path
+) -> None:
+    """They would be ignored, and told as a switch all the same."""
+    there: dict[str, Any] = {
+        **{"model__attention_post_norm": True, "model__post_norm_gain": 0.5},
+        **{"model__layer_scale": 0.5, "model__sigma_reparam": True},
+    }
+    plain = {"telemetry__every": 0, "training__steps": 1, "output": tmp_path / "trained"}
+    train(tiny_recipe(home, **plain, **there))
+    there["training__initial_model"] = tmp_path / "trained"
+    for name, value in (
+        ("layer_scale", 1.0),
+        ("post_norm_gain", 1.0),
+        ("sigma_gain_init", "spectral"),
+    ):
+        words = rf"model\.{name} '?{value}'? would be ignored: set it to "
+        with pytest.raises(RecipeError, match=words):
+            train(warm(home, tmp_path / "run", **{**there, f"model__{name}": value}))
+    record = started(home, tmp_path / "run", **there)
+    assert record["switched"] == {} and record["perplexity_ratio"] == 1
+    # A post norm that is new begins as the recipe says.
+    both = {"model__mlp_post_norm": True, "model__post_norm_gain": 1.0}
+    record = started(home, tmp_path / "both", **{**there, **both})
+    assert record["switched"].keys() == {"mlp_post_norm", "post_norm_gain"}
 
 
 def test_other_models_and_tokenizers_are_refused(home: Path, tmp_path: Path) -> None:

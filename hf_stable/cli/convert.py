@@ -15,6 +15,7 @@ def add_options(parser: ArgumentParser) -> ArgumentParser:
         "source", metavar="SOURCE", help="model folder or Hub id: Llama, GPT-NeoX, Nemotron, ..."
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub id")
     parser.add_argument(
         "--dtype",
         type=Literal["float32", "bfloat16", "float16"],
@@ -27,7 +28,9 @@ def run(arguments: Namespace) -> None:
     """Convert, and say how near the result is."""
     from hf_stable.convert import convert
 
-    done = convert(arguments.source, arguments.output, dtype=arguments.dtype)
+    done = convert(
+        arguments.source, arguments.output, revision=arguments.revision, dtype=arguments.dtype
+    )
     print(
         f"{done.source} ({done.model_type}): logits differ by {done.difference:.1e} of the "
         f"largest in float64 over {done.tokens} tokens"

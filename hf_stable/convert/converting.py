@@ -5,6 +5,7 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from hf_stable import registration  # noqa: F401 (AutoTokenizer reads configs)
 from hf_stable.errors import CheckpointError
 from hf_stable.evaluation import load_config, load_model
+from hf_stable.evaluation.loading import check_vocabulary
 from hf_stable.model import StableGPTConfig, StableGPTForCausalLM
 from hf_stable.records import CONVERSION, versions, write_json
 
@@ -56,7 +58,13 @@ class Conversion:
     saved_difference: float
 
 
-def convert(source: str | Path, output: str | Path, *, dtype: Dtype | None = None) -> Conversion:
+def convert(
+    source: str | Path,
+    output: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: Dtype | None = None,
+) -> Conversion:
     """Write a checkpoint of another family as a StableGPT with the same logits and tokenizer.
 
     Both are compared on the CPU, one after the other: 8 bytes of memory a parameter, and those of
@@ -65,21 +73,23 @@ def convert(source: str | Path, output: str | Path, *, dtype: Dtype | None = Non
     Args:
         source: folder or Hub id of a causal language model of Transformers.
         output: folder to write; it appears when everything is in it.
+        revision: branch, tag or commit of a Hub id.
         dtype: of the weights to write; None is the source's.
 
     Raises:
         CheckpointError: with every field of the source that ours cannot express; when the logits
-            differ in float64 by more than TOLERANCE; when the output exists or the source cannot
-            be loaded.
+            differ in float64 by more than TOLERANCE; when the output exists, the source cannot
+            be loaded or its tokenizer has ids that it has no row for.
     """
-    source, output = str(source), Path(output)
+    source, output = str(source), Path(output).resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output}: exists already; name a folder that does not")
-    family, fields, config = _plan(source)
-    loaded, tokenizer = load_model(source)
+    family, fields, config = _plan(source, revision)
+    loaded, tokenizer = load_model(source, revision=revision, device="cpu", refuse_unknown=True)
+    check_vocabulary(source, config, tokenizer)
     target: torch.dtype = loaded.dtype if dtype is None else _DTYPES[dtype]
     places = _sample(config)
-    expected = _logits_of_source(loaded, places)
+    expected = _logits_of_source(source, loaded, places)
     model = _build(source, family, config, loaded)
     difference = _difference(exact_logits(model, *places), expected)
     if not difference <= TOLERANCE:
@@ -91,8 +101,8 @@ def convert(source: str | Path, output: str | Path, *, dtype: Dtype | None = Non
     _round(source, model, target)
     conversion = Conversion(
         source=Path(source).name if Path(source).exists() else source,
-        revision=_revision(source),
-        weights_sha256=_digests(source),
+        revision=_commit(source, revision),
+        weights_sha256=_digests(source, revision),
         model_type=str(loaded.config.model_type),
         fields=fields,
         tokens=places[0].numel(),
@@ -105,9 +115,9 @@ def convert(source: str | Path, output: str | Path, *, dtype: Dtype | None = Non
     return conversion
 
 
-def _plan(source: str) -> tuple[Family, dict[str, Any], StableGPTConfig]:
+def _plan(source: str, revision: str | None) -> tuple[Family, dict[str, Any], StableGPTConfig]:
     """The family and our config, from the source's config alone."""
-    found = load_config(source)
+    found = load_config(source, revision=revision)
     kind = str(found.model_type)
     if kind not in FAMILIES:
         why = WHY_NOT.get(kind, "convert has no table of it")
@@ -142,9 +152,18 @@ def _sample(config: StableGPTConfig) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, torch.stack((first, first + config.max_position_embeddings - length))
 
 
-def _logits_of_source(loaded: Any, places: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def _logits_of_source(
+    source: str, loaded: Any, places: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
     torch.nn.Module.to(loaded, "cpu", torch.float64)
-    return exact_logits(loaded, *places)
+    logits = exact_logits(loaded, *places)
+    if not logits.isfinite().all() or not logits.any():
+        what = "zero" if logits.isfinite().all() else "not finite"
+        raise CheckpointError(
+            f"{source}: its own logits are {what}, so that nothing can be compared: the weights "
+            "are damaged or were never trained"
+        )
+    return logits
 
 
 def _build(
@@ -182,17 +201,18 @@ def _round(source: str, model: StableGPTForCausalLM, dtype: torch.dtype) -> None
         parameter.copy_(rounded)
 
 
-def _revision(source: str) -> str | None:
+def _commit(source: str, revision: str | None) -> str | None:
     """The commit that a Hub id stood for; None for a folder."""
     if Path(source).exists():
         return None
-    return extract_commit_hash(cached_file(source, "config.json"), None)
+    return extract_commit_hash(cached_file(source, "config.json", revision=revision), None)
 
 
-def _digests(source: str) -> dict[str, str]:
+def _digests(source: str, revision: str | None) -> dict[str, str]:
     """SHA-256 of the source's weight files, by name."""
-    config = source if Path(source).exists() else cached_file(source, "config.json")
-    folder = Path(str(config)) if Path(source).exists() else Path(str(config)).parent
+    folder = Path(source)
+    if not folder.exists():
+        folder = Path(str(cached_file(source, "config.json", revision=revision))).parent
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
     digests = {}
     for file in files:
@@ -208,8 +228,9 @@ def _write(
     conversion: Conversion,
 ) -> None:
     """Write beside the folder, read again, and rename: it is whole or not there."""
-    temporary = output.with_name(f".tmp-{output.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    holder = Path(mkdtemp(prefix=f".tmp-{output.name}-", dir=output.parent))
+    temporary = holder / output.name  # in it, since only its owner may read what mkdtemp makes
     try:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -218,11 +239,11 @@ def _write(
         for name, tensor in model.state_dict().items():
             if not torch.equal(again.state_dict()[name], tensor):
                 raise CheckpointError(f"{temporary / name}: reads otherwise than it was written")
-        for file in temporary.iterdir():
+        for file in filter(Path.is_file, temporary.rglob("*")):
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
         if output.exists():
             output.rmdir()  # an empty one
         temporary.rename(output)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(holder, ignore_errors=True)

@@ -72,6 +72,7 @@ _QWEN_RULES = {
     **_WINDOW_RULES,
     # They say which layers have windows, as layer_types does.
     **neutral("use_sliding_window", "max_window_layers"),
+    "use_mrope": only(False, why="ours rotates by one position a token"),
 }
 _GEMMA_RULES = {
     **_RMS_RULES,
@@ -131,6 +132,7 @@ FAMILIES: dict[str, Family] = {
             "rope_parameters": rope(partial=True),
             "attention_bias": biases,
             "mlp_bias": biases,
+            **neutral("kv_channels"),  # another name of head_dim, which Transformers reads
         },
         {"norm_bias": True, "zero_centered_norm": True},
         mlp=_MLP,
@@ -142,7 +144,8 @@ FAMILIES: dict[str, Family] = {
             **_RMS_RULES,
             "attention_bias": biases,
             "mlp_bias": biases,
-            **neutral("pretraining_tp"),
+            **neutral("pretraining_tp", "is_llama_config"),
+            "rope_interleaved": only(False, why="it rotates neighbouring channels of a head"),
         }
     ),
     "mistral": _llama_like({**_RMS_RULES, **_WINDOW_RULES}),

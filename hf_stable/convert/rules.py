@@ -75,14 +75,25 @@ def query_scale(name: str, config: Config) -> dict[str, Any] | str:
     return {"attention_multiplier": (config["head_dim"] / config[name]) ** 0.5}
 
 
-# What every config of Transformers has.
+def padding(name: str, config: Config) -> dict[str, Any] | str:
+    """LLaMA's first checkpoints say that they have none by -1."""
+    value = config[name]
+    return {name: None if isinstance(value, int) and value < 0 else value}
+
+
+# What every config of Transformers has, and what tools leave in some.
 EVERYWHERE: dict[str, Rule] = {
     **neutral(
         *("architectures", "dtype", "model_type", "transformers_version", "_name_or_path"),
         *("output_attentions", "output_hidden_states", "return_dict", "use_return_dict"),
         *("id2label", "label2id", "num_labels", "problem_type"),
+        *("max_sequence_length", "transformers.js_config", "unsloth_fixed", "unsloth_version"),
     ),
     "chunk_size_feed_forward": only(0, why="the MLP is computed in pieces"),
+    **dict.fromkeys(
+        ("attention_probs_dropout_prob", "hidden_dropout_prob"),
+        only(0, why="Transformers passes over this dropout: remove it from a copy"),
+    ),
     "is_encoder_decoder": only(False, why="ours has no encoder"),
     "auto_map": only(
         None,
@@ -93,9 +104,9 @@ EVERYWHERE: dict[str, Rule] = {
     **same(
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
         *("num_attention_heads", "max_position_embeddings", "initializer_range", "use_cache"),
-        *("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings"),
-        *("attention_dropout",),
+        *("bos_token_id", "eos_token_id", "tie_word_embeddings", "attention_dropout"),
     ),
+    "pad_token_id": padding,
 }
 
 
@@ -109,7 +120,7 @@ def map_fields(rules: Mapping[str, Rule], config: Config) -> tuple[dict[str, Any
     for name, value in config.items():
         if name in rules:
             answer = rules[name](name, config)
-        elif value is None:
+        elif value is None or name.startswith("_"):  # private to Transformers' own code
             continue
         else:
             answer = "convert knows no such field here: remove it from config.json if it is not one"

@@ -4,6 +4,7 @@ Importing this module registers the StableGPT classes: they need no trust_remote
 """
 
 import json
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from pickle import UnpicklingError
@@ -52,18 +53,20 @@ def load_model(
     trust_remote_code: bool = False,
     dtype: str | torch.dtype | None = None,
     device: str | None = None,
+    refuse_unknown: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM in eval mode, on the accelerator where there is one, with its tokenizer.
 
     `path` is a folder, or the id of a model on the Hub, of which `revision` is a branch, tag or
     commit. `dtype` None keeps the checkpoint's. Code of the checkpoint itself runs only with
     `trust_remote_code`. Where SHA256SUMS is in the folder or repository, all files are verified.
-    `device` is another place than the accelerator.
+    `device` is another place than the accelerator. Tensors that the model has no place for are
+    passed over, as Transformers does, unless `refuse_unknown`.
 
     Raises CheckpointError (a UserError) naming the folder or file: no such folder or revision, a
     file that is not what was exported, no or broken config.json, a model type or fields that the
     installed version does not know, no weights, truncated or missing shards, parameters that the
-    weights do not cover, no tokenizer or (of a StableGPT) one that is not the model's.
+    weights do not cover, no tokenizer or (of a StableGPT) one with ids beyond the model's.
     """
     source = _find(str(path), revision)
     remote: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -75,16 +78,22 @@ def load_model(
     tokenizer = _load_tokenizer(source, remote)
     if isinstance(config, StableGPTConfig):
         check_vocabulary(source, config, tokenizer)
-    model = _load_weights(source, config, remote, dtype)
+    model = _load_weights(source, config, remote, dtype, refuse_unknown)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     # Module.to, because a decorator hides the signature of the class's own `to` from pyright.
     torch.nn.Module.to(model, device or accelerator or "cpu")
     return model.eval(), tokenizer
 
 
-def load_config(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+def load_config(
+    path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedConfig:
     """The config of a folder or a model on the Hub; CheckpointError as of `load_model`."""
-    return _load_config(_find(str(path), None), {"trust_remote_code": trust_remote_code})
+    source = _find(str(path), revision)
+    remote: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if not Path(source).is_dir():
+        remote["revision"] = revision
+    return _load_config(source, remote)
 
 
 def _find(source: str, revision: str | None) -> str:
@@ -104,10 +113,13 @@ def _find(source: str, revision: str | None) -> str:
 def check_vocabulary(
     source: str, config: StableGPTConfig, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """See that a model and a tokenizer mean the same by their ids.
+    """See that a model has a row for every id of a tokenizer.
+
+    Another bos or eos than config.json's, as fine-tuned chat models have, is no other meaning of an
+    id: a warning.
 
     Raises:
-        CheckpointError: naming the ids that they disagree on.
+        CheckpointError: naming the largest id when the model has no row for it.
     """
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
@@ -122,9 +134,11 @@ def check_vocabulary(
     for name, (ours, theirs) in pairs.items():
         known = ours if isinstance(ours, list) else [ours]
         if ours is not None and theirs is not None and theirs not in known:
-            raise CheckpointError(
-                f"{source}: {name} is {ours} in config.json and {theirs} in the tokenizer: put the "
-                "tokenizer there that the model was trained with"
+            warnings.warn(
+                f"{source}: {name} is {ours} in config.json and {theirs} in the tokenizer; "
+                "generate takes generation_config.json's, else config.json's, and perplexity the "
+                "tokenizer's: make them one if that is not meant",
+                stacklevel=2,
             )
 
 
@@ -250,6 +264,7 @@ def _load_weights(
     config: PreTrainedConfig,
     remote: dict[str, Any],
     dtype: str | torch.dtype | None,
+    refuse_unknown: bool,
 ) -> PreTrainedModel:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -270,6 +285,13 @@ def _load_weights(
         raise CheckpointError(
             f"{source}: its weights lack {len(missing)} parameters of a {type(model).__name__}, "
             f"such as {missing[0]}; the checkpoint is incomplete or of another model"
+        )
+    if refuse_unknown and info["unexpected_keys"]:
+        unknown = sorted(info["unexpected_keys"])
+        raise CheckpointError(
+            f"{source}: a {type(model).__name__} with its config.json has no place for "
+            f"{len(unknown)} of its tensors: {', '.join(unknown[:5])}; correct config.json, or "
+            "remove them from a copy"
         )
     return model
 

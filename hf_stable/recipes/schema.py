@@ -467,7 +467,8 @@ class Recipe:
         """Build the model's config.
 
         Args:
-            fields: further config fields that only the tokenizer knows, such as `eos_token_id`.
+            fields: what the tokenizer says, such as `eos_token_id`; where the recipe's model
+                section says it too, that counts.
 
         Raises:
             ValueError: a field that StableGPTConfig does not know or accept.
@@ -479,8 +480,8 @@ class Recipe:
         chosen = {
             "vocab_size": self.tokenizer.vocab_size,
             "max_position_embeddings": self.data.sequence_length,
-            **self.model,
             **fields,
+            **self.model,
         }
         return StableGPTConfig.from_preset(chosen.pop("preset", "baseline"), **chosen)
 

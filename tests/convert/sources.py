@@ -1,10 +1,11 @@
 """Tiny random checkpoints of every family that convert knows."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.tiny import byte_tokenizer
@@ -20,6 +21,8 @@ SIZES: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": 256,
 }
+# Transformers gives every tokenizer of a Qwen 2 an <|endoftext|>.
+QWEN2_VOCAB_SIZE = SIZES["vocab_size"] + 1
 GROUPED = {"num_key_value_heads": 2}
 WINDOW_OFF = {"sliding_window": None}
 YARN = {
@@ -65,7 +68,13 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 def build(kind: str, **fields: Any) -> PreTrainedModel:
     """A model whose every parameter is drawn at random, gains and biases too, and matters."""
     heads = {} if kind == "gpt_neox" else {"num_key_value_heads": SIZES["num_attention_heads"]}
-    config: Any = CONFIG_MAPPING[kind](**{**SIZES, **heads, **fields})
+    vocabulary = {"vocab_size": QWEN2_VOCAB_SIZE} if kind == "qwen2" else {}
+    config: Any = CONFIG_MAPPING[kind](**{**SIZES, **heads, **vocabulary, **fields})
+    return build_from(config)
+
+
+def build_from(config: PreTrainedConfig) -> PreTrainedModel:
+    """As `build`, from a config."""
     model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -82,5 +91,16 @@ def save(folder: Path, kind: str, **fields: Any) -> Path:
     """The model's folder, with a tokenizer."""
     model = build(kind, **fields)
     model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_as_written(folder: Path, config: dict[str, Any]) -> Path:
+    """A model's folder whose config.json is this very one."""
+    folder.mkdir()
+    text = json.dumps(config)
+    (folder / "config.json").write_text(text)
+    build_from(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+    (folder / "config.json").write_text(text)
     byte_tokenizer().save_pretrained(folder)
     return folder

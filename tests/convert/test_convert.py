@@ -1,5 +1,6 @@
 """Laws of convert: the same logits in float64, whole folders, nothing that is passed over."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_stable import StableGPTConfig, StableGPTForCausalLM, cli
@@ -21,7 +23,9 @@ from hf_stable.errors import CheckpointError
 from hf_stable.hub import check_export, export
 from hf_stable.records import CONVERSION
 
-from .sources import CASES, SIZES, build, save
+from ..tiny import byte_tokenizer
+from .real import CONFIGS
+from .sources import CASES, SIZES, build, save, save_as_written
 
 ROOT = Path(__file__).parents[2]
 # Rounding of float64 is 1.1e-16; what was seen is at most 2e-14.
@@ -46,6 +50,16 @@ def test_logits_are_the_source_s(kind: str, fields: dict[str, Any], tmp_path: Pa
         expected, found = theirs(text).logits, ours(text).logits
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
     assert ours.generation_config.eos_token_id == theirs.generation_config.eos_token_id
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_authors_and_tools_leave_in_config_json_is_no_hindrance(
+    name: str, tmp_path: Path
+) -> None:
+    source = save_as_written(tmp_path / "source", CONFIGS[name])
+    assert convert(source, tmp_path / "ours").difference < EXACT
+    pad = StableGPTConfig.from_pretrained(tmp_path / "ours").pad_token_id
+    assert pad == (4 if "Unsloth" in name else None)
 
 
 def test_every_family_is_tested() -> None:
@@ -83,6 +97,9 @@ def refused(source: Path, output: Path) -> str:
         ("nemotron", {"mlp_bias": True}, ["mlp_bias=True", "one branch alone"]),
         ("gpt_neox", {"attention_bias": False}, ["attention_bias=False"]),
         ("gpt_neox", {"hidden_dropout": 0.1}, ["hidden_dropout=0.1", "dropout"]),
+        ("gpt_neox", {"hidden_dropout_prob": 0.1}, ["hidden_dropout_prob=0.1", "passes over"]),
+        ("qwen2", {"use_mrope": True}, ["use_mrope=True", "one position a token"]),
+        ("llama", {"rope_interleaved": True}, ["rope_interleaved=True", "neighbouring"]),
         ("llama", {"chunk_size_feed_forward": 2}, ["chunk_size_feed_forward=2"]),
         ("llama", {"logit_scale": 0.5}, ["logit_scale=0.5", "no such field"]),
         ("llama", {"pad_token_id": 300}, ["pad_token_id=300", "an id or None"]),
@@ -204,6 +221,24 @@ def test_weights_beyond_float16_are_not_written(tmp_path: Path) -> None:
     assert not (tmp_path / "ours").exists()
 
 
+def test_a_chat_model_s_end_of_text_is_kept(tmp_path: Path) -> None:
+    """config.json's is another than the tokenizer's, and export takes the folder."""
+    source = save(tmp_path / "source", "llama", eos_token_id=7)
+    with pytest.warns(UserWarning, match="eos_token_id is 7 in config.json and 256 in the"):
+        convert(source, tmp_path / "ours")
+        exported = export(tmp_path / "ours", tmp_path / "export")
+    assert StableGPTConfig.from_pretrained(exported).eos_token_id == 7
+
+
+def test_a_token_without_a_row_is_refused(tmp_path: Path) -> None:
+    source = save(tmp_path / "source", "llama")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(source)
+    words = "its tokenizer has ids up to 257, but the model's vocab_size is 257"
+    assert words in refused(source, tmp_path / "ours")
+
+
 def test_nothing_is_half_written(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,12 +256,58 @@ def test_nothing_is_half_written(
         convert(llama, tmp_path / "ours")
 
 
+def test_the_folder_one_is_in_and_templates_in_a_folder(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(llama, source)
+    templates = source / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool.jinja").write_text("{{ messages }}")
+    (source / "chat_template.jinja").write_text("{{ messages[0] }}")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    convert("../source", ".")
+    written = tmp_path / "here" / "additional_chat_templates" / "tool.jinja"
+    assert written.read_text() == "{{ messages }}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "source"]
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "here").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize(("factor", "words"), [(0.0, "zero"), (float("nan"), "not finite")])
+def test_logits_that_show_nothing_are_refused(factor: float, words: str, tmp_path: Path) -> None:
+    source = save(tmp_path / "source", "llama")
+    tensors = load_file(source / "model.safetensors")
+    scaled = {name: tensor * factor for name, tensor in tensors.items()}
+    save_file(scaled, source / "model.safetensors", metadata={"format": "pt"})
+    assert f"its own logits are {words}" in refused(source, tmp_path / "ours")
+
+
 def test_tensors_that_do_not_fit_the_config_are_refused(tmp_path: Path) -> None:
     source = save(tmp_path / "source", "llama")
     config = json.loads((source / "config.json").read_text())
     config["num_hidden_layers"] = 3
     (source / "config.json").write_text(json.dumps(config))
     assert "lack" in refused(source, tmp_path / "ours")
+
+
+def test_tensors_that_would_be_dropped_are_refused_by_name(tmp_path: Path) -> None:
+    """Biases that config.json does not tell of; what old Transformers saved beside is none."""
+    for kind, dropped, harmless in (
+        ("llama", "model.layers.0.self_attn.q_proj.bias", "model.layers.0.self_attn.rotary_emb"),
+        ("gpt_neox", "gpt_neox.layers.0.attention.gain", "gpt_neox.layers.0.attention.rotary_emb"),
+    ):
+        source = save(tmp_path / kind, kind)
+        file = source / "model.safetensors"
+        tensors = {**load_file(file), f"{harmless}.inv_freq": torch.ones(4)}
+        if kind == "gpt_neox":
+            tensors["gpt_neox.layers.0.attention.masked_bias"] = torch.tensor(-1e9)
+        save_file(tensors, file, metadata={"format": "pt"})
+        convert(source, tmp_path / f"ours-{kind}")
+        save_file({**tensors, dropped: torch.ones(32)}, file, metadata={"format": "pt"})
+        message = refused(source, tmp_path / "ours")
+        assert f"no place for 1 of its tensors: {dropped}" in message
 
 
 def test_the_command_line_says_what_it_found(
@@ -246,14 +327,25 @@ def test_a_model_of_the_hub_is_recorded_with_its_commit(llama: Path, tmp_path: P
     shutil.copytree(llama, cache / "snapshots" / commit)
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text(commit)
+    older = "1" * 40
+    save(cache / "snapshots" / older, "qwen2")
+    (cache / "refs" / "v1").write_text(older)
     command = [sys.executable, "-m", "hf_stable", "convert", "someone/tiny"]
-    subprocess.run(
-        [*command, "--output", str(tmp_path / "ours")],
-        env={**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-    )
-    record = json.loads((tmp_path / "ours" / CONVERSION).read_text())
-    assert (record["source"], record["revision"]) == ("someone/tiny", commit)
-    assert list(record["weights_sha256"]) == ["model.safetensors"]
+    for options, kind, expected in (
+        ([], "llama", commit),
+        (["--revision", "v1"], "qwen2", older),
+    ):
+        output = tmp_path / kind
+        subprocess.run(
+            [*command, "--output", str(output), *options],
+            env={**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+        )
+        record = json.loads((output / CONVERSION).read_text())
+        assert (record["source"], record["revision"]) == ("someone/tiny", expected)
+        assert record["model_type"] == kind
+        file = (cache / "snapshots" / expected / "model.safetensors").read_bytes()
+        digests = {"model.safetensors": hashlib.sha256(file).hexdigest()}
+        assert record["weights_sha256"] == digests
