@@ -451,6 +451,37 @@ def test_loading_from_the_hub_is_verified_and_pinned(
     load_model(REPO, revision="v1")  # from the cache
 
 
+@pytest.mark.parametrize("status", [401, 403, 429, 500, 503])
+def test_nothing_is_loaded_while_the_hub_does_not_say_whether_there_are_sums(
+    status: int, hub: Hub, checked: ExportCheck
+) -> None:
+    """Also where all else would load: the weights on the Hub are not those that were pushed."""
+    published(checked)
+    corrupt(hub, sorted(checked.folder.glob("model-*"))[0].name)
+    hub.fault(f"/{SUMS}", status, times=99)
+    with pytest.raises(CheckpointError, match=rf"{REPO}: whether it has {SUMS}.*nothing of it"):
+        load_model(REPO)
+    assert not any("/model-" in each for each in hub.asked if each.startswith(("GET", "HEAD")))
+    hub.faults.clear()
+    with pytest.raises(CheckpointError, match="is not what was exported"):
+        load_model(REPO)
+    hub.served.clear()
+    load_model(REPO)
+
+
+def test_a_repository_without_sums_loads_and_one_that_is_not_there_is_named(
+    hub: Hub, checked: ExportCheck
+) -> None:
+    published(checked)
+    repo = hub.repos[REPO]
+    files = dict(repo.commits[repo.refs["main"]])
+    del files[SUMS]
+    repo.commit(files, "main")
+    load_model(REPO)
+    with pytest.raises(CheckpointError, match="org/none.*no such repository"):
+        load_model("org/none")
+
+
 def corrupt(hub: Hub, name: str) -> None:
     repo = hub.repos[REPO]
     content = bytearray(repo.commits[repo.refs["main"]][name])
