@@ -44,7 +44,7 @@ SURFACE = {
     },
     "push": {
         *("SOURCE", "--to", "--private", "--branch", "--tag", "--commit-message", "--create-pr"),
-        *("--unevaluated", "--dry-run"),
+        *("--unevaluated", "--dry-run", "--overwrite-card"),
     },
     "card": {"RUN", "--output", "--evaluations", "--license", "--watts"},
     "convert": {"SOURCE", "--output", "--dtype"},

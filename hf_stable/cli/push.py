@@ -80,6 +80,11 @@ def add_push_options(parser: ArgumentParser) -> ArgumentParser:
         "--unevaluated", action="store_true", help="push a card without measured perplexities too"
     )
     parser.add_argument(
+        "--overwrite-card",
+        action="store_true",
+        help="replace a card that differs on the Hub, where the model is there already",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="list what would go, with SHA-256; write nothing"
     )
     return parser
@@ -121,6 +126,7 @@ def push_command(arguments: Namespace) -> None:
         tag=arguments.tag,
         create_pr=arguments.create_pr,
         unevaluated=arguments.unevaluated,
+        overwrite_card=arguments.overwrite_card,
         **({} if message is None else {"message": message}),
     )
     api = hub.connect(anonymously=arguments.dry_run)
@@ -132,6 +138,8 @@ def push_command(arguments: Namespace) -> None:
         done = hub.push(checked, to, api)
     what = "pushed, and verified there" if done.is_new else "was there already, verified"
     print(f"{what}: {done.url}")
+    if done.kept:
+        print(f"kept as on the Hub, where it differs (--overwrite-card): {', '.join(done.kept)}")
     if to.tag is not None:
         print(f"tagged: {to.tag}")
     print("load it without hf_stable, pinned to what was verified:")

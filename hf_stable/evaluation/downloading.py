@@ -70,7 +70,7 @@ def _sums_of(repo: str, revision: str | None) -> Path | None:
         raise _unverifiable(repo, error) from error
 
 
-def _unverifiable(repo: str, error: Exception) -> CheckpointError:
+def _unverifiable(repo: str, error: BaseException) -> CheckpointError:
     answer = _short(error)
     if isinstance(error, RepositoryNotFoundError):
         answer = "no such repository, or none that the token may see"
@@ -96,6 +96,6 @@ def _forget_bad(folder: Path, listed: dict[str, str]) -> None:
             )
 
 
-def _short(error: Exception) -> str:
+def _short(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0][:200] if text else type(error).__name__

@@ -17,7 +17,14 @@ from hf_stable import __version__
 from hf_stable.errors import HubError, UserError
 
 from .checking import ExportCheck
-from .remote import Difference, compare, explained, refuse_other_model, tree_of
+from .remote import (
+    Difference,
+    compare,
+    explained,
+    pushed_earlier,
+    refuse_other_model,
+    tree_of,
+)
 from .scanning import check_card, refuse_leaks, refuse_strangers
 
 _MAIN = "main"
@@ -34,6 +41,8 @@ class Destination:
         tag: name for the commit, given when it is verified.
         message: of the commit. create_pr: propose it instead of writing to main.
         unevaluated: a card without measured perplexities is meant.
+        overwrite_card: replace the Hub's card, which may have been edited there, although the Hub
+            has this very model already.
 
     Raises:
         UserError: what cannot be a name, or options that exclude each other.
@@ -46,6 +55,7 @@ class Destination:
     message: str = f"Upload with hf_stable {__version__}"
     create_pr: bool = False
     unevaluated: bool = False
+    overwrite_card: bool = False
 
     def __post_init__(self) -> None:
         try:
@@ -69,11 +79,13 @@ class Published:
     Args:
         commit: its id. url: of the commit or pull request.
         is_new: False when the Hub had it already and no commit was made.
+        kept: the card's files that differ on the Hub and were left as they are there.
     """
 
     commit: str
     url: str
     is_new: bool
+    kept: tuple[str, ...] = ()
 
 
 def connect(*, anonymously: bool = False) -> HfApi:
@@ -102,15 +114,27 @@ def preview(checked: ExportCheck, to: Destination, api: HfApi) -> Difference:
     """
     _refuse(checked, to)
     with _quiet(), explained(to.repo, "looking at the repository"):
-        tree: dict[str, RepoFile] = {}
+        tree, revision = dict[str, RepoFile](), to.branch
         try:
-            tree = tree_of(api, to.repo, to.branch)
+            tree = tree_of(api, to.repo, revision)
         except RevisionNotFoundError:
-            tree = tree_of(api, to.repo, _MAIN)
+            tree = tree_of(api, to.repo, revision := _MAIN)
         except RepositoryNotFoundError:
             pass
-        refuse_other_model(to.repo, tree)
-    return compare(checked.folder, checked.files, tree)
+        return _difference(checked, to, api, revision, tree)
+
+
+def _difference(
+    checked: ExportCheck, to: Destination, api: HfApi, revision: str, tree: dict[str, RepoFile]
+) -> Difference:
+    refuse_other_model(to.repo, tree)
+    return compare(
+        checked.folder,
+        checked.files,
+        tree,
+        earlier=pushed_earlier(api, to.repo, revision, tree),
+        overwrite_card=to.overwrite_card,
+    )
 
 
 def push(checked: ExportCheck, to: Destination, api: HfApi) -> Published:
@@ -127,15 +151,15 @@ def push(checked: ExportCheck, to: Destination, api: HfApi) -> Published:
         with explained(to.repo, "looking at the repository"):
             head = api.repo_info(to.repo, revision=to.branch).sha or ""
             tree = tree_of(api, to.repo, head)
-            refuse_other_model(to.repo, tree)
-            difference = compare(checked.folder, checked.files, tree)
+            difference = _difference(checked, to, api, head, tree)
             done = _proposed(checked, to, api) if to.create_pr else None
             _check_tag(to, api, None if not difference.is_empty else head)
         if difference.is_empty:
-            done = Published(head, f"{api.endpoint}/{to.repo}/commit/{head}", is_new=False)
+            place = f"{api.endpoint}/{to.repo}/commit/{head}"
+            done = Published(head, place, is_new=False, kept=difference.kept)
         if done is None:
             done = _commit(checked, to, api, difference, head)
-            _verify(checked, to, api, done)
+            _verify(checked, to, api, difference, done)
         if to.tag is not None:
             with explained(to.repo, f"tagging commit {done.commit[:8]}, which is there,"):
                 api.create_tag(to.repo, tag=to.tag, revision=done.commit, exist_ok=True)
@@ -187,7 +211,8 @@ def _proposed(checked: ExportCheck, to: Destination, api: HfApi) -> Published | 
     )
     for each in opened:
         reference = f"refs/pr/{each.num}"
-        if compare(checked.folder, checked.files, tree_of(api, to.repo, reference)).is_empty:
+        tree = tree_of(api, to.repo, reference)
+        if compare(checked.folder, checked.files, tree, overwrite_card=True).is_empty:
             commit = api.repo_info(to.repo, revision=reference).sha or ""
             return Published(commit, each.url, is_new=False)
     return None
@@ -197,9 +222,8 @@ def _commit(
     checked: ExportCheck, to: Destination, api: HfApi, difference: Difference, head: str
 ) -> Published:
     """One commit of all that is new, changed or gone, on the head that it was compared with."""
-    moved = [each.name for each in difference.changes if each.state != "same"]
     operations = [
-        *(CommitOperationAdd(name, str(checked.folder / name)) for name in moved),
+        *(CommitOperationAdd(name, str(checked.folder / name)) for name in difference.moved),
         *(CommitOperationDelete(name, is_folder=False) for name in difference.removed),
     ]
     with explained(to.repo, "uploading"):
@@ -211,15 +235,19 @@ def _commit(
             create_pr=to.create_pr,
             parent_commit=head,
         )
-    return Published(done.oid, done.pr_url or done.commit_url, is_new=True)
+    return Published(done.oid, done.pr_url or done.commit_url, is_new=True, kept=difference.kept)
 
 
-def _verify(checked: ExportCheck, to: Destination, api: HfApi, done: Published) -> None:
+def _verify(
+    checked: ExportCheck, to: Destination, api: HfApi, difference: Difference, done: Published
+) -> None:
     """See that the commit holds every file with the hash that was checked here, and no old one."""
     with explained(to.repo, f"reading commit {done.commit[:8]} back"):
-        left = compare(checked.folder, checked.files, tree_of(api, to.repo, done.commit))
-    if not left.is_empty:
-        bad = [each.name for each in left.changes if each.state != "same"] or list(left.removed)
+        tree = tree_of(api, to.repo, done.commit)
+    left = compare(checked.folder, checked.files, tree, overwrite_card=True)
+    bad = [name for name in left.moved if name not in difference.kept]
+    bad += [name for name in difference.removed if name in tree]
+    if bad:
         raise HubError(
             f"{to.repo}: commit {done.commit[:8]} is not what was pushed: {bad[0]} differs there. "
             "Do not use it; the same command pushes again what differs."
