@@ -96,18 +96,19 @@ def export_command(arguments: Namespace) -> None:
     from hf_stable.card import Statement
     from hf_stable.hub import Weights, check_export, export
 
+    checked: list[ExportCheck] = []
     folder = export(
         Path(arguments.run),
         Path(arguments.output),
         step=arguments.step,
         weights=Weights(arguments.fold_sigma, arguments.dtype, arguments.max_shard_size),
         statement=Statement(license=arguments.license, watts=arguments.watts),
+        check=lambda fresh: checked.append(check_export(fresh)),
     )
-    checked = check_export(folder)
     print(
         "loads in a process without hf_stable, with bit-equal logits; it continues the empty text:"
     )
-    print(f"\n{checked.text}\n")
+    print(f"\n{checked[0].text}\n")
     print(f"exported to {folder}; load it without hf_stable:")
     for auto in ("AutoModelForCausalLM", "AutoTokenizer"):
         print(f'  {auto}.from_pretrained("{folder}", trust_remote_code=True)')
