@@ -48,6 +48,8 @@ def add_export_options(parser: ArgumentParser) -> ArgumentParser:
         metavar="ID",
         help="of the weights, of the Hub's identifiers; stated in the card",
     )
+    parser.add_argument("--license-name", metavar="NAME", help="of a licence that is other")
+    parser.add_argument("--license-link", metavar="URL", help="where that licence's text is")
     parser.add_argument(
         "--watts",
         type=PositiveFloat,
@@ -102,7 +104,12 @@ def export_command(arguments: Namespace) -> None:
         Path(arguments.output),
         step=arguments.step,
         weights=Weights(arguments.fold_sigma, arguments.dtype, arguments.max_shard_size),
-        statement=Statement(license=arguments.license, watts=arguments.watts),
+        statement=Statement(
+            license=arguments.license,
+            watts=arguments.watts,
+            license_name=arguments.license_name,
+            license_link=arguments.license_link,
+        ),
         check=lambda fresh: checked.append(check_export(fresh)),
     )
     print(

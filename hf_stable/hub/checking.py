@@ -44,7 +44,7 @@ for number, folder in enumerate(folders):
 
 # Its source is put into the clean process too, so that both do the same.
 @torch.no_grad()
-def answers_of(model: Any, start: int, count: int, settings: Any) -> dict[str, torch.Tensor]:
+def answers_of(model: Any, start: Any, count: int, settings: Any) -> dict[str, torch.Tensor]:
     """What is compared: `logits` (1, T, V), and `tokens` (1, N) sampled with a fixed seed.
 
     Args:
