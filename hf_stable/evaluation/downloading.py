@@ -13,7 +13,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from hf_stable.checksums import SUMS, read_sums, sha256_of, verify_sums
+from hf_stable.checksums import SUMS, our_sums, sha256_of, verify_sums
 from hf_stable.errors import CheckpointError
 
 
@@ -21,7 +21,7 @@ def download_verified(repo: str, revision: str | None) -> Path | None:
     """The folder of a model that `hf-stable push` published, every file as it was exported.
 
     Returns:
-        None for a repository without SHA256SUMS, or when the Hub cannot be reached.
+        None for a repository without a SHA256SUMS of ours, or when the Hub cannot be reached.
 
     Raises:
         CheckpointError: no such repository or revision; the Hub does not say whether there is a
@@ -31,7 +31,9 @@ def download_verified(repo: str, revision: str | None) -> Path | None:
     sums = _sums_of(repo, revision)
     if sums is None:
         return None
-    listed = read_sums(sums)
+    listed = our_sums(sums)
+    if listed is None:
+        return None
     try:
         # Of the commit that the sums are of, whatever is pushed meanwhile.
         folder = Path(
