@@ -5,6 +5,8 @@ where it was; readers see nothing of it before its one commit.
 """
 
 import contextlib
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,6 +16,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import logging, validate_repo_id
 
 from hf_stable import __version__
+from hf_stable.card import leaks
 from hf_stable.errors import HubError, UserError
 
 from .checking import ExportCheck
@@ -28,6 +31,10 @@ from .remote import (
 from .scanning import check_card, refuse_leaks, refuse_strangers
 
 _MAIN = "main"
+# What git takes for no name of a branch or tag (git-check-ref-format).
+_NO_REF = re.compile(
+    r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|(?:^|/)\.|\.lock(?:/|$)|^[-/]|[/.]$|^@?$"
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,14 @@ class Destination:
             )
         if not self.message.strip():
             raise UserError("the commit message is empty: write one, or leave it out")
+        if found := leaks(self.message):
+            raise UserError(f"the commit message holds {' and '.join(found)}: take it out")
+        for kind, name in (("branch", self.branch), ("tag", self.tag)):
+            if name is not None and _NO_REF.search(name):
+                raise UserError(
+                    f"{name!r} cannot be the name of a {kind} in git: take letters, digits, -, . "
+                    "and _"
+                )
 
 
 @dataclass(frozen=True)
@@ -95,12 +110,18 @@ def connect(*, anonymously: bool = False) -> HfApi:
         anonymously: where there is no token, read what anybody may read.
 
     Raises:
-        HubError: when there is none.
+        HubError: when there is none, or what cannot be one.
     """
     token = get_token()
     if token is None and not anonymously:
         raise HubError(
             "no token for the Hub: run `hf auth login`, or set HF_TOKEN, with one that may write"
+        )
+    if token is not None and not re.fullmatch(r"[!-~]+", token):
+        place = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "the file of `hf auth login`"
+        raise HubError(
+            f"{place} holds something that no token of the Hub has, such as a letter that is not "
+            "ASCII: copy the token again"
         )
     return HfApi(token=token or False, library_name="hf_stable", library_version=__version__)
 

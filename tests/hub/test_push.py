@@ -179,11 +179,54 @@ def test_a_private_push_never_goes_to_a_public_repository(hub: Hub, checked: Exp
         ({"repo": REPO, "create_pr": True, "tag": "v1"}, "pull request"),
         ({"repo": REPO, "create_pr": True, "branch": "b"}, "pull request"),
         ({"repo": REPO, "message": " "}, "message is empty"),
+        ({"repo": REPO, "message": "with hf_" + "Ab1" * 10}, "message holds a secret: take it out"),
+        *(
+            ({"repo": REPO, kind: name}, f"cannot be the name of a {kind}")
+            for kind in ("tag", "branch")
+            for name in (
+                "",
+                "a b",
+                "bad~name",
+                "a..b",
+                ".a",
+                "a/.b",
+                "a.lock",
+                "a/",
+                "/a",
+                "a//b",
+                "a.",
+                "@",
+                "a@{1}",
+                "-a",
+                "a\\b",
+                "a\n",
+            )
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_refused(options: dict[str, Any], reason: str) -> None:
-    with pytest.raises(UserError, match=reason):
+    with pytest.raises(UserError, match=reason) as refused:
         Destination(**options)
+    assert "Ab1Ab1" not in str(refused.value)
+
+
+def test_names_that_git_takes_are_taken() -> None:
+    for name in ("main", "v1.0", "try/this-one", "a@b", "lock", "größe"):
+        assert Destination(REPO, branch=name, tag=name).tag == name
+
+
+@pytest.mark.parametrize("bad", ["\u2026", "\x01x", " x"])
+def test_what_cannot_be_a_token_is_not_sent_and_not_shown(
+    bad: str, monkeypatch: pytest.MonkeyPatch, hub: Hub, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong" + bad)
+    with pytest.raises(HubError, match="HF_TOKEN holds something that no token") as refused:
+        connect()
+    monkeypatch.delenv("HF_TOKEN")
+    (tmp_path / "token").write_text("hf_wrong" + bad, encoding="utf-8")
+    with pytest.raises(HubError, match="the file of `hf auth login` holds") as also:
+        connect(anonymously=True)
+    assert "hf_wrong" not in str(refused.value) + str(also.value) and hub.asked == []
 
 
 def _plant(folder: Path, name: str, text: str) -> None:
@@ -521,6 +564,9 @@ def test_a_repository_without_sums_loads_and_one_that_is_not_there_is_named(
     files = dict(repo.commits[repo.refs["main"]])
     del files[SUMS]
     repo.commit(files, "main")
+    load_model(REPO)
+    weights = b"%b  model.safetensors" % (b"0" * 64)
+    repo.commit({**files, SUMS: weights}, "main")  # somebody else's
     load_model(REPO)
     with pytest.raises(CheckpointError, match=r"org/none.*no such repository"):
         load_model("org/none")
