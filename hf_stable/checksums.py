@@ -16,7 +16,9 @@ EDITABLE = frozenset({"README.md", "training_curve.png"})
 # What Transformers might read from a model's folder; such a file beside the listed ones may take
 # their place, as model.safetensors does that of shards.
 _LOADED = frozenset({".py", ".json", ".safetensors", ".bin", ".pt", ".jinja", ".model", ".txt"})
-_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](?:\./)*(.+)")
+# The code in an export, by which its sums are told from anybody else's.
+_CODE = "_stable_gpt.py"
 
 
 def sha256_of(file: Path) -> str:
@@ -45,8 +47,25 @@ def read_sums(file: Path) -> dict[str, str]:
         match = _LINE.fullmatch(line)
         if match is None or match[2].startswith("/") or ".." in match[2].split("/"):
             raise CheckpointError(f"{file}: line {number} is no SHA-256 with a name; get it again")
-        found[match[2]] = match[1]
+        found[match[2]] = match[1].lower()
     return found
+
+
+def our_sums(file: Path) -> dict[str, str] | None:
+    """`read_sums` of an export's SHA256SUMS; None where somebody made it of another folder.
+
+    Raises:
+        CheckpointError: as `read_sums`, where an export's own is damaged.
+    """
+    try:
+        listed = read_sums(file)
+    except CheckpointError:
+        is_ours = _CODE in file.read_text("utf-8", "replace")
+        if is_ours or any(file.parent.glob(f"*{_CODE}")):
+            raise
+        return None
+    is_ours = "config.json" in listed and any(name.endswith(_CODE) for name in listed)
+    return listed if is_ours else None
 
 
 def verify_sums(folder: Path) -> dict[str, str]:
@@ -66,8 +85,9 @@ def verify_sums(folder: Path) -> dict[str, str]:
                 f"{file}: its SHA-256 is not the one in {SUMS}, so it was damaged or tampered with "
                 "after the export; get the folder again, or export it again"
             )
-    for file in sorted(folder.iterdir()):
-        if file.suffix in _LOADED and file.name not in listed and file.name not in EDITABLE:
+    for file in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
+        name = file.relative_to(folder).as_posix()
+        if file.suffix in _LOADED and name not in listed and name not in EDITABLE:
             raise CheckpointError(
                 f"{file}: not in {SUMS}, but Transformers might read it; remove it, or export again"
             )

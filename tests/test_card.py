@@ -26,7 +26,7 @@ from hf_stable.errors import UserError
 from hf_stable.evaluation.result import Estimate, PerplexityResult
 from hf_stable.model.configuration_stable_gpt import PRESETS
 from hf_stable.recipes import from_dict, load_recipe, to_dict
-from hf_stable.records import RunRecord, write_json
+from hf_stable.records import CONVERSION, RunRecord, write_json
 
 # Written so that this file names no place of one machine.
 HOME = "/" + "home/jane"
@@ -521,6 +521,27 @@ def test_a_license_that_the_hub_does_not_know_is_refused(run: Path) -> None:
     with pytest.raises(UserError, match="license is 'mine'"):
         render_card(run, statement=Statement(license="mine"))
     assert {"apache-2.0", "mit", "other"} <= LICENSES
+
+
+def test_a_license_of_its_own_has_a_name(run: Path) -> None:
+    with pytest.raises(UserError, match="license is other: name it in license_name"):
+        render_card(run, statement=Statement(license="other"))
+    with pytest.raises(UserError, match="license_link is 'mine', but license is 'mit'"):
+        Statement(license="mit", license_name="mine")
+    place = "https://example.org/licence"
+    stated = Statement(license="other", license_name="mine", license_link=place)
+    header = render_card(run, statement=stated).data.to_dict()
+    assert header["license_name"] == "mine" and header["license_link"] == place
+
+
+@pytest.mark.parametrize(("revision", "base"), [("a" * 40, "org/base"), (None, None)])
+def test_a_converted_model_names_the_one_on_the_hub(
+    revision: str | None, base: str | None, run: Path
+) -> None:
+    made = {"source": "org/base", "revision": revision, "model_type": "llama", "dtype": "float32",
+            "difference": 1e-9, "saved_difference": 1e-9}  # fmt: skip
+    (run / CONVERSION).write_text(json.dumps(made))
+    assert render_card(run).data.to_dict().get("base_model") == base
 
 
 def test_equal_records_give_equal_cards_with_a_picture(run: Path, tmp_path: Path) -> None:

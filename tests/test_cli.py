@@ -40,13 +40,16 @@ SURFACE = {
     },
     "export": {
         *("RUN", "--step", "--output", "--fold-sigma", "--dtype", "--max-shard-size"),
-        *("--license", "--watts"),
+        *("--license", "--license-name", "--license-link", "--watts"),
     },
     "push": {
         *("SOURCE", "--to", "--private", "--branch", "--tag", "--commit-message", "--create-pr"),
-        *("--unevaluated", "--dry-run"),
+        *("--unevaluated", "--dry-run", "--overwrite-card"),
     },
-    "card": {"RUN", "--output", "--evaluations", "--license", "--watts"},
+    "card": {
+        *("RUN", "--output", "--evaluations"),
+        *("--license", "--license-name", "--license-link", "--watts"),
+    },
     "convert": {"SOURCE", "--output", "--revision", "--dtype"},
     "watch": {"RUN", "--refresh", "--once", "--html"},
     "diagnose": {"RUN", "--json"},

@@ -38,6 +38,7 @@ class Statement:
     Args:
         name: the model's; None takes the recipe's.
         license: of the weights, of the Hub's identifiers; left out where it is not stated.
+        license_name: of a licence that is "other". license_link: where its text is.
         watts: drawn by each process's device while it trains, for the estimate of energy.
         repository: address of hf_stable's sources, which links to the studies begin with.
         notes: sentences to put first, such as how the checkpoint was chosen.
@@ -48,6 +49,16 @@ class Statement:
     watts: float | None = None
     repository: str | None = None
     notes: tuple[str, ...] = ()
+    license_name: str | None = None
+    license_link: str | None = None
+
+    def __post_init__(self) -> None:
+        named = self.license_name or self.license_link
+        if named and self.license != "other":
+            raise UserError(
+                f"license_name or license_link is {named!r}, but license is {self.license!r}: they "
+                'name one that is "other"'
+            )
 
 
 def render_card(
@@ -211,8 +222,13 @@ def _header(
     sources = [source for part in facts.parts for source in facts.sources(part)]
     found = {source.get("content", {}).get("dataset") for source in sources} - {None}
     results = [result for each in scored for result in _results(each, facts)]
+    made = facts.run.get("conversion") or {}
     return ModelCardData(
         license=statement.license,
+        license_name=statement.license_name,
+        license_link=statement.license_link,
+        # Only what was converted from the Hub has a revision.
+        base_model=made["source"] if made.get("revision") else None,
         language=languages(sources) or None,
         library_name="transformers",
         pipeline_tag="text-generation",

@@ -208,7 +208,12 @@ def _card(arguments: Namespace) -> None:
         Path(arguments.run),
         Path(arguments.output) / "README.md",
         evaluations=None if named is None else [Path(each) for each in named],
-        statement=Statement(license=arguments.license, watts=arguments.watts),
+        statement=Statement(
+            license=arguments.license,
+            watts=arguments.watts,
+            license_name=arguments.license_name,
+            license_link=arguments.license_link,
+        ),
     )
     print(f"written: {file}")
 

@@ -219,6 +219,8 @@ def _card_parser() -> ArgumentParser:
         metavar="ID",
         help="of the weights, of the Hub's identifiers; stated in the card",
     )
+    parser.add_argument("--license-name", metavar="NAME", help="of a licence that is other")
+    parser.add_argument("--license-link", metavar="URL", help="where that licence's text is")
     parser.add_argument(
         "--watts",
         type=PositiveFloat,

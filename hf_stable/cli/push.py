@@ -48,6 +48,8 @@ def add_export_options(parser: ArgumentParser) -> ArgumentParser:
         metavar="ID",
         help="of the weights, of the Hub's identifiers; stated in the card",
     )
+    parser.add_argument("--license-name", metavar="NAME", help="of a licence that is other")
+    parser.add_argument("--license-link", metavar="URL", help="where that licence's text is")
     parser.add_argument(
         "--watts",
         type=PositiveFloat,
@@ -80,6 +82,11 @@ def add_push_options(parser: ArgumentParser) -> ArgumentParser:
         "--unevaluated", action="store_true", help="push a card without measured perplexities too"
     )
     parser.add_argument(
+        "--overwrite-card",
+        action="store_true",
+        help="replace a card that differs on the Hub, where the model is there already",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="list what would go, with SHA-256; write nothing"
     )
     return parser
@@ -91,18 +98,24 @@ def export_command(arguments: Namespace) -> None:
     from hf_stable.card import Statement
     from hf_stable.hub import Weights, check_export, export
 
+    checked: list[ExportCheck] = []
     folder = export(
         Path(arguments.run),
         Path(arguments.output),
         step=arguments.step,
         weights=Weights(arguments.fold_sigma, arguments.dtype, arguments.max_shard_size),
-        statement=Statement(license=arguments.license, watts=arguments.watts),
+        statement=Statement(
+            license=arguments.license,
+            watts=arguments.watts,
+            license_name=arguments.license_name,
+            license_link=arguments.license_link,
+        ),
+        check=lambda fresh: checked.append(check_export(fresh)),
     )
-    checked = check_export(folder)
     print(
         "loads in a process without hf_stable, with bit-equal logits; it continues the empty text:"
     )
-    print(f"\n{checked.text}\n")
+    print(f"\n{checked[0].text}\n")
     print(f"exported to {folder}; load it without hf_stable:")
     for auto in ("AutoModelForCausalLM", "AutoTokenizer"):
         print(f'  {auto}.from_pretrained("{folder}", trust_remote_code=True)')
@@ -121,6 +134,7 @@ def push_command(arguments: Namespace) -> None:
         tag=arguments.tag,
         create_pr=arguments.create_pr,
         unevaluated=arguments.unevaluated,
+        overwrite_card=arguments.overwrite_card,
         **({} if message is None else {"message": message}),
     )
     api = hub.connect(anonymously=arguments.dry_run)
@@ -132,6 +146,8 @@ def push_command(arguments: Namespace) -> None:
         done = hub.push(checked, to, api)
     what = "pushed, and verified there" if done.is_new else "was there already, verified"
     print(f"{what}: {done.url}")
+    if done.kept:
+        print(f"kept as on the Hub, where it differs (--overwrite-card): {', '.join(done.kept)}")
     if to.tag is not None:
         print(f"tagged: {to.tag}")
     print("load it without hf_stable, pinned to what was verified:")

@@ -5,12 +5,15 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    FileMetadataError,
     HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
-from hf_stable.checksums import SUMS, read_sums, sha256_of, verify_sums
+from hf_stable.checksums import SUMS, our_sums, sha256_of, verify_sums
 from hf_stable.errors import CheckpointError
 
 
@@ -18,16 +21,19 @@ def download_verified(repo: str, revision: str | None) -> Path | None:
     """The folder of a model that `hf-stable push` published, every file as it was exported.
 
     Returns:
-        None for a repository without SHA256SUMS, or none that can be reached.
+        None for a repository without a SHA256SUMS of ours, or when the Hub cannot be reached.
 
     Raises:
-        CheckpointError: no such revision; the download broke off; a file is not what was exported,
+        CheckpointError: no such repository or revision; the Hub does not say whether there is a
+            SHA256SUMS; the download broke off; a file is not what was exported,
             and is then removed from the cache.
     """
     sums = _sums_of(repo, revision)
     if sums is None:
         return None
-    listed = read_sums(sums)
+    listed = our_sums(sums)
+    if listed is None:
+        return None
     try:
         # Of the commit that the sums are of, whatever is pushed meanwhile.
         folder = Path(
@@ -44,15 +50,38 @@ def download_verified(repo: str, revision: str | None) -> Path | None:
 
 
 def _sums_of(repo: str, revision: str | None) -> Path | None:
+    """SHA256SUMS in the cache; None only where it is known not to be, or where nothing is reached.
+
+    Any other answer is an error: the weights that would load without it are not verified.
+    """
     try:
         return Path(hf_hub_download(repo, SUMS, revision=revision))
     except RevisionNotFoundError as error:
         raise CheckpointError(
             f"{repo} has no revision {revision!r}: name one of its branches, tags or commits"
         ) from error
-    except (EntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError, ValueError):
-        # What is wrong with the repository, Transformers says when it asks for the config.
+    except LocalEntryNotFoundError as error:
+        # Offline, the cache may hold a model without sums; an answer of the Hub is another thing.
+        if isinstance(error.__cause__, HfHubHTTPError | FileMetadataError):
+            raise _unverifiable(repo, error.__cause__) from error
         return None
+    except (EntryNotFoundError, HFValidationError):
+        return None
+    # Besides HfHubHTTPError and OSError, whatever the HTTP library raises.
+    except Exception as error:
+        raise _unverifiable(repo, error) from error
+
+
+def _unverifiable(repo: str, error: BaseException) -> CheckpointError:
+    answer = _short(error)
+    if isinstance(error, RepositoryNotFoundError):
+        answer = "no such repository, or none that the token may see"
+    elif isinstance(error, HfHubHTTPError):
+        answer = f"HTTP {error.response.status_code}"
+    return CheckpointError(
+        f"{repo}: whether it has {SUMS} cannot be told ({answer}), so nothing of it was loaded: "
+        "check the name and the token, or try again later"
+    )
 
 
 def _forget_bad(folder: Path, listed: dict[str, str]) -> None:
@@ -69,6 +98,6 @@ def _forget_bad(folder: Path, listed: dict[str, str]) -> None:
             )
 
 
-def _short(error: Exception) -> str:
+def _short(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0][:200] if text else type(error).__name__

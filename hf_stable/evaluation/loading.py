@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from hf_stable import registration  # noqa: F401
-from hf_stable.checksums import SUMS, verify_sums
+from hf_stable.checksums import SUMS, our_sums, verify_sums
 from hf_stable.errors import CheckpointError
 from hf_stable.evaluation.downloading import download_verified
 from hf_stable.model import StableGPTConfig
@@ -59,9 +59,9 @@ def load_model(
 
     `path` is a folder, or the id of a model on the Hub, of which `revision` is a branch, tag or
     commit. `dtype` None keeps the checkpoint's. Code of the checkpoint itself runs only with
-    `trust_remote_code`. Where SHA256SUMS is in the folder or repository, all files are verified.
-    `device` is another place than the accelerator. Tensors that the model has no place for are
-    passed over, as Transformers does, unless `refuse_unknown`.
+    `trust_remote_code`. Where an export's SHA256SUMS is in the folder or repository, all files are
+    verified; somebody else's is not read. `device` is another place than the accelerator. Tensors
+    that the model has no place for are passed over, as Transformers does, unless `refuse_unknown`.
 
     Raises CheckpointError (a UserError) naming the folder or file: no such folder or revision, a
     file that is not what was exported, no or broken config.json, a model type or fields that the
@@ -105,7 +105,7 @@ def _find(source: str, revision: str | None) -> str:
             f"{source} is a folder here, so revision {revision!r} would be ignored: leave it out"
         )
     _check_folder(Path(source))
-    if (Path(source) / SUMS).is_file():
+    if (Path(source) / SUMS).is_file() and our_sums(Path(source) / SUMS) is not None:
         verify_sums(Path(source))
     return source
 

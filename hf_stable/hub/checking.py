@@ -1,5 +1,6 @@
 """What is checked of an exported folder: its bytes, and that it loads without hf_stable."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -7,9 +8,11 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import GenerationConfig
 
 from hf_stable.checksums import SUMS, sha256_of, verify_sums
 from hf_stable.data import load_tokenizer
@@ -23,25 +26,42 @@ from .files import files_of
 _CLEAN_PROCESS = """
 import sys
 sys.modules["hf_stable"] = None
+from typing import Any
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 answers, threads, count, folders = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
 torch.set_num_threads(threads)
+{answers_of}
 for number, folder in enumerate(folders):
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
-    longest = model.config.max_position_embeddings
-    with torch.no_grad():
-        logits = model(torch.arange(min(16, longest, model.config.vocab_size))[None]).logits
-    new = min(count, longest - 1)
-    torch.manual_seed(0)
-    start = torch.tensor([[tokenizer.bos_token_id or tokenizer.eos_token_id or 0]])
-    tokens = model.generate(
-        start, max_new_tokens=new, min_new_tokens=new, do_sample=True, top_k=50
-    )
-    save_file({"logits": logits, "tokens": tokens[:, 1:]}, f"{answers}/{number}.safetensors")
+    start = tokenizer.bos_token_id or tokenizer.eos_token_id or 0
+    given = answers_of(model, start, count, GenerationConfig)
+    save_file(given, f"{answers}/{number}.safetensors")
 """
+
+
+# Its source is put into the clean process too, so that both do the same.
+@torch.no_grad()
+def answers_of(model: Any, start: Any, count: int, settings: Any) -> dict[str, torch.Tensor]:
+    """What is compared: `logits` (1, T, V), and `tokens` (1, N) sampled with a fixed seed.
+
+    Args:
+        start: token to begin with. count: of tokens, as far as the positions go.
+        settings: the class of generation configs. The model's own, which may want a tokenizer or
+            sample in no way at all, says nothing about whether the model loads.
+    """
+    longest = model.config.max_position_embeddings
+    logits = model(torch.arange(min(16, longest, model.config.vocab_size))[None]).logits
+    new = min(count, longest - 1)
+    tokens = torch.tensor([[start]])
+    if new > 0:
+        model.generation_config = settings()
+        torch.manual_seed(0)
+        chosen = settings(max_new_tokens=new, do_sample=True, top_k=50, pad_token_id=start)
+        tokens = model.generate(tokens, generation_config=chosen)
+    return {"logits": logits, "tokens": tokens[:, 1:].contiguous()}
 
 
 @dataclass(frozen=True)
@@ -83,7 +103,7 @@ def check_exports(folders: Sequence[str | Path], *, new_tokens: int = 100) -> li
     with tempfile.TemporaryDirectory() as scratch:
         _ask(places, Path(scratch), new_tokens)
         return [
-            _compared(place, load_file(Path(scratch) / f"{number}.safetensors"))
+            _compared(place, load_file(Path(scratch) / f"{number}.safetensors"), new_tokens)
             for number, place in enumerate(places)
         ]
 
@@ -97,7 +117,7 @@ def _ask(places: list[Path], scratch: Path, new_tokens: int) -> None:
         [
             sys.executable,
             "-c",
-            _CLEAN_PROCESS,
+            _CLEAN_PROCESS.replace("{answers_of}", inspect.getsource(answers_of)),
             *arguments,
             *(str(each.resolve()) for each in places),
         ],
@@ -114,15 +134,18 @@ def _ask(places: list[Path], scratch: Path, new_tokens: int) -> None:
         raise CheckpointError(f"{places[done]} does not load without hf_stable: {last[0]}")
 
 
-@torch.no_grad()
-def _compared(place: Path, answers: dict[str, torch.Tensor]) -> ExportCheck:
+def _compared(place: Path, answers: dict[str, torch.Tensor], new_tokens: int) -> ExportCheck:
     model = StableGPTForCausalLM.from_pretrained(place, dtype="auto").eval()
-    shortest = min(16, model.config.max_position_embeddings, model.config.vocab_size)
-    if not torch.equal(answers["logits"], model(torch.arange(shortest)[None]).logits):
-        raise CheckpointError(
-            f"{place} loads without hf_stable, but its logits differ from ours: the code in the "
-            "folder is not this version's. Export it again."
-        )
-    text = str(load_tokenizer(place).decode(answers["tokens"][0]))
+    tokenizer = load_tokenizer(place)
+    start = tokenizer.bos_token_id or tokenizer.eos_token_id or 0
+    with torch.random.fork_rng(devices=[]):  # sampling sets the seed
+        ours = answers_of(model, start, new_tokens, GenerationConfig)
+    for name, what in (("logits", "its logits"), ("tokens", "the tokens that it samples")):
+        if not torch.equal(answers[name], ours[name]):
+            raise CheckpointError(
+                f"{place} loads without hf_stable, but {what} differ from ours: the code in the "
+                "folder is not this version's. Export it again."
+            )
+    text = str(tokenizer.decode(answers["tokens"][0]))
     files = {name: sha256_of(path) for name, path in files_of(place).items() if path.is_file()}
     return ExportCheck(place, text, files)

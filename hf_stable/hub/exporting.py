@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -84,6 +84,7 @@ def export(
     step: int | None = None,
     weights: Weights | None = None,
     statement: Statement | None = None,
+    check: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write a Hub-ready folder from a run or a saved StableGPT.
 
@@ -94,6 +95,8 @@ def export(
         step: of the run's checkpoint to take, instead of its finished model.
         weights: None keeps them as trained.
         statement: what the card says beside the records.
+        check: called with the complete folder before it takes its place, such as `check_export`;
+            what it raises leaves `output` as it was.
 
     Raises:
         CheckpointError: when `source` holds no StableGPT, or no good checkpoint of that step.
@@ -119,6 +122,8 @@ def export(
             statement=dataclasses.replace(statement, name=named),
         )
         write_sums(fresh)
+        if check is not None:
+            check(fresh)
     return output
 
 

@@ -7,18 +7,25 @@ from hf_stable.card.rendering import PICTURE
 from hf_stable.checksums import SUMS
 
 CARD = "README.md"
-_NAMES = frozenset(
+VOCABULARIES = frozenset(
+    {
+        *("vocab.json", "vocab.txt", "merges.txt"),
+        *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    }
+)
+_NAMES = VOCABULARIES | frozenset(
     {
         *(CARD, PICTURE, "LICENSE", SUMS),
         *("config.json", "generation_config.json"),
         *("model.safetensors", "model.safetensors.index.json"),
-        *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja"),
-        *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+        *("special_tokens_map.json", "added_tokens.json"),
         "records/metrics.jsonl.gz",
     }
 )
 _FORMS = re.compile(
-    r"model-\d{5}-of-\d{5}\.safetensors|[a-z_]+_stable_gpt\.py|records/[A-Za-z0-9][\w.-]*\.json"
+    r"model-\d{5}-of-\d{5}\.safetensors|[a-z_]+_stable_gpt\.py"
+    r"|records/[A-Za-z0-9][\w.-]*\.json|additional_chat_templates/[A-Za-z0-9_][\w.-]*\.jinja"
 )
 # By which a repository is told to hold a model.
 _WEIGHTS = re.compile(r".*\.(?:safetensors|bin|gguf|pt|pth|h5|onnx)|config\.json")

@@ -5,6 +5,8 @@ where it was; readers see nothing of it before its one commit.
 """
 
 import contextlib
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,13 +16,25 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import logging, validate_repo_id
 
 from hf_stable import __version__
+from hf_stable.card import leaks
 from hf_stable.errors import HubError, UserError
 
 from .checking import ExportCheck
-from .remote import Difference, compare, explained, refuse_other_model, tree_of
+from .remote import (
+    Difference,
+    compare,
+    explained,
+    pushed_earlier,
+    refuse_other_model,
+    tree_of,
+)
 from .scanning import check_card, refuse_leaks, refuse_strangers
 
 _MAIN = "main"
+# What git takes for no name of a branch or tag (git-check-ref-format).
+_NO_REF = re.compile(
+    r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|(?:^|/)\.|\.lock(?:/|$)|^[-/]|[/.]$|^@?$"
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +48,8 @@ class Destination:
         tag: name for the commit, given when it is verified.
         message: of the commit. create_pr: propose it instead of writing to main.
         unevaluated: a card without measured perplexities is meant.
+        overwrite_card: replace the Hub's card, which may have been edited there, although the Hub
+            has this very model already.
 
     Raises:
         UserError: what cannot be a name, or options that exclude each other.
@@ -46,6 +62,7 @@ class Destination:
     message: str = f"Upload with hf_stable {__version__}"
     create_pr: bool = False
     unevaluated: bool = False
+    overwrite_card: bool = False
 
     def __post_init__(self) -> None:
         try:
@@ -60,6 +77,14 @@ class Destination:
             )
         if not self.message.strip():
             raise UserError("the commit message is empty: write one, or leave it out")
+        if found := leaks(self.message):
+            raise UserError(f"the commit message holds {' and '.join(found)}: take it out")
+        for kind, name in (("branch", self.branch), ("tag", self.tag)):
+            if name is not None and _NO_REF.search(name):
+                raise UserError(
+                    f"{name!r} cannot be the name of a {kind} in git: take letters, digits, -, . "
+                    "and _"
+                )
 
 
 @dataclass(frozen=True)
@@ -69,11 +94,13 @@ class Published:
     Args:
         commit: its id. url: of the commit or pull request.
         is_new: False when the Hub had it already and no commit was made.
+        kept: the card's files that differ on the Hub and were left as they are there.
     """
 
     commit: str
     url: str
     is_new: bool
+    kept: tuple[str, ...] = ()
 
 
 def connect(*, anonymously: bool = False) -> HfApi:
@@ -83,12 +110,18 @@ def connect(*, anonymously: bool = False) -> HfApi:
         anonymously: where there is no token, read what anybody may read.
 
     Raises:
-        HubError: when there is none.
+        HubError: when there is none, or what cannot be one.
     """
     token = get_token()
     if token is None and not anonymously:
         raise HubError(
             "no token for the Hub: run `hf auth login`, or set HF_TOKEN, with one that may write"
+        )
+    if token is not None and not re.fullmatch(r"[!-~]+", token):
+        place = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "the file of `hf auth login`"
+        raise HubError(
+            f"{place} holds something that no token of the Hub has, such as a letter that is not "
+            "ASCII: copy the token again"
         )
     return HfApi(token=token or False, library_name="hf_stable", library_version=__version__)
 
@@ -102,15 +135,27 @@ def preview(checked: ExportCheck, to: Destination, api: HfApi) -> Difference:
     """
     _refuse(checked, to)
     with _quiet(), explained(to.repo, "looking at the repository"):
-        tree: dict[str, RepoFile] = {}
+        tree, revision = dict[str, RepoFile](), to.branch
         try:
-            tree = tree_of(api, to.repo, to.branch)
+            tree = tree_of(api, to.repo, revision)
         except RevisionNotFoundError:
-            tree = tree_of(api, to.repo, _MAIN)
+            tree = tree_of(api, to.repo, revision := _MAIN)
         except RepositoryNotFoundError:
             pass
-        refuse_other_model(to.repo, tree)
-    return compare(checked.folder, checked.files, tree)
+        return _difference(checked, to, api, revision, tree)
+
+
+def _difference(
+    checked: ExportCheck, to: Destination, api: HfApi, revision: str, tree: dict[str, RepoFile]
+) -> Difference:
+    refuse_other_model(to.repo, tree)
+    return compare(
+        checked.folder,
+        checked.files,
+        tree,
+        earlier=pushed_earlier(api, to.repo, revision, tree),
+        overwrite_card=to.overwrite_card,
+    )
 
 
 def push(checked: ExportCheck, to: Destination, api: HfApi) -> Published:
@@ -127,15 +172,15 @@ def push(checked: ExportCheck, to: Destination, api: HfApi) -> Published:
         with explained(to.repo, "looking at the repository"):
             head = api.repo_info(to.repo, revision=to.branch).sha or ""
             tree = tree_of(api, to.repo, head)
-            refuse_other_model(to.repo, tree)
-            difference = compare(checked.folder, checked.files, tree)
+            difference = _difference(checked, to, api, head, tree)
             done = _proposed(checked, to, api) if to.create_pr else None
             _check_tag(to, api, None if not difference.is_empty else head)
         if difference.is_empty:
-            done = Published(head, f"{api.endpoint}/{to.repo}/commit/{head}", is_new=False)
+            place = f"{api.endpoint}/{to.repo}/commit/{head}"
+            done = Published(head, place, is_new=False, kept=difference.kept)
         if done is None:
             done = _commit(checked, to, api, difference, head)
-            _verify(checked, to, api, done)
+            _verify(checked, to, api, difference, done)
         if to.tag is not None:
             with explained(to.repo, f"tagging commit {done.commit[:8]}, which is there,"):
                 api.create_tag(to.repo, tag=to.tag, revision=done.commit, exist_ok=True)
@@ -187,7 +232,8 @@ def _proposed(checked: ExportCheck, to: Destination, api: HfApi) -> Published | 
     )
     for each in opened:
         reference = f"refs/pr/{each.num}"
-        if compare(checked.folder, checked.files, tree_of(api, to.repo, reference)).is_empty:
+        tree = tree_of(api, to.repo, reference)
+        if compare(checked.folder, checked.files, tree, overwrite_card=True).is_empty:
             commit = api.repo_info(to.repo, revision=reference).sha or ""
             return Published(commit, each.url, is_new=False)
     return None
@@ -197,9 +243,8 @@ def _commit(
     checked: ExportCheck, to: Destination, api: HfApi, difference: Difference, head: str
 ) -> Published:
     """One commit of all that is new, changed or gone, on the head that it was compared with."""
-    moved = [each.name for each in difference.changes if each.state != "same"]
     operations = [
-        *(CommitOperationAdd(name, str(checked.folder / name)) for name in moved),
+        *(CommitOperationAdd(name, str(checked.folder / name)) for name in difference.moved),
         *(CommitOperationDelete(name, is_folder=False) for name in difference.removed),
     ]
     with explained(to.repo, "uploading"):
@@ -211,15 +256,19 @@ def _commit(
             create_pr=to.create_pr,
             parent_commit=head,
         )
-    return Published(done.oid, done.pr_url or done.commit_url, is_new=True)
+    return Published(done.oid, done.pr_url or done.commit_url, is_new=True, kept=difference.kept)
 
 
-def _verify(checked: ExportCheck, to: Destination, api: HfApi, done: Published) -> None:
+def _verify(
+    checked: ExportCheck, to: Destination, api: HfApi, difference: Difference, done: Published
+) -> None:
     """See that the commit holds every file with the hash that was checked here, and no old one."""
     with explained(to.repo, f"reading commit {done.commit[:8]} back"):
-        left = compare(checked.folder, checked.files, tree_of(api, to.repo, done.commit))
-    if not left.is_empty:
-        bad = [each.name for each in left.changes if each.state != "same"] or list(left.removed)
+        tree = tree_of(api, to.repo, done.commit)
+    left = compare(checked.folder, checked.files, tree, overwrite_card=True)
+    bad = [name for name in left.moved if name not in difference.kept]
+    bad += [name for name in difference.removed if name in tree]
+    if bad:
         raise HubError(
             f"{to.repo}: commit {done.commit[:8]} is not what was pushed: {bad[0]} differs there. "
             "Do not use it; the same command pushes again what differs."

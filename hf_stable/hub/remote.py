@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,6 +11,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # httpx or httpx2, by version
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -18,12 +19,13 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 
 from hf_stable.card import clean
-from hf_stable.checksums import SUMS
-from hf_stable.errors import HubError
+from hf_stable.card.rendering import PICTURE
+from hf_stable.checksums import EDITABLE, SUMS, read_sums
+from hf_stable.errors import CheckpointError, HubError
 
 from .files import belongs, is_of_a_model
 
-State = Literal["new", "changed", "same", "unknown"]
+State = Literal["new", "changed", "same", "kept", "unknown"]
 
 
 class UnreachableError(HubError):
@@ -32,7 +34,10 @@ class UnreachableError(HubError):
 
 @dataclass(frozen=True)
 class Change:
-    """A file that goes. `bytes` is its size; `state` is against what the Hub has."""
+    """A file that goes. `bytes` is its size; `state` is against what the Hub has.
+
+    "kept" is a card or its picture that differs on the Hub and stays as it is there.
+    """
 
     name: str
     bytes: int
@@ -55,23 +60,48 @@ class Difference:
     @property
     def is_empty(self) -> bool:
         """Whether the Hub has it already."""
-        return not self.removed and all(each.state == "same" for each in self.changes)
+        return not self.removed and not self.moved
+
+    @property
+    def moved(self) -> tuple[str, ...]:
+        """Names of the files to send."""
+        return tuple(each.name for each in self.changes if each.state not in {"same", "kept"})
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Names of the card's files that stay as they are on the Hub."""
+        return tuple(each.name for each in self.changes if each.state == "kept")
 
 
-def compare(folder: Path, files: dict[str, str], tree: dict[str, RepoFile] | None) -> Difference:
+def compare(
+    folder: Path,
+    files: dict[str, str],
+    tree: dict[str, RepoFile] | None,
+    *,
+    earlier: Collection[str] = (),
+    overwrite_card: bool = False,
+) -> Difference:
     """The folder against a revision on the Hub.
 
     Args:
         files: SHA-256 by relative name.
         tree: of the revision; None where it is not known.
+        earlier: what an earlier push put there.
+        overwrite_card: also where the Hub has this very model, whose card people go on writing.
     """
+    there = tree or {}
+    is_same_model = SUMS in there and _state(folder / SUMS, files[SUMS], there[SUMS]) == "same"
+    keeps_card = is_same_model and not overwrite_card
     changes = []
     for name, sha256 in sorted(files.items()):
         state: State = "unknown"
         if tree is not None:
             state = _state(folder / name, sha256, tree.get(name))
+            if keeps_card and name in EDITABLE and state == "changed":
+                state = "kept"
         changes.append(Change(name, (folder / name).stat().st_size, sha256, state))
-    removed = [name for name in sorted(tree or {}) if belongs(name) and name not in files]
+    ours = {name for name in earlier if belongs(name)} - (EDITABLE if keeps_card else set())
+    removed = sorted(ours & there.keys() - files.keys())
     return Difference(tuple(changes), tuple(removed))
 
 
@@ -92,6 +122,24 @@ def tree_of(api: HfApi, repo: str, revision: str) -> dict[str, RepoFile]:
     """The files of a revision by name."""
     entries = api.list_repo_tree(repo, recursive=True, revision=revision)
     return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+
+def pushed_earlier(api: HfApi, repo: str, revision: str, tree: dict[str, RepoFile]) -> set[str]:
+    """The names that the revision's own SHA256SUMS lists, and the picture.
+
+    Raises:
+        HubError: it is none of ours.
+    """
+    if SUMS not in tree:
+        return set()
+    try:
+        listed = read_sums(Path(api.hf_hub_download(repo, SUMS, revision=revision)))
+    except CheckpointError as error:
+        raise HubError(
+            f"{repo} is taken: its {SUMS} is none that hf-stable wrote. Choose another name, or "
+            "remove it there first."
+        ) from error
+    return {*listed, PICTURE}
 
 
 def refuse_other_model(repo: str, tree: dict[str, RepoFile]) -> None:
@@ -117,7 +165,8 @@ def explained(repo: str, doing: str) -> Iterator[None]:
         raise
     # Uploads raise RuntimeError from what went wrong; answers in another form are the last two.
     except (HTTPError, OSError, RuntimeError, ValueError, KeyError) as error:
-        inner = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
+        wraps = type(error) in {RuntimeError, LocalEntryNotFoundError}
+        inner = error.__cause__ if wraps and error.__cause__ else error
         answered = isinstance(inner, HfHubHTTPError | ValueError)
         kind = HubError if answered else UnreachableError
         raise kind(f"{repo}: {doing} failed: {_reason(repo, inner)}") from error

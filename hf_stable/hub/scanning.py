@@ -12,7 +12,7 @@ from yaml import YAMLError
 from hf_stable.card import leaks, problems
 from hf_stable.errors import UserError
 
-from .files import CARD, files_of, strangers
+from .files import CARD, VOCABULARIES, files_of, strangers
 
 
 def refuse_strangers(folder: Path) -> None:
@@ -51,7 +51,7 @@ def _text_of(path: Path) -> str:
     text = content.decode("latin-1" if path.suffix == ".png" else "utf-8", "replace")
     if path.name == "tokenizer.json":
         return json.dumps({**json.loads(text), "model": None}, ensure_ascii=False, indent=0)
-    return "" if path.name in {"vocab.json", "merges.txt", "tokenizer.model"} else text
+    return "" if path.name in VOCABULARIES else text
 
 
 def check_card(folder: Path, *, unevaluated: bool) -> None:

@@ -15,14 +15,16 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from hf_stable import StableGPTForCausalLM
+from hf_stable import StableGPTForCausalLM, cli
 from hf_stable.card import leaks, problems, write_card
 from hf_stable.card.rendering import PICTURE
-from hf_stable.checksums import write_sums
+from hf_stable.checksums import SUMS, sha256_of, verify_sums, write_sums
 from hf_stable.data import load_tokenizer
 from hf_stable.errors import CheckpointError, UserError
 from hf_stable.evaluation import load_model
-from hf_stable.hub import Weights, check_export, check_exports, export
+from hf_stable.hub import Weights, check_export, check_exports, checking, export, exporting
+from hf_stable.hub.files import belongs
+from hf_stable.hub.scanning import refuse_strangers
 from hf_stable.records import read_metrics
 from hf_stable.training import TrainResult, train
 
@@ -308,6 +310,93 @@ def test_tampered_code_is_noticed(exports: dict[str, Exported], tmp_path: Path) 
     (folder / "SHA256SUMS").unlink()
     with pytest.raises(CheckpointError, match="holds no SHA256SUMS"):
         check_export(folder)
+
+
+def test_other_tokens_are_noticed(
+    exports: dict[str, Exported], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = exports["qkv_norm"].folder
+    assert check_export(folder, new_tokens=3).text
+    script = checking._CLEAN_PROCESS
+    other = script.replace(
+        "    save_file", '    given["tokens"] = 0 * given["tokens"]\n    save_file'
+    )
+    assert other != script
+    monkeypatch.setattr(checking, "_CLEAN_PROCESS", other)
+    with pytest.raises(CheckpointError, match="the tokens that it samples differ from ours"):
+        check_export(folder, new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"stop_strings": ["t5"]}, {"temperature": 0.0, "do_sample": True}]
+)
+def test_generation_settings_do_not_decide_whether_a_model_loads(
+    settings: dict[str, Any], exports: dict[str, Exported], tmp_path: Path
+) -> None:
+    source = shutil.copytree(exports["qkv_norm"].source, tmp_path / "source")
+    (source / "generation_config.json").write_text(json.dumps(settings))
+    folder = export(source, tmp_path / "export")
+    assert check_export(folder, new_tokens=2).text
+
+
+def test_an_export_that_fails_its_check_leaves_what_was_there(
+    exports: dict[str, Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the command: bad code is found in the new folder, and the good one is still there."""
+    folder = shutil.copytree(exports["qkv_norm"].folder, tmp_path / "export")
+    before = contents(folder)
+    write = exporting._write_code
+
+    def break_code(fresh: Path) -> None:
+        write(fresh)
+        (fresh / "blocks_stable_gpt.py").write_text("raise RuntimeError('broken on purpose')\n")
+
+    monkeypatch.setattr(exporting, "_write_code", break_code)
+    assert cli.main(["export", str(exports["kept"].source), "--output", str(folder)]) == 2
+    assert contents(folder) == before and list(tmp_path.iterdir()) == [folder]
+
+
+def test_sums_of_others_say_nothing_about_an_export(
+    exports: dict[str, Exported], tmp_path: Path
+) -> None:
+    """Of weights alone, in BSD's form, a remark: the model loads; an export's own are read."""
+    plain = shutil.copytree(exports["qkv_norm"].source, tmp_path / "plain")
+    sha256 = sha256_of(plain / "model.safetensors")
+    for text in (f"{sha256}  model.safetensors\n", "SHA256 (x) = abc\n", "# made by x\n"):
+        (plain / SUMS).write_text(text)
+        load_model(plain)
+    folder = shutil.copytree(exports["qkv_norm"].folder, tmp_path / "export")
+    good = (folder / SUMS).read_text()
+    lines = [line.split("  ") for line in good.splitlines()]
+    (folder / SUMS).write_text("".join(f"{sha.upper()}  ./{name}\r\n" for sha, name in lines))
+    assert verify_sums(folder) == {name: sha for sha, name in lines}
+    load_model(folder)
+    config = folder / "config.json"
+    config.write_text(config.read_text() + " ")
+    with pytest.raises(CheckpointError, match=r"config\.json: its SHA-256 is not the one"):
+        load_model(folder)
+    (folder / SUMS).write_text(good[1:])  # damaged, not somebody else's
+    with pytest.raises(CheckpointError, match="SHA256SUMS: line 1"):
+        load_model(folder)
+
+
+def test_tokenizers_with_several_templates_are_exported_again_and_again(
+    exports: dict[str, Exported], tmp_path: Path
+) -> None:
+    source = shutil.copytree(exports["qkv_norm"].source, tmp_path / "source")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "x{{ messages }}"}
+    tokenizer.save_pretrained(source)
+    export(source, tmp_path / "export")
+    folder = export(source, tmp_path / "export")
+    assert (folder / "additional_chat_templates" / "tool_use.jinja").is_file()
+    assert "additional_chat_templates/tool_use.jinja" in verify_sums(folder)
+    refuse_strangers(folder)
+    (folder / "additional_chat_templates" / "other.jinja").write_text("y")
+    with pytest.raises(CheckpointError, match=r"other\.jinja: not in SHA256SUMS"):
+        verify_sums(folder)
+    assert all(map(belongs, ("vocab.txt", "spiece.model", "sentencepiece.bpe.model")))
+    assert not any(map(belongs, ("additional_chat_templates/x.py", "additional_chat_templates/.x")))
 
 
 def test_what_is_no_stable_gpt_is_refused(tmp_path: Path) -> None:

@@ -78,6 +78,48 @@ def test_a_later_export_leaves_nothing_of_the_earlier_one(
     assert len(hub.large) == before  # that shard's bytes were there already
 
 
+def test_work_that_was_done_on_the_hub_stays(
+    hub: Hub, checked: ExportCheck, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """A card while the model is the same, and files that no push put there always."""
+    monkeypatch.setattr("hf_stable.hub.check_export", lambda _: checked)
+    published(checked)
+    repo = hub.repos[REPO]
+    added = {"chat_template.jinja": b"{{ x }}", "records/note.json": b"{}"}
+    pushed = repo.commits[repo.refs["main"]]
+    edited = {**pushed, **added, "README.md": pushed["README.md"] + b"\nBy hand.\n"}
+    repo.commit(edited, "main")
+    command = ["push", str(checked.folder), "--to", REPO]
+    assert cli.main(command) == 0
+    assert "differs (--overwrite-card): README.md" in capsys.readouterr().out
+    assert repo.commits[repo.refs["main"]] == edited and commits(hub) == 3
+    # What was damaged there is mended, and the card stays then too.
+    repo.commit({**edited, "config.json": b"{}"}, "main")
+    assert published(checked).kept == ("README.md",)
+    assert repo.commits[repo.refs["main"]] == edited
+    assert cli.main([*command, "--overwrite-card"]) == 0
+    assert repo.commits[repo.refs["main"]] == {**pushed, **added}
+    assert "overwrite" not in capsys.readouterr().out
+    # Another model comes with its own card and without the earlier one's files.
+    repo.commit(edited, "main")
+    (checked.folder / "generation_config.json").unlink()
+    write_sums(checked.folder)
+    del checked.files["generation_config.json"]
+    checked.files[SUMS] = sha256_of(checked.folder / SUMS)
+    assert published(checked).kept == ()
+    assert on(hub) == {**checked.files, **{name: on(hub)[name] for name in added}}
+
+
+def test_sums_that_are_none_of_ours_are_no_leave_to_write(hub: Hub, checked: ExportCheck) -> None:
+    connect().create_repo(REPO)
+    repo = hub.repos[REPO]
+    repo.commit({"config.json": b"{}", SUMS: b"see the website\n"}, "main")
+    for act in (push, preview):
+        with pytest.raises(HubError, match="is taken: its SHA256SUMS is none that hf-stable wrote"):
+            act(checked, Destination(REPO), connect())
+    assert on(hub).keys() == {"config.json", SUMS}
+
+
 def test_a_dry_run_lists_exactly_what_would_go_and_writes_nothing(
     hub: Hub, checked: ExportCheck, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -97,6 +139,8 @@ def test_a_dry_run_lists_exactly_what_would_go_and_writes_nothing(
     card = checked.folder / "README.md"
     card.write_text(card.read_text() + "\nOne more sentence.\n")
     checked.files["README.md"] = sha256_of(card)
+    assert shown()["README.md"][0] == "kept"
+    dry.append("--overwrite-card")
     changed = shown()
     assert [name for name, row in changed.items() if row[0] != "same"] == ["README.md"]
     assert changed["README.md"][0] == "changed" and commits(hub) == 2
@@ -135,11 +179,54 @@ def test_a_private_push_never_goes_to_a_public_repository(hub: Hub, checked: Exp
         ({"repo": REPO, "create_pr": True, "tag": "v1"}, "pull request"),
         ({"repo": REPO, "create_pr": True, "branch": "b"}, "pull request"),
         ({"repo": REPO, "message": " "}, "message is empty"),
+        ({"repo": REPO, "message": "with hf_" + "Ab1" * 10}, "message holds a secret: take it out"),
+        *(
+            ({"repo": REPO, kind: name}, f"cannot be the name of a {kind}")
+            for kind in ("tag", "branch")
+            for name in (
+                "",
+                "a b",
+                "bad~name",
+                "a..b",
+                ".a",
+                "a/.b",
+                "a.lock",
+                "a/",
+                "/a",
+                "a//b",
+                "a.",
+                "@",
+                "a@{1}",
+                "-a",
+                "a\\b",
+                "a\n",
+            )
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_refused(options: dict[str, Any], reason: str) -> None:
-    with pytest.raises(UserError, match=reason):
+    with pytest.raises(UserError, match=reason) as refused:
         Destination(**options)
+    assert "Ab1Ab1" not in str(refused.value)
+
+
+def test_names_that_git_takes_are_taken() -> None:
+    for name in ("main", "v1.0", "try/this-one", "a@b", "lock", "größe"):
+        assert Destination(REPO, branch=name, tag=name).tag == name
+
+
+@pytest.mark.parametrize("bad", ["\u2026", "\x01x", " x"])
+def test_what_cannot_be_a_token_is_not_sent_and_not_shown(
+    bad: str, monkeypatch: pytest.MonkeyPatch, hub: Hub, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong" + bad)
+    with pytest.raises(HubError, match="HF_TOKEN holds something that no token") as refused:
+        connect()
+    monkeypatch.delenv("HF_TOKEN")
+    (tmp_path / "token").write_text("hf_wrong" + bad, encoding="utf-8")
+    with pytest.raises(HubError, match="the file of `hf auth login` holds") as also:
+        connect(anonymously=True)
+    assert "hf_wrong" not in str(refused.value) + str(also.value) and hub.asked == []
 
 
 def _plant(folder: Path, name: str, text: str) -> None:
@@ -163,7 +250,7 @@ def _plant(folder: Path, name: str, text: str) -> None:
         ("modeling_stable_gpt.py", "K = 'AKIA" + "ABCD" * 4 + "'", "line 1 holds a secret"),
         ("tokenizer.json", '{"model": {}, "note": "' + "/" + 'data/me/corpus.txt"}', "a path on"),
         ("records/run.json", "{'wandb': '0123456789abcdef0123'}", "a secret"),
-        ("README.md", "no header", "Hub would refuse the card: license is None"),
+        ("README.md", "no header", "Hub would refuse the card: library_name is None"),
         ("README.md", "---\na: [\n---\n", "header cannot be read"),
     ],
 )
@@ -390,9 +477,9 @@ def test_a_tag_is_never_moved(hub: Hub, checked: ExportCheck) -> None:
     card.write_text(card.read_text() + "\nMore.\n")
     checked.files["README.md"] = sha256_of(card)
     with pytest.raises(HubError, match="has a tag v1 already"):
-        published(checked, tag="v1")
+        published(checked, tag="v1", overwrite_card=True)
     assert on(hub) == before and commits(hub) == 2
-    published(checked, tag="v2")
+    published(checked, tag="v2", overwrite_card=True)
     assert on(hub, "tags/v1") == before and on(hub, "tags/v2") == checked.files
 
 
@@ -449,6 +536,40 @@ def test_loading_from_the_hub_is_verified_and_pinned(
         load_model(checked.folder, revision="v1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     load_model(REPO, revision="v1")  # from the cache
+
+
+@pytest.mark.parametrize("status", [401, 403, 429, 500, 503])
+def test_nothing_is_loaded_while_the_hub_does_not_say_whether_there_are_sums(
+    status: int, hub: Hub, checked: ExportCheck
+) -> None:
+    """Also where all else would load: the weights on the Hub are not those that were pushed."""
+    published(checked)
+    corrupt(hub, sorted(checked.folder.glob("model-*"))[0].name)
+    hub.fault(f"/{SUMS}", status, times=99)
+    with pytest.raises(CheckpointError, match=rf"{REPO}: whether it has {SUMS}.*nothing of it"):
+        load_model(REPO)
+    assert not any("/model-" in each for each in hub.asked if each.startswith(("GET", "HEAD")))
+    hub.faults.clear()
+    with pytest.raises(CheckpointError, match="is not what was exported"):
+        load_model(REPO)
+    hub.served.clear()
+    load_model(REPO)
+
+
+def test_a_repository_without_sums_loads_and_one_that_is_not_there_is_named(
+    hub: Hub, checked: ExportCheck
+) -> None:
+    published(checked)
+    repo = hub.repos[REPO]
+    files = dict(repo.commits[repo.refs["main"]])
+    del files[SUMS]
+    repo.commit(files, "main")
+    load_model(REPO)
+    weights = b"%b  model.safetensors" % (b"0" * 64)
+    repo.commit({**files, SUMS: weights}, "main")  # somebody else's
+    load_model(REPO)
+    with pytest.raises(CheckpointError, match=r"org/none.*no such repository"):
+        load_model("org/none")
 
 
 def corrupt(hub: Hub, name: str) -> None:
