@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_stable.errors import RecipeError
 from hf_stable.training import train
 from hf_stable.watchdog import (
     EXIT_HANG,
@@ -100,6 +101,13 @@ def test_ranks_of_a_former_start_do_not_seem_to_hang(tmp_path: Path) -> None:
     assert [each.rank for each in read_heartbeats(stale.parent, 8)] == [5]
     train(recipe)
     assert [each.rank for each in read_heartbeats(stale.parent, 8)] == [0]
+
+
+def test_a_patience_shorter_than_a_step_is_refused(tmp_path: Path) -> None:
+    for seconds in (0, 60):
+        assert tiny_recipe(tmp_path, training__hang_timeout=seconds)
+    with pytest.raises(RecipeError, match="hang_timeout 59 is shorter than a step"):
+        tiny_recipe(tmp_path, training__hang_timeout=59)
 
 
 def test_a_beat_writes_no_file_itself(tmp_path: Path) -> None:

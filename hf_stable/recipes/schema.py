@@ -29,6 +29,8 @@ _STRICT = ConfigDict(
 _LARGEST_VOCABULARY = 4_000_000
 # <|endoftext|>, <|padding|> and the 256 bytes that every tokenizer of ours falls back to.
 _SMALLEST_VOCABULARY = 258
+# Seconds in which a step may well be silent.
+_LEAST_PATIENCE = 60
 
 Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(gt=0)]
@@ -299,6 +301,15 @@ class TrainingRecipe:
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
                 f"{self.micro_batch_size}; change one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _patience_outlasts_a_step(self) -> "TrainingRecipe":
+        if 0 < self.hang_timeout < _LEAST_PATIENCE:
+            raise ValueError(
+                f"hang_timeout {self.hang_timeout} is shorter than a step, a validation or a "
+                f"checkpoint may take; give at least {_LEAST_PATIENCE} seconds, or 0 for never"
             )
         return self
 

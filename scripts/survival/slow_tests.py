@@ -50,8 +50,8 @@ def main() -> int:
     revision, start = records.git_revision(), time.time()
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "slow", "--timeout=0"]
-        command.append(f"--junitxml={report}")
+        command = [sys.executable, "-m", "pytest", "-n", "2", "-m", "slow"]
+        command += ["--timeout=0", f"--junitxml={report}"]
         status = subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, check=False)
         content = {
             "git_revision": revision,
