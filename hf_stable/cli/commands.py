@@ -14,6 +14,7 @@ from jsonargparse import Namespace
 
 from hf_stable.cli import convert
 from hf_stable.cli.push import export_command, push_command
+from hf_stable.cli.statement import statement_of
 from hf_stable.errors import UserError
 
 if TYPE_CHECKING:
@@ -201,19 +202,14 @@ def _generate(arguments: Namespace) -> None:
 
 
 def _card(arguments: Namespace) -> None:
-    from hf_stable.card import Statement, write_card
+    from hf_stable.card import write_card
 
     named = arguments.evaluations
     file = write_card(
         Path(arguments.run),
         Path(arguments.output) / "README.md",
         evaluations=None if named is None else [Path(each) for each in named],
-        statement=Statement(
-            license=arguments.license,
-            watts=arguments.watts,
-            license_name=arguments.license_name,
-            license_link=arguments.license_link,
-        ),
+        statement=statement_of(arguments),
     )
     print(f"written: {file}")
 

@@ -8,6 +8,7 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat,
 
 from hf_stable.cli import convert
 from hf_stable.cli.push import EXPORT, PUSH, add_export_options, add_push_options
+from hf_stable.cli.statement import add_statement_options
 
 _DESCRIPTION = """\
 Stable language model pre-training on the HuggingFace stack.
@@ -214,19 +215,7 @@ def _card_parser() -> ArgumentParser:
         metavar="FILE",
         help="what `hf-stable evaluate RUN --output` wrote; RUN/evaluation*.json unless given",
     )
-    parser.add_argument(
-        "--license",
-        metavar="ID",
-        help="of the weights, of the Hub's identifiers; stated in the card",
-    )
-    parser.add_argument("--license-name", metavar="NAME", help="of a licence that is other")
-    parser.add_argument("--license-link", metavar="URL", help="where that licence's text is")
-    parser.add_argument(
-        "--watts",
-        type=PositiveFloat,
-        metavar="W",
-        help="power of each process's device, which no record holds, to estimate energy with",
-    )
+    add_statement_options(parser)
     return parser
 
 

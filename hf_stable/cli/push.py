@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from jsonargparse.typing import PositiveInt
+
+from hf_stable.cli.statement import add_statement_options, statement_of
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -43,19 +45,7 @@ def add_export_options(parser: ArgumentParser) -> ArgumentParser:
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="of one file of weights"
     )
-    parser.add_argument(
-        "--license",
-        metavar="ID",
-        help="of the weights, of the Hub's identifiers; stated in the card",
-    )
-    parser.add_argument("--license-name", metavar="NAME", help="of a licence that is other")
-    parser.add_argument("--license-link", metavar="URL", help="where that licence's text is")
-    parser.add_argument(
-        "--watts",
-        type=PositiveFloat,
-        metavar="W",
-        help="power of each process's device, which no record holds, to estimate energy with",
-    )
+    add_statement_options(parser)
     return parser
 
 
@@ -95,7 +85,6 @@ def add_push_options(parser: ArgumentParser) -> ArgumentParser:
 def export_command(arguments: Namespace) -> None:
     """Export, check, and say how to load."""
     from hf_stable import StableGPTForCausalLM  # noqa: F401 (registers the Auto classes)
-    from hf_stable.card import Statement
     from hf_stable.hub import Weights, check_export, export
 
     checked: list[ExportCheck] = []
@@ -104,12 +93,7 @@ def export_command(arguments: Namespace) -> None:
         Path(arguments.output),
         step=arguments.step,
         weights=Weights(arguments.fold_sigma, arguments.dtype, arguments.max_shard_size),
-        statement=Statement(
-            license=arguments.license,
-            watts=arguments.watts,
-            license_name=arguments.license_name,
-            license_link=arguments.license_link,
-        ),
+        statement=statement_of(arguments),
         check=lambda fresh: checked.append(check_export(fresh)),
     )
     print(
