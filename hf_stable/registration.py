@@ -21,14 +21,16 @@ from .model import (
     StableGPTModel,
 )
 
+AUTO_CLASSES = {
+    AutoModel: StableGPTModel,
+    AutoModelForCausalLM: StableGPTForCausalLM,
+    AutoModelForQuestionAnswering: StableGPTForQuestionAnswering,
+    AutoModelForSequenceClassification: StableGPTForSequenceClassification,
+    AutoModelForTokenClassification: StableGPTForTokenClassification,
+}
+
 AutoConfig.register("stable_gpt", StableGPTConfig, exist_ok=True)
-for auto, model in (
-    (AutoModel, StableGPTModel),
-    (AutoModelForCausalLM, StableGPTForCausalLM),
-    (AutoModelForQuestionAnswering, StableGPTForQuestionAnswering),
-    (AutoModelForSequenceClassification, StableGPTForSequenceClassification),
-    (AutoModelForTokenClassification, StableGPTForTokenClassification),
-):
+for auto, model in AUTO_CLASSES.items():
     auto.register(StableGPTConfig, model, exist_ok=True)
     # `transformers serve` and TRL look an architecture up as an attribute of Transformers. Not by
     # an import statement: while it is imported, Transformers puts another module in its place.

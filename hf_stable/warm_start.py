@@ -8,7 +8,6 @@ one exists. The perplexity on held-out text, before and after the switch, is pri
 import copy
 import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from .corpus import sources_of
 from .data import ReadReport, expand, read_documents
 from .errors import RecipeError
-from .evaluation import PerplexityResult, load_model, perplexity
+from .evaluation import PerplexityResult, load_model, model_place, perplexity
 from .model import StableGPTConfig, StableGPTForCausalLM
 from .model.configuration_stable_gpt import PRESETS
 from .model.sigma_stable_gpt import init_sigma
@@ -51,7 +50,7 @@ class WarmStart:
             RecipeError: when it is no StableGPT.
         """
         self._recipe, self._device = recipe, device
-        place = _model_folder(str(recipe.training.initial_model))
+        place = model_place(str(recipe.training.initial_model))
         source, self._tokenizer = load_model(place, dtype=torch.float32, device="cpu")
         if not isinstance(source, StableGPTForCausalLM):
             raise self._error(
@@ -204,11 +203,6 @@ def _given_values(trained: StableGPTConfig, config: StableGPTConfig) -> list[str
         "post_norm_gain": bool(norms) and all(getattr(trained, name) for name in norms),
     }
     return [name for name, is_brought in brought.items() if is_brought]
-
-
-def _model_folder(place: str) -> Path | str:
-    """The model in a run's folder; else the place itself."""
-    return Path(place) / "model" if (Path(place) / "run.json").is_file() else place
 
 
 def _digest(model: StableGPTForCausalLM) -> str:

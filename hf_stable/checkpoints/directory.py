@@ -13,7 +13,6 @@ Standard library only.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from hf_stable.checksums import sha256_of
 from hf_stable.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -84,7 +84,7 @@ def sync_files(folder: Path, names: Iterable[str]) -> Files:
     files: Files = {}
     for name in names:
         _sync(folder / name)
-        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": _digest(folder / name)}
+        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
     return files
 
 
@@ -188,7 +188,7 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
             size = (folder / name).stat().st_size
             if size != about["bytes"]:
                 return f"{name} has {size} bytes, not {about['bytes']}"
-            if _digest(folder / name) != about["sha256"]:
+            if sha256_of(folder / name) != about["sha256"]:
                 return f"{name} does not have its SHA-256"
     except (CheckpointError, ValueError, OSError) as error:
         return _say(error)
@@ -306,11 +306,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_inside(name: str) -> None:

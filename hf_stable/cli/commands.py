@@ -38,18 +38,6 @@ def _sources_of(paths: Sequence[str], arguments: Namespace, **fields: Any) -> "l
     return expand([Source(path=path, **shared) for path in paths])
 
 
-def _model_of(place: str) -> str:
-    """The model's folder where `place` is a run's, else `place` itself."""
-    folder = Path(place)
-    if not (folder / "run.json").is_file():
-        return place
-    if not (folder / "model").is_dir():
-        raise UserError(
-            f"{folder} is a run that has not finished: the same train command continues it"
-        )
-    return str(folder / "model")
-
-
 def _train(arguments: Namespace) -> int:
     recipe = _recipe_of(arguments)
     if arguments.print_config:
@@ -131,7 +119,7 @@ def _evaluate(arguments: Namespace) -> None:
     from hf_stable import StableGPTForCausalLM  # noqa: F401 (registers the Auto classes)
     from hf_stable.corpus import sources_of
     from hf_stable.data import ReadReport, expand, read_documents
-    from hf_stable.evaluation import load_model, perplexity
+    from hf_stable.evaluation import load_model, model_place, perplexity
     from hf_stable.recipes import from_dict
     from hf_stable.records import read_run, write_json
 
@@ -147,7 +135,7 @@ def _evaluate(arguments: Namespace) -> None:
         raise UserError(f"{folder} is no run, so what to evaluate it on is needed: give --data")
     documents = (text for source in sources for text in read_documents(source, report))
     model, tokenizer = load_model(
-        _model_of(arguments.model),
+        model_place(arguments.model),
         revision=arguments.revision,
         trust_remote_code=arguments.trust_remote_code,
     )
@@ -175,9 +163,9 @@ def _generate(arguments: Namespace) -> None:
 
     from hf_stable import StableGPTForCausalLM  # noqa: F401 (registers the Auto classes)
     from hf_stable.data import boundary_ids
-    from hf_stable.evaluation import load_model
+    from hf_stable.evaluation import load_model, model_place
 
-    loaded, tokenizer = load_model(_model_of(arguments.model), revision=arguments.revision)
+    loaded, tokenizer = load_model(model_place(arguments.model), revision=arguments.revision)
     model: Any = loaded  # decorators hide the signature of generate
     ids = (
         boundary_ids(tokenizer)[0] + tokenizer(arguments.prompt, add_special_tokens=False).input_ids

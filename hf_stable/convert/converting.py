@@ -1,6 +1,5 @@
 """One conversion from start to end: refuse early, compare always, write last and at once."""
 
-import hashlib
 import os
 import shutil
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from hf_stable import registration  # noqa: F401 (AutoTokenizer reads configs)
+from hf_stable.checksums import sha256_of
 from hf_stable.errors import CheckpointError
 from hf_stable.evaluation import load_config, load_model
 from hf_stable.evaluation.loading import check_vocabulary
@@ -214,11 +214,7 @@ def _digests(source: str, revision: str | None) -> dict[str, str]:
     if not folder.exists():
         folder = Path(str(cached_file(source, "config.json", revision=revision))).parent
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    digests = {}
-    for file in files:
-        with file.open("rb") as opened:
-            digests[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
-    return digests
+    return {file.name: sha256_of(file) for file in files}
 
 
 def _write(

@@ -1,8 +1,16 @@
 """Perplexity of any causal language model on any text, with intervals; and loading a model with
 clear errors."""
 
-from .loading import load_config, load_model
+from .loading import load_config, load_model, model_place
 from .result import Estimate, PerplexityResult
 from .scoring import perplexity, windows
 
-__all__ = ["Estimate", "PerplexityResult", "load_config", "load_model", "perplexity", "windows"]
+__all__ = [
+    "Estimate",
+    "PerplexityResult",
+    "load_config",
+    "load_model",
+    "model_place",
+    "perplexity",
+    "windows",
+]

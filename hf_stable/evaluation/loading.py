@@ -68,10 +68,7 @@ def load_model(
     installed version does not know, no weights, truncated or missing shards, parameters that the
     weights do not cover, no tokenizer or (of a StableGPT) one with ids beyond the model's.
     """
-    source = _find(str(path), revision)
-    remote: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if not Path(source).is_dir():
-        remote["revision"] = revision
+    source, remote = _find(str(path), revision, trust_remote_code)
     config = _load_config(source, remote)
     if Path(source).is_dir():
         _check_weights(Path(source))
@@ -89,17 +86,35 @@ def load_config(
     path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
     """The config of a folder or a model on the Hub; CheckpointError as of `load_model`."""
-    source = _find(str(path), revision)
-    remote: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if not Path(source).is_dir():
-        remote["revision"] = revision
-    return _load_config(source, remote)
+    return _load_config(*_find(str(path), revision, trust_remote_code))
 
 
-def _find(source: str, revision: str | None) -> str:
-    """The folder to read, verified where it can be; the id of a model on the Hub otherwise."""
+def model_place(place: str) -> str:
+    """The model's folder where `place` is a run's, else `place` itself, which may be on the Hub.
+
+    Raises:
+        CheckpointError: when the run has not finished.
+    """
+    folder = Path(place)
+    if not (folder / "run.json").is_file():
+        return place
+    if not (folder / "model").is_dir():
+        raise CheckpointError(
+            f"{folder} is a run that has not finished: the same train command continues it"
+        )
+    return str(folder / "model")
+
+
+def _find(source: str, revision: str | None, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
+    """Where to read, verified if it can be, and what the Auto classes want to know besides.
+
+    It is a folder, or the id of a model on the Hub, which has revisions.
+    """
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if not _is_local(source):
-        return str(download_verified(source, revision) or source)
+        if folder := download_verified(source, revision):
+            return str(folder), options
+        return source, {**options, "revision": revision}
     if revision is not None:
         raise CheckpointError(
             f"{source} is a folder here, so revision {revision!r} would be ignored: leave it out"
@@ -107,7 +122,7 @@ def _find(source: str, revision: str | None) -> str:
     _check_folder(Path(source))
     if (Path(source) / SUMS).is_file() and our_sums(Path(source) / SUMS) is not None:
         verify_sums(Path(source))
-    return source
+    return source, options
 
 
 def check_vocabulary(

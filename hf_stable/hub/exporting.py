@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from hf_stable import model as model_package
 from hf_stable.card import Statement, clean, write_card
@@ -29,28 +29,13 @@ from hf_stable.checkpoints import export_model, find_checkpoint
 from hf_stable.checksums import write_sums
 from hf_stable.errors import CheckpointError, UserError
 from hf_stable.evaluation import load_model
-from hf_stable.model import (
-    StableGPTConfig,
-    StableGPTForCausalLM,
-    StableGPTForQuestionAnswering,
-    StableGPTForSequenceClassification,
-    StableGPTForTokenClassification,
-    StableGPTModel,
-)
+from hf_stable.model import StableGPTConfig, StableGPTForCausalLM
 from hf_stable.records import CONVERSION, read_metrics, write_json
+from hf_stable.registration import AUTO_CLASSES
 
 from .files import CARD, files_of, strangers
 from .rounding import Rounding, measure, measuring_tokens
 
-# What Transformers finds in the folder's own code.
-_AUTO_CLASSES: dict[str, type] = {
-    "AutoConfig": StableGPTConfig,
-    "AutoModel": StableGPTModel,
-    "AutoModelForCausalLM": StableGPTForCausalLM,
-    "AutoModelForSequenceClassification": StableGPTForSequenceClassification,
-    "AutoModelForTokenClassification": StableGPTForTokenClassification,
-    "AutoModelForQuestionAnswering": StableGPTForQuestionAnswering,
-}
 # Where the tokenizer was loaded from is nobody's business.
 _PLACES = {"is_local", "local_files_only", "name_or_path"}
 _SIZE = re.compile(r"[1-9]\d*(?:[KMGT]i?)?B", re.IGNORECASE)
@@ -248,9 +233,10 @@ def _write_code(fresh: Path) -> None:
     code = Path(model_package.__file__).parent
     for file in sorted(code.glob("*_stable_gpt.py")):
         shutil.copyfile(file, fresh / file.name)
+    classes: dict[type, type] = {AutoConfig: StableGPTConfig, **AUTO_CLASSES}
     places = {
-        name: f"{each.__module__.rpartition('.')[2]}.{each.__name__}"
-        for name, each in _AUTO_CLASSES.items()
+        auto.__name__: f"{ours.__module__.rpartition('.')[2]}.{ours.__name__}"
+        for auto, ours in classes.items()
     }
     config = json.loads((fresh / "config.json").read_text(encoding="utf-8"))
     write_json(fresh / "config.json", {**config, "auto_map": places})

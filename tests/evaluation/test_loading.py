@@ -10,7 +10,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from hf_stable.errors import CheckpointError, UserError
-from hf_stable.evaluation import load_model, perplexity
+from hf_stable.evaluation import load_model, model_place, perplexity
 from tests.tiny import TEXTS, byte_tokenizer, stable_gpt, tiny_llama
 
 
@@ -60,6 +60,16 @@ def test_dtype_is_the_checkpoints_or_the_one_asked_for(tmp_path):
     folder = save(tiny_llama().to(torch.bfloat16), tmp_path)
     assert load_model(folder)[0].dtype == torch.bfloat16
     assert load_model(str(folder), dtype="float32")[0].dtype == torch.float32
+
+
+def test_a_run_stands_for_the_model_in_it_once_it_has_one(tmp_path):
+    (tmp_path / "run.json").touch()
+    with pytest.raises(CheckpointError, match="has not finished"):
+        model_place(str(tmp_path))
+    (tmp_path / "model").mkdir()
+    assert model_place(str(tmp_path)) == str(tmp_path / "model")
+    assert model_place(str(tmp_path / "model")) == str(tmp_path / "model")
+    assert model_place("owner/name") == "owner/name"
 
 
 def test_a_folder_without_weights(folder):
