@@ -15,7 +15,7 @@ from hf_stable.kernels.backends import default_attention
 from hf_stable.memory import Memory, memory, shapes
 from hf_stable.model import StableGPTForCausalLM
 from hf_stable.recipes import Recipe
-from hf_stable.sharding import resolve_sharding
+from hf_stable.sharding import Sharding, resolve_sharding
 
 _FP32 = 4  # bytes; weights, gradients and both AdamW moments are fp32 in every precision
 _NODE = 8  # GPUs of a node
@@ -92,45 +92,63 @@ def check(recipe: Recipe, world_size: int = 1) -> CheckReport:
         flops_per_token=flops_per_token(model, recipe.data.sequence_length),
         checkpoint_bytes=3 * _FP32 * parameters,
         attention=str(model.config._attn_implementation),
-        memory=memory(
-            shapes(model, recipe),
-            sharding,
-            accumulates=accumulation > 1,
-            recompute=recipe.training.gradient_checkpointing,
-            fused_optimizer=not sharding.is_sharded,
-        ),
+        memory=_estimate(recipe, model, sharding, accumulation, "cuda"),
         notes=_notes(recipe, world_size),
     )
 
 
 def check_memory(recipe: Recipe, device: torch.device, world_size: int, local_size: int) -> None:
-    """Refuse a model that surely does not fit, from its config alone, before it is built.
+    """Refuse a model that does not fit, from its config alone, before it is built.
+
+    On CUDA only what surely does not: there the allocator tells the rest.
 
     Args:
         world_size, local_size: processes in all, and on this machine.
 
     Raises:
-        RecipeError: names what is needed at least, and what the device has.
+        RecipeError: names what is needed, and what the device has.
     """
-    needed = _least_bytes(recipe, world_size, local_size)
+    sharding = resolve_sharding(recipe.training, world_size, local_size)
+    needed = _least_bytes(recipe, sharding)
     if device.type == "cuda":
         available = torch.cuda.get_device_properties(device).total_memory
     else:
         pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         available = pages // local_size
+    if needed <= available and device.type == "cpu":
+        # Nearer than the bound, since nothing is raised here: Linux kills who takes too much.
+        accumulation = _accumulation_steps(recipe, world_size)
+        estimate = _estimate(recipe, build_model(recipe, "cpu"), sharding, accumulation, "cpu")
+        needed = estimate.total + estimate.host
     if needed > available:
         sizes = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
         named = ", ".join(f"model.{name}" for name in sizes)
         raise RecipeError(
-            f"{recipe.name}: a process needs at least {_gigabytes(needed)} for weights, gradients, "
-            f"AdamW's moments and the inputs of the blocks, and {device.type} has "
+            f"{recipe.name}: a process needs about {_gigabytes(needed)} or more for weights, "
+            f"gradients, AdamW's moments and activations, and {device.type} has "
             f"{_gigabytes(available)}: lower {named}, model.num_key_value_heads, model.head_dim, "
             "tokenizer.vocab_size, data.sequence_length or training.micro_batch_size, or shard "
             "over more processes with training.sharding fsdp2"
         )
 
 
-def _least_bytes(recipe: Recipe, world_size: int, local_size: int) -> int:
+def _estimate(
+    recipe: Recipe,
+    model: StableGPTForCausalLM,
+    sharding: Sharding,
+    accumulation: int,
+    device: str,
+) -> Memory:
+    return memory(
+        shapes(model, recipe, device),
+        sharding,
+        accumulates=accumulation > 1,
+        recompute=recipe.training.gradient_checkpointing,
+        fused_optimizer=not sharding.is_sharded,
+    )
+
+
+def _least_bytes(recipe: Recipe, sharding: Sharding) -> int:
     """A lower bound of the memory of one process, by arithmetic: no module is made."""
     config = recipe.model_config()
     width, head = config.hidden_size, config.head_dim or 0
@@ -139,7 +157,6 @@ def _least_bytes(recipe: Recipe, world_size: int, local_size: int) -> int:
     block = width * (2 * queries + keys) + matrices * width * (config.intermediate_size or 0)
     tables = (1 if config.tie_word_embeddings else 2) * config.vocab_size * width
     parameters = config.num_hidden_layers * block + tables
-    sharding = resolve_sharding(recipe.training, world_size, local_size)
     held = 0 if sharding.cpu_offload else 4 * _FP32 * parameters // sharding.shard_size
     inputs = _micro_tokens(recipe) * width * (2 if recipe.training.precision == "bf16" else _FP32)
     # Autograd keeps at least one input of every block.
@@ -179,17 +196,18 @@ def _accumulation_steps(recipe: Recipe, world_size: int) -> int:
     )
 
 
-def build_model(recipe: Recipe) -> StableGPTForCausalLM:
-    """The model as training on CUDA devices would build it, on the meta device."""
+def build_model(recipe: Recipe, device: str = "cuda") -> StableGPTForCausalLM:
+    """The model as training on devices of that type would build it, on the meta device."""
     config = recipe.model_config()
-    config._attn_implementation = recipe.training.attn_implementation or default_attention(
-        config, torch.device("cuda"), packed=recipe.data.separate_documents
+    backend = recipe.training.attn_implementation or default_attention(
+        config, torch.device(device), packed=recipe.data.separate_documents
     )
+    config._attn_implementation = backend
     try:
         with torch.device("meta"):
             return StableGPTForCausalLM(config)
     except (ValueError, ImportError) as error:
-        raise RecipeError(f"training.attn_implementation: {error}") from error
+        raise RecipeError(f"training.attn_implementation is {backend}: {error}") from error
 
 
 def _micro_tokens(recipe: Recipe) -> int:

@@ -165,7 +165,7 @@ def prepare_corpus(recipe: Recipe, *, progress: bool) -> tuple[PreTrainedTokeniz
     """Train or load the tokenizer and build or open the token files, all kept in the cache.
 
     Raises:
-        DataError: text that cannot be used, or too little of it for one block.
+        DataError: text that cannot be used, or too little of it for one step.
     """
     train, validation = sources_of(recipe)
     tokenizer = _tokenizer(recipe, train)
@@ -186,13 +186,25 @@ def prepare_corpus(recipe: Recipe, *, progress: bool) -> tuple[PreTrainedTokeniz
 
     if weights is None:
         whole, held_out = blocks(train), blocks(validation)
+        _check_batch(recipe, len(whole))
         return tokenizer, Corpus(whole.token_file, held_out.token_file, whole, held_out)
     each, held_out = [blocks([source]) for source in train], blocks(validation)
+    _check_batch(recipe, sum(len(part) for part in each))
     tokens = TokenMixture([part.token_file for part in each], weights)
     shuffled = DataOrder(0, len(held_out)).blocks(np.arange(len(held_out))).tolist()
     return tokenizer, Corpus(
         tokens, held_out.token_file, ConcatDataset(each), Subset(held_out, shuffled)
     )
+
+
+def _check_batch(recipe: Recipe, blocks: int) -> None:
+    batch = recipe.training.global_batch_size
+    if batch > blocks:
+        raise DataError(
+            f"training.global_batch_size is {batch:,} blocks, but data.train has only {blocks:,} "
+            f"of {recipe.data.sequence_length} tokens, so that a step would read some twice: lower "
+            "it, lower data.sequence_length, or give more text"
+        )
 
 
 def training_order(

@@ -246,8 +246,6 @@ def _say(text: str) -> None:
 def _check_machine(recipe: Recipe, accelerator: Accelerator) -> None:
     """Refuse what cannot work on this machine before any data is prepared."""
     device, backend = accelerator.device, recipe.training.attn_implementation
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    check_memory(recipe, device, accelerator.num_processes, local)
     try:
         check_attention(backend, device)
     except ValueError as error:
@@ -256,6 +254,8 @@ def _check_machine(recipe: Recipe, accelerator: Accelerator) -> None:
         check_compiler(device)
     if recipe.optimizer.qk_clip is not None:
         check_qk_clip(recipe.model_config())
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    check_memory(recipe, device, accelerator.num_processes, local)
 
 
 def _attention(recipe: Recipe, config: StableGPTConfig, device: torch.device) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .corpus import sources_of
 from .data import ReadReport, expand, read_documents
-from .errors import RecipeError
+from .errors import CheckpointError, RecipeError
 from .evaluation import PerplexityResult, load_model, model_place, perplexity
 from .model import StableGPTConfig, StableGPTForCausalLM
 from .model.configuration_stable_gpt import PRESETS
@@ -50,8 +50,11 @@ class WarmStart:
             RecipeError: when it is no StableGPT.
         """
         self._recipe, self._device = recipe, device
-        place = model_place(str(recipe.training.initial_model))
-        source, self._tokenizer = load_model(place, dtype=torch.float32, device="cpu")
+        try:
+            place = model_place(str(recipe.training.initial_model))
+            source, self._tokenizer = load_model(place, dtype=torch.float32, device="cpu")
+        except CheckpointError as error:
+            raise CheckpointError(f"training.initial_model: {error}") from error
         if not isinstance(source, StableGPTForCausalLM):
             raise self._error(
                 f"holds a {type(source).__name__}; `hf-stable convert` makes a StableGPT of some"

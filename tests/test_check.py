@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_stable.check import CheckReport, _least_bytes, check, flops_per_token
+from hf_stable.check import CheckReport, _least_bytes, check, check_memory, flops_per_token
 from hf_stable.errors import RecipeError
 from hf_stable.model import StableGPTForCausalLM
 from hf_stable.recipes import Recipe, load_recipe
+from hf_stable.sharding import Sharding, resolve_sharding
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 BASES = [*sorted(RECIPES.glob("base/*.yaml")), RECIPES / "quickstart.yaml"]
@@ -25,6 +26,10 @@ def tiny(preset: str = "baseline", *overrides: str) -> Recipe:
 def build(recipe: Recipe, implementation: str) -> StableGPTForCausalLM:
     config = recipe.model_config()
     return StableGPTForCausalLM._from_config(config, attn_implementation=implementation)
+
+
+def whole(recipe: Recipe) -> Sharding:
+    return resolve_sharding(recipe.training, 1, 1)
 
 
 def test_the_830m_recipe_is_the_papers_model() -> None:
@@ -148,7 +153,18 @@ def test_the_lower_bound_of_memory_counts_the_matrices_of_a_block(preset: str) -
     model = build(recipe, "eager")
     matrices = sum(weight.numel() for weight in model.parameters() if weight.ndim == 2)
     layers, width = model.config.num_hidden_layers, model.config.hidden_size
-    assert _least_bytes(recipe, 1, 1) == 16 * matrices + layers * 2 * width * 4
+    assert _least_bytes(recipe, whole(recipe)) == 16 * matrices + layers * 2 * width * 4
+
+
+def test_a_cpu_refuses_what_its_estimate_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations too: the bound alone would let it through, and Linux would kill it."""
+    recipe = tiny()
+    memory = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": _least_bytes(recipe, whole(recipe))}
+    monkeypatch.setattr("os.sysconf", memory.__getitem__)
+    with pytest.raises(RecipeError, match=r"needs about .* MB or more .* activations"):
+        check_memory(recipe, torch.device("cpu"), 1, 1)
+    memory["SC_PHYS_PAGES"] *= 20
+    check_memory(recipe, torch.device("cpu"), 1, 1)
 
 
 @pytest.mark.parametrize("preset", ["soft_cap", "soft_clip"])
@@ -211,7 +227,7 @@ def test_no_processes_are_refused() -> None:
     [("soft_cap", "sdpa"), ("soft_clip", "flex_attention"), ("baseline", "nonsense")],
 )
 def test_a_backend_that_cannot_do_the_model_is_refused(preset: str, backend: str) -> None:
-    with pytest.raises(RecipeError, match=f"training.attn_implementation: .*{backend}"):
+    with pytest.raises(RecipeError, match=f"training.attn_implementation is {backend}"):
         check(tiny(preset, f"training.attn_implementation={backend}"))
 
 

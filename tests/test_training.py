@@ -345,6 +345,12 @@ def test_kernels_on_a_cpu_are_refused_before_any_work(tmp_path: Path, monkeypatc
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_step_of_more_text_than_there_is_is_refused(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, training__global_batch_size=10**6)
+    with pytest.raises(DataError, match=r"global_batch_size is 1,000,000 .* only [\d,]+ of 32"):
+        train(recipe)
+
+
 def test_too_little_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("Too short.\n" * 3, encoding="utf-8")
     with pytest.raises(DataError):

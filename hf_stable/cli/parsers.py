@@ -4,11 +4,20 @@ from argparse import RawDescriptionHelpFormatter
 from typing import Literal
 
 from jsonargparse import ArgumentParser
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    restricted_number_type,
+)
 
 from hf_stable.cli import convert
 from hf_stable.cli.push import EXPORT, PUSH, add_export_options, add_push_options
 from hf_stable.cli.statement import add_statement_options
+
+# As a recipe's.
+_Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])
 
 _DESCRIPTION = """\
 Stable language model pre-training on the HuggingFace stack.
@@ -201,7 +210,7 @@ def _generate_parser() -> ArgumentParser:
     parser.add_argument(
         "--top-k", type=NonNegativeInt, default=50, metavar="K", help="likeliest tokens; 0 is all"
     )
-    parser.add_argument("--seed", type=NonNegativeInt, default=0, metavar="N", help="of sampling")
+    parser.add_argument("--seed", type=_Seed, default=0, metavar="N", help="of sampling")
     return parser
 
 

@@ -24,6 +24,9 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
+# Of float32, in which parameters are initialized and losses computed.
+_LARGEST = 3.4028234663852886e38
+
 # The papers' labels. Sizes are recipes, not presets.
 PRESETS: dict[str, dict[str, Any]] = {
     "baseline": {},
@@ -428,10 +431,12 @@ class StableGPTConfig(PreTrainedConfig):
         rope = self.rope_parameters
         rope.setdefault("rope_type", "default")
         theta, share = rope.get("rope_theta"), rope.get("partial_rotary_factor", 1.0)
-        if not (isinstance(theta, (int, float)) and math.isfinite(theta) and theta > 0):
+        if not (isinstance(theta, (int, float)) and 0 < theta <= _LARGEST):
             raise ValueError(
-                f"rope_parameters: rope_theta={theta!r} must be greater than 0 and finite."
+                f"rope_parameters: rope_theta={theta!r} must be greater than 0 and finite in "
+                "float32."
             )
+        rope["rope_theta"] = float(theta)
         if not (
             0 < share <= 1 and int(self.head_dim * share) % 2 == 0 < int(self.head_dim * share)
         ):
@@ -514,7 +519,8 @@ class StableGPTConfig(PreTrainedConfig):
     def _check_head(self) -> None:
         """The head room."""
         self._require_positive("final_logit_softcapping")
-        self._require("z_loss", math.isfinite(self.z_loss) and self.z_loss >= 0, ">= 0 and finite")
+        self._require("z_loss", self.z_loss >= 0, ">= 0")
+        self._require_finite("z_loss")
 
     def _check_init(self) -> None:
         """The init room."""
@@ -539,13 +545,15 @@ class StableGPTConfig(PreTrainedConfig):
     def _require_finite(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            self._require(name, value is None or math.isfinite(value), "finite")
+            if value is not None:
+                self._require(name, abs(value) <= _LARGEST, "finite in float32")
+                setattr(self, name, float(value))  # PyTorch takes no integer beyond 64 bits
 
     def _require_positive(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            fine = value is None or (math.isfinite(value) and value > 0)
-            self._require(name, fine, "greater than 0 and finite")
+            self._require(name, value is None or value > 0, "greater than 0")
+        self._require_finite(*names)
 
 
 def _nearest(name: str, known: Any) -> str:

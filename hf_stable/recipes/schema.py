@@ -32,8 +32,11 @@ _SMALLEST_VOCABULARY = 258
 # Seconds in which a step may well be silent.
 _LEAST_PATIENCE = 60
 
-Count = Annotated[int, Field(ge=0)]
-PositiveCount = Annotated[int, Field(gt=0)]
+# Tensors, files and generators hold no more.
+_LARGEST = 2**63 - 1
+
+Count = Annotated[int, Field(ge=0, le=_LARGEST)]
+PositiveCount = Annotated[int, Field(gt=0, le=_LARGEST)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
@@ -347,7 +350,7 @@ class GuardRecipe:
     actions: list[Literal["skip", "lower", "rollback"]] = Field(default_factory=list)
     """`skip` the update, `lower` the learning rate for a while, `rollback` and leave data out; with
     none of them, only updates that are not finite are refused. What is left is to give up."""
-    window: Annotated[int, Field(ge=64)] = 256
+    window: Annotated[int, Field(ge=64, le=_LARGEST)] = 256
     """Accepted steps that say how far a number usually is from its level."""
     spike: Positive = 6.5
     """Robust deviations above its level at which a loss, or a norm's logarithm, is a spike."""

@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from hf_stable.errors import RecipeError, UserError
 from hf_stable.recipes import Recipe, load_recipe, strict_yaml
+from hf_stable.recipes.schema import Count
 from hf_stable.records import write_json
 
 from .rule import Thresholds
@@ -48,7 +49,7 @@ class Plan:
     """Recipe files of the methods, relative to the plan; a file's name is the method's."""
     learning_rates: Rates | ScaledRates
     """Peak learning rates, or those of another width to be scaled to this one."""
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    seeds: Annotated[list[Count], Field(min_length=1)]
     """Seeds of weights and data order."""
     variants: dict[str, list[str]] = Field(default_factory=lambda: {"": []})
     """Further settings (key=value) by name, each combined with everything else."""
