@@ -87,14 +87,22 @@ def check_recipe(folder: Path, recipe: Recipe, resume: str) -> None:
             "from it with --resume auto."
         )
     # Read as a recipe, so that keys that came later have their defaults.
-    before = flat(to_dict(from_dict(records.read_run(folder)["recipe"])))
-    now = flat(to_dict(recipe))
+    before = _deciding(from_dict(records.read_run(folder)["recipe"]))
+    now = _deciding(recipe)
     changes = {
         key: (before.get(key), now.get(key))
         for key in before.keys() | now.keys()
-        if key not in _FREE_KEYS and before.get(key) != now.get(key)
+        if before.get(key) != now.get(key)
     }
     _refuse(folder, "a run of another recipe", changes, resume)
+
+
+def _deciding(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe decides the numbers of a run: not the free keys, nor a text's licence."""
+    found = {key: value for key, value in flat(to_dict(recipe)).items() if key not in _FREE_KEYS}
+    for key in ("data.train", "data.validation"):
+        found[key] = [{**source, "license": None} for source in found[key]]
+    return found
 
 
 def check_data(folder: Path, data: dict[str, Any], resume: str) -> None:

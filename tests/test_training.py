@@ -23,7 +23,7 @@ from hf_stable.recipes import dump
 from hf_stable.training import train
 
 from .techniques import build
-from .training import tiny_recipe
+from .training import tiny_recipe, write_text
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -171,6 +171,14 @@ def test_another_recipe_or_never_refuses_the_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="on other data:\n  fingerprint of the train tokens"):
         train(tiny_recipe(tmp_path))
     train(tiny_recipe(tmp_path, optimizer__learning_rate=0.02), resume="changed")
+
+
+def test_a_licence_may_be_stated_later(tmp_path: Path) -> None:
+    train(tiny_recipe(tmp_path))
+    source = f"[{{path: {write_text(tmp_path)}, license: PSF-2.0}}]"
+    result = train(tiny_recipe(tmp_path, data__train=source))
+    stated = records.read_run(result.folder)["data"]["train"]["sources"]
+    assert {source["license"] for source in stated} == {"PSF-2.0"}
 
 
 @pytest.mark.parametrize("file", ["optimizer.safetensors", "state.json", "model/model.safetensors"])
