@@ -3,10 +3,10 @@
 The model is built on the meta device: shapes and dtypes without storage.
 """
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
 
@@ -98,7 +98,7 @@ def check(recipe: Recipe, world_size: int = 1) -> CheckReport:
 
 
 def check_memory(recipe: Recipe, device: torch.device, world_size: int, local_size: int) -> None:
-    """Refuse a model that does not fit, from its config alone, before it is built.
+    """Refuse a model that does not fit, before anything is allocated.
 
     On CUDA only what surely does not: there the allocator tells the rest.
 
@@ -113,13 +113,10 @@ def check_memory(recipe: Recipe, device: torch.device, world_size: int, local_si
     if device.type == "cuda":
         available = torch.cuda.get_device_properties(device).total_memory
     else:
-        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        available = pages // local_size
+        available = (psutil.virtual_memory().total + psutil.swap_memory().total) // local_size
     if needed <= available and device.type == "cpu":
         # Nearer than the bound, since nothing is raised here: Linux kills who takes too much.
-        accumulation = _accumulation_steps(recipe, world_size)
-        estimate = _estimate(recipe, build_model(recipe, "cpu"), sharding, accumulation, "cpu")
-        needed = estimate.total + estimate.host
+        needed = _estimated_bytes(recipe, world_size, sharding)
     if needed > available:
         sizes = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
         named = ", ".join(f"model.{name}" for name in sizes)
@@ -127,8 +124,9 @@ def check_memory(recipe: Recipe, device: torch.device, world_size: int, local_si
             f"{recipe.name}: a process needs about {_gigabytes(needed)} or more for weights, "
             f"gradients, AdamW's moments and activations, and {device.type} has "
             f"{_gigabytes(available)}: lower {named}, model.num_key_value_heads, model.head_dim, "
-            "tokenizer.vocab_size, data.sequence_length or training.micro_batch_size, or shard "
-            "over more processes with training.sharding fsdp2"
+            "tokenizer.vocab_size, data.sequence_length or training.micro_batch_size, recompute "
+            "blocks with training.gradient_checkpointing, or shard over more "
+            f"{'GPUs' if device.type == 'cuda' else 'machines'} with training.sharding fsdp2"
         )
 
 
@@ -146,6 +144,18 @@ def _estimate(
         recompute=recipe.training.gradient_checkpointing,
         fused_optimizer=not sharding.is_sharded,
     )
+
+
+def _estimated_bytes(recipe: Recipe, world_size: int, sharding: Sharding) -> int:
+    """What a process on a CPU needs at its peak."""
+    accumulation = _accumulation_steps(recipe, world_size)
+    try:
+        estimate = _estimate(recipe, build_model(recipe, "cpu"), sharding, accumulation, "cpu")
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        return 2**63  # a single tensor has more bytes than that
+    return estimate.total + estimate.host
 
 
 def _least_bytes(recipe: Recipe, sharding: Sharding) -> int:

@@ -34,6 +34,8 @@ from .recipes import Recipe, SourceRecipe
 # Muennighoff et al. 2023 (arXiv 2305.16264): up to here text read again is worth about as much as
 # new text.
 _HARMLESS_EPOCHS = 4
+# More in one step than whoever wants to overfit a batch would ask for.
+_MOST_READINGS = 100
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def prepare_corpus(recipe: Recipe, *, progress: bool) -> tuple[PreTrainedTokeniz
     """Train or load the tokenizer and build or open the token files, all kept in the cache.
 
     Raises:
-        DataError: text that cannot be used, or too little of it for one step.
+        DataError: text that cannot be used, or too little of it for one block or a step.
     """
     train, validation = sources_of(recipe)
     tokenizer = _tokenizer(recipe, train)
@@ -199,11 +201,11 @@ def prepare_corpus(recipe: Recipe, *, progress: bool) -> tuple[PreTrainedTokeniz
 
 def _check_batch(recipe: Recipe, blocks: int) -> None:
     batch = recipe.training.global_batch_size
-    if batch > blocks:
+    if batch > _MOST_READINGS * blocks:
         raise DataError(
             f"training.global_batch_size is {batch:,} blocks, but data.train has only {blocks:,} "
-            f"of {recipe.data.sequence_length} tokens, so that a step would read some twice: lower "
-            "it, lower data.sequence_length, or give more text"
+            f"of {recipe.data.sequence_length} tokens, which a step would read {batch // blocks:,} "
+            "times: lower it, lower data.sequence_length, or give more text"
         )
 
 

@@ -323,7 +323,9 @@ def _block_cost(config: StableGPTConfig, recipe: Recipe, narrow: bool) -> BlockC
     with FakeTensorMode(allow_non_fake_inputs=True):
         layer: Any = model.to_empty(device="cpu").train().layers[0]
         hidden = torch.empty(shape, requires_grad=True)
-        rotations = model.rotary_emb(hidden, torch.arange(shape[1])[None])
+        # Not by the module: some kinds of RoPE look at the positions themselves.
+        cosines = (1, 1, shape[1], 2 * model.rotary_emb.inv_freq.numel())
+        rotations = (torch.empty(cosines), torch.empty(cosines))
         given = (hidden, *rotations, *layer.parameters(), *layer.buffers())
         meter, kept = _Meter(given), {}
 

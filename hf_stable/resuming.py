@@ -16,7 +16,7 @@ from .checkpoints.together import from_main
 from .data.order import Order
 from .errors import CheckpointError
 from .guard import Decision, Guard, Rollback, append_rollback, read_rollbacks
-from .recipes import Recipe, from_dict, to_dict
+from .recipes import Recipe, from_dict, to_dict, without_licences
 from .recipes.schema import TrainingRecipe
 
 # Keys of a recipe that change no number of a run, so that a run may go on with other values.
@@ -99,10 +99,9 @@ def check_recipe(folder: Path, recipe: Recipe, resume: str) -> None:
 
 def _deciding(recipe: Recipe) -> dict[str, Any]:
     """What of a recipe decides the numbers of a run: not the free keys, nor a text's licence."""
-    found = {key: value for key, value in flat(to_dict(recipe)).items() if key not in _FREE_KEYS}
-    for key in ("data.train", "data.validation"):
-        found[key] = [{**source, "license": None} for source in found[key]]
-    return found
+    content = to_dict(recipe)
+    content["data"] = without_licences(content["data"])
+    return {key: value for key, value in flat(content).items() if key not in _FREE_KEYS}
 
 
 def check_data(folder: Path, data: dict[str, Any], resume: str) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -159,12 +160,19 @@ def test_the_lower_bound_of_memory_counts_the_matrices_of_a_block(preset: str) -
 def test_a_cpu_refuses_what_its_estimate_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Activations too: the bound alone would let it through, and Linux would kill it."""
     recipe = tiny()
-    memory = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": _least_bytes(recipe, whole(recipe))}
-    monkeypatch.setattr("os.sysconf", memory.__getitem__)
+    machine = SimpleNamespace(total=_least_bytes(recipe, whole(recipe)))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: machine)
+    monkeypatch.setattr("psutil.swap_memory", lambda: SimpleNamespace(total=0))
     with pytest.raises(RecipeError, match=r"needs about .* MB or more .* activations"):
         check_memory(recipe, torch.device("cpu"), 1, 1)
-    memory["SC_PHYS_PAGES"] *= 20
+    machine.total *= 20
     check_memory(recipe, torch.device("cpu"), 1, 1)
+
+
+def test_memory_is_estimated_for_every_kind_of_rope() -> None:
+    """Also where the rotation depends on the positions themselves."""
+    rope = "{rope_type: dynamic, rope_theta: 10000.0, factor: 2.0}"
+    assert check(tiny("baseline", f"model.rope_parameters={rope}")).memory == check(tiny()).memory
 
 
 @pytest.mark.parametrize("preset", ["soft_cap", "soft_clip"])

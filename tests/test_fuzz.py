@@ -169,7 +169,7 @@ def test_ten_thousand_recipes(folder: Path, number: int) -> None:
 
     @seed(number)
     # Not shrunk: a recipe has few changes, and takes long to train again.
-    @settings(max_examples=EXAMPLES // PARTS, phases=[Phase.generate], **COMMON)
+    @settings(max_examples=-(-EXAMPLES // PARTS), phases=[Phase.generate], **COMMON)
     @given(recipe=RECIPE)
     def each(recipe: tuple[str, dict[str, Any]]) -> None:
         counts[outcome(folder, *recipe)] += 1

@@ -96,7 +96,7 @@ BAD = {
     "not YAML": ("name: [x", "cannot read YAML"),
     "deep nesting": ("name: " + "[" * 5000, "cannot read YAML"),
     "huge integer": ("seed: " + "9" * 5000, "cannot read YAML"),
-    "seed beyond PyTorch's": (f"seed: {2**63}", "less than or equal to 9223372036854775807"),
+    "seed beyond 64 bits": (f"seed: {2**63}", "less than or equal to 9223372036854775807"),
     "steps and tokens": ("training: {tokens: 9000}", "give exactly one"),
     "neither steps nor tokens": ("training: {steps: null}", "give exactly one"),
     "batches that do not divide": ("training: {micro_batch_size: 3}", "not a multiple"),

@@ -16,7 +16,7 @@ from hf_stable.cli import convert
 from hf_stable.cli.push import EXPORT, PUSH, add_export_options, add_push_options
 from hf_stable.cli.statement import add_statement_options
 
-# As a recipe's.
+# 64 bits, as a recipe's.
 _Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])
 
 _DESCRIPTION = """\

@@ -112,7 +112,8 @@ def _train_sentencepiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         )
     except RuntimeError as error:
         raise DataError(
-            f"vocab_size is {vocab_size}, which this text does not allow: SentencePiece: {error}"
+            f"vocab_size is {vocab_size}, which the text that training_bytes leaves does not "
+            f"allow: SentencePiece: {error}"
         ) from error
     return _convert(SentencePieceProcessor(model_proto=model.getvalue()))
 

@@ -96,7 +96,7 @@ def model_place(place: str) -> str:
         CheckpointError: when the run has not finished.
     """
     folder = Path(place)
-    if not (folder / "run.json").is_file():
+    if not (folder / "run.json").is_file() or (folder / "config.json").is_file():
         return place
     if not (folder / "model").is_dir():
         raise CheckpointError(

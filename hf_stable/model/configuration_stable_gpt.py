@@ -22,10 +22,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import GenerationConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 # Of float32, in which parameters are initialized and losses computed.
-_LARGEST = 3.4028234663852886e38
+_LARGEST_FLOAT = 3.4028234663852886e38
 
 # The papers' labels. Sizes are recipes, not presets.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -428,10 +428,16 @@ class StableGPTConfig(PreTrainedConfig):
         self._check_rope()
 
     def _check_rope(self) -> None:
-        rope = self.rope_parameters
-        rope.setdefault("rope_type", "default")
+        # A copy, since the caller's may be a recipe.
+        rope = self.rope_parameters = {"rope_type": "default", **self.rope_parameters}
+        kind = rope["rope_type"]
+        if kind not in ("default", *ROPE_INIT_FUNCTIONS):
+            raise ValueError(
+                f"rope_parameters: rope_type={kind!r} is unknown to Transformers"
+                f"{_nearest(str(kind), ROPE_INIT_FUNCTIONS)}"
+            )
         theta, share = rope.get("rope_theta"), rope.get("partial_rotary_factor", 1.0)
-        if not (isinstance(theta, (int, float)) and 0 < theta <= _LARGEST):
+        if not (isinstance(theta, (int, float)) and 0 < theta <= _LARGEST_FLOAT):
             raise ValueError(
                 f"rope_parameters: rope_theta={theta!r} must be greater than 0 and finite in "
                 "float32."
@@ -444,6 +450,12 @@ class StableGPTConfig(PreTrainedConfig):
                 f"rope_parameters: partial_rotary_factor={share!r} must leave an even number of "
                 f"head_dim={self.head_dim} channels to rotate, at least 2."
             )
+        if kind != "default":
+            try:
+                ROPE_INIT_FUNCTIONS[kind](self)
+            # Whatever Transformers meets with in values that it does not check.
+            except Exception as error:
+                raise ValueError(f"rope_parameters={rope!r} cannot be used: {error!r}.") from error
 
     def _check_branch(self) -> None:
         """The branch room."""
@@ -538,15 +550,14 @@ class StableGPTConfig(PreTrainedConfig):
     def _require_counts(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            self._require(
-                name, isinstance(value, int) and value >= 1, "a whole number of at least 1"
-            )
+            fine = isinstance(value, int) and 1 <= value < 2**63
+            self._require(name, fine, "a whole number of at least 1, in 64 bits")
 
     def _require_finite(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
             if value is not None:
-                self._require(name, abs(value) <= _LARGEST, "finite in float32")
+                self._require(name, abs(value) <= _LARGEST_FLOAT, "finite in float32")
                 setattr(self, name, float(value))  # PyTorch takes no integer beyond 64 bits
 
     def _require_positive(self, *names: str) -> None:

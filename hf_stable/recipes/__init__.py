@@ -13,6 +13,7 @@ from hf_stable.recipes.schema import (
     dump,
     from_dict,
     to_dict,
+    without_licences,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "from_dict",
     "load_recipe",
     "to_dict",
+    "without_licences",
 ]

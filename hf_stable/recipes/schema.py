@@ -32,11 +32,11 @@ _SMALLEST_VOCABULARY = 258
 # Seconds in which a step may well be silent.
 _LEAST_PATIENCE = 60
 
-# Tensors, files and generators hold no more.
-_LARGEST = 2**63 - 1
+# As tensors, files and deques count.
+_LARGEST_COUNT = 2**63 - 1
 
-Count = Annotated[int, Field(ge=0, le=_LARGEST)]
-PositiveCount = Annotated[int, Field(gt=0, le=_LARGEST)]
+Count = Annotated[int, Field(ge=0, le=_LARGEST_COUNT)]
+PositiveCount = Annotated[int, Field(gt=0, le=_LARGEST_COUNT)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
@@ -350,7 +350,7 @@ class GuardRecipe:
     actions: list[Literal["skip", "lower", "rollback"]] = Field(default_factory=list)
     """`skip` the update, `lower` the learning rate for a while, `rollback` and leave data out; with
     none of them, only updates that are not finite are refused. What is left is to give up."""
-    window: Annotated[int, Field(ge=64, le=_LARGEST)] = 256
+    window: Annotated[int, Field(ge=64, le=_LARGEST_COUNT)] = 256
     """Accepted steps that say how far a number usually is from its level."""
     spike: Positive = 6.5
     """Robust deviations above its level at which a loss, or a norm's logarithm, is a spike."""
@@ -506,6 +506,17 @@ ADAPTER = TypeAdapter(Recipe)
 def to_dict(recipe: Recipe, *, defaults: bool = True) -> dict[str, Any]:
     """The whole recipe, or what of it differs from the defaults, as plain JSON values."""
     return ADAPTER.dump_python(recipe, mode="json", exclude_defaults=not defaults)
+
+
+def without_licences(data: dict[str, Any]) -> dict[str, Any]:
+    """The data section of `to_dict`, but for the licences of texts, which change no number."""
+    found = dict(data)
+    for name in {"train", "validation"} & data.keys():
+        found[name] = [
+            {key: value for key, value in source.items() if key != "license"}
+            for source in data[name]
+        ]
+    return found
 
 
 def from_dict(content: dict[str, Any]) -> Recipe:

@@ -70,6 +70,8 @@ def test_a_run_stands_for_the_model_in_it_once_it_has_one(tmp_path):
     assert model_place(str(tmp_path)) == str(tmp_path / "model")
     assert model_place(str(tmp_path / "model")) == str(tmp_path / "model")
     assert model_place("owner/name") == "owner/name"
+    (tmp_path / "config.json").touch()  # as Trainer saves it, beside WatchCallback's records
+    assert model_place(str(tmp_path)) == str(tmp_path)
 
 
 def test_a_folder_without_weights(folder):

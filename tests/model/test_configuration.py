@@ -74,6 +74,13 @@ def test_json_round_trip_is_exact(preset: str, tmp_path: Path) -> None:
         ({"layer_scale": math.inf}, ["layer_scale=inf", "finite"]),
         ({"layer_scale": 1e300}, ["layer_scale=1e+300", "float32"]),
         ({"z_loss": 10**39}, ["z_loss=1000", "float32"]),
+        ({"mup_base_width": 10**30}, ["mup_base_width=1000", "64 bits"]),
+        ({"rope_parameters": {"rope_type": "lama3", "rope_theta": 1e4}}, ["did you mean 'llama3'"]),
+        ({"rope_parameters": {"rope_type": ["x"], "rope_theta": 1e4}}, ["rope_type=['x']"]),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
+            ["rope_parameters=", "KeyError('factor')"],
+        ),
         ({"attention_dropout": 1.0}, ["attention_dropout=1.0", "[0, 1)"]),
         ({"embedding_scale": "sqrt"}, ["embedding_scale='sqrt'", "sqrt_hidden"]),
         ({"embedding_detach": 1.5}, ["embedding_detach=1.5"]),
@@ -135,6 +142,14 @@ def test_a_clip_that_starts_alive_does_not_warn(recwarn) -> None:
     StableGPTConfig(attention_clip_gamma=-0.03, max_position_embeddings=256)
     StableGPTConfig(attention_clip_alpha=4.0, max_position_embeddings=4096)
     assert not [warning for warning in recwarn if "attention_clip" in str(warning.message)]
+
+
+def test_a_callers_numbers_stay_as_they_are() -> None:
+    """They may be a recipe's, whose digest counts."""
+    rope = {"rope_theta": 500000}
+    config = StableGPTConfig(rope_parameters=rope)
+    assert repr(rope["rope_theta"]) == "500000"
+    assert repr(config.rope_parameters["rope_theta"]) == "500000.0"
 
 
 def test_whole_numbers_do_for_floats() -> None:
