@@ -31,6 +31,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import RecipeError
@@ -209,6 +210,16 @@ def all_max(value: torch.Tensor) -> torch.Tensor:
         value.nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf)
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return value
+
+
+def all_finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether weights and optimizer state are finite on all processes; collective."""
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    tensors = [*model.parameters(), *filter(torch.is_tensor, states)]
+    local = [each.to_local() if isinstance(each, DTensor) else each for each in tensors]
+    broken = not all(each.isfinite().all() for each in local)
+    device = next(model.parameters()).device
+    return not all_max(torch.tensor([float(broken)], device=device)).item()
 
 
 def full_weights(model: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import time
 import warnings
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 from .records import write_json
 
@@ -43,12 +43,14 @@ class StopSignals:
         requested: number of the first signal, 0 before it; it stays when the context is left.
     """
 
+    _signals: tuple[signal.Signals, ...] = SIGNALS
+
     def __init__(self) -> None:
         self.requested = 0
         self._since = 0.0
         self._handlers: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> "StopSignals":
+    def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():
             warnings.warn(
                 "Training does not run in the main thread, so a signal to stop ends it "
@@ -61,7 +63,7 @@ class StopSignals:
         self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._listener.start()
         self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        for number in SIGNALS:
+        for number in self._signals:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._handlers[number] = signal.signal(number, _do_nothing)
         _entered.append(self)
@@ -86,7 +88,7 @@ class StopSignals:
 
     def _listen(self) -> None:
         while number := os.read(self._reader, 1)[0]:
-            if number in SIGNALS:  # others have handlers of somebody else
+            if number in self._signals:  # others have handlers of somebody else
                 self._receive(number)
 
     def _receive(self, number: int) -> None:
@@ -97,6 +99,31 @@ class StopSignals:
         elif now - self._since > _SAME_REQUEST:
             _say(f"{name}: the second signal, ending at once")
             os._exit(128 + number)
+
+
+class Preparation(StopSignals):
+    """Context before the first step, where there is nothing to save: SIGTERM and SIGUSR1 end it.
+
+    They end the process at once with EXIT_PREEMPTED, and leave the mark by which a batch script
+    runs it again; what was prepared so far is in the cache. Ctrl-C is Python's.
+    """
+
+    _signals = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, run: Path) -> None:
+        super().__init__()
+        self._run = run
+
+    def __enter__(self) -> Self:
+        is_main = threading.current_thread() is threading.main_thread()
+        return super().__enter__() if is_main else self  # training will warn
+
+    def _receive(self, number: int) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            self._run.mkdir(parents=True, exist_ok=True)
+            mark_preempted(self._run, None, number)
+        _say(f"{signal.Signals(number).name}: ending before the first step; run it again to go on")
+        os._exit(EXIT_PREEMPTED)
 
 
 def _do_nothing(number: int, frame: FrameType | None) -> None:
@@ -128,13 +155,14 @@ def ignore_signals(_worker: int = 0) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def mark_preempted(run: Path, step: int, number: int) -> None:
+def mark_preempted(run: Path, step: int | None, number: int) -> None:
     """Say in `run/preempted.json` that the run was told to stop and can go on from a checkpoint.
 
     Launchers end with 1 whatever happened, so a batch script decides by this file. To be written
     by one process, after the checkpoint and before any process leaves.
 
     Args:
+        step: that was done; None before the first of this process.
         number: `requested` of this process; 0 if it was another one that was told.
     """
     name = signal.Signals(number).name if number else None

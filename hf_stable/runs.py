@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import uuid
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from . import optim, parallel, records, registration  # noqa: F401 (AutoTokenizer reads configs)
 from .check import check_memory, flops_per_token
 from .checkpoints import CheckpointWriter, Keep, list_checkpoints
+from .checkpoints.together import from_main
 from .compilation import check_compiler, compile_blocks
 from .corpus import Corpus, describe_data, planned_epochs, prepare_corpus, training_order
 from .data import boundary_ids, data_loader, ngram_cross_entropy
@@ -69,6 +71,7 @@ class Run:
     guard: Guard
     update_norm: float | None
     rollbacks: int
+    tracker_run: str
     checkpoints: CheckpointWriter
     flops_per_token: float
     reporter: Reporter
@@ -128,6 +131,7 @@ class Run:
             "guard": self.guard.state_dict(),
             "update_norm": update_norm,
             "rollbacks": self.rollbacks,
+            "tracker_run": self.tracker_run,
             "recipe": to_dict(self.recipe),
         }
 
@@ -223,6 +227,7 @@ def prepare_run(recipe: Recipe, resume: str) -> Run:
         guard=guard,
         update_norm=where.update_norm,
         rollbacks=len(where.skipped),
+        tracker_run=from_main(lambda: _tracker_run(recipe), f"{folder} cannot be read"),
         checkpoints=CheckpointWriter(
             folder,
             accelerator,
@@ -362,11 +367,24 @@ def _optimizer(recipe: Recipe, model: Any) -> torch.optim.AdamW:
     return make(groups, beta1=settings.beta1, beta2=settings.beta2, eps=settings.eps)
 
 
+def _tracker_run(recipe: Recipe) -> str:
+    """The run's name at its trackers, the same whenever it is gone on with."""
+    folder = Path(recipe.output)
+    known = records.read_run(folder) if (folder / "run.json").exists() else {}
+    return known.get("tracker_run") or f"{recipe.name}-{uuid.uuid4().hex[:8]}"
+
+
 def _record_start(run: Run, about: dict[str, Any], event: str) -> None:
     """Write run.json, open the trackers and say in one line what runs where."""
     recipe, corpus, accelerator = to_dict(run.recipe), run.corpus, run.accelerator
     accelerator.init_trackers(
-        "hf_stable", config={key: str(value) for key, value in flat(recipe).items()}
+        "hf_stable",
+        config={key: str(value) for key, value in flat(recipe).items()},
+        # A run that goes on goes on there too.
+        init_kwargs={
+            "wandb": {"name": run.recipe.name, "id": run.tracker_run, "resume": "allow"},
+            "trackio": {"name": run.tracker_run, "resume": "allow"},
+        },
     )
     if not accelerator.is_main_process:
         return
@@ -383,6 +401,7 @@ def _record_start(run: Run, about: dict[str, Any], event: str) -> None:
     run.reporter.write_run(
         {
             "recipe": recipe,
+            "tracker_run": run.tracker_run,
             "model_config": run.config.to_dict(),
             **about,
             "data": {

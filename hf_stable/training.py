@@ -17,8 +17,9 @@ import torch
 from . import optim, parallel
 from .checkpoints import run_lock
 from .checkpoints.directory import folder_of
+from .errors import DivergedError
 from .guard import Decision
-from .preemption import StopSignals, clear_mark, mark_preempted
+from .preemption import Preparation, StopSignals, clear_mark, mark_preempted
 from .recipes import Recipe
 from .runs import Run, prepare_run, save_model
 from .stepping import Step, Stepper
@@ -70,7 +71,8 @@ def train(recipe: Recipe, *, resume: str = "auto", stop: Stop | None = None) -> 
         if os.environ.get("RANK", "0") == "0":
             stack.enter_context(run_lock(Path(recipe.output)))
             clear_heartbeats(Path(recipe.output) / HEARTBEATS)
-        run = prepare_run(recipe, resume)  # until here Ctrl-C ends at once
+        with Preparation(Path(recipe.output)):
+            run = prepare_run(recipe, resume)  # until here Ctrl-C ends at once
         stack.callback(run.reporter.close)
         stack.callback(run.checkpoints.close)
         signals = stack.enter_context(StopSignals())
@@ -142,9 +144,31 @@ class _Course:
             stepper.throughput.restart()
         preempted = taken.stopping and done < total_steps
         if preempted or _is_due(done, settings.checkpoint_every, total_steps):
-            self._checkpoint(done, stepper.update_norm())
+            if self._is_worth_keeping(done, taken):
+                self._checkpoint(done, stepper.update_norm())
             stepper.throughput.restart()
         return self._preempted(done) if preempted else None
+
+    def _is_worth_keeping(self, done: int, taken: Step) -> bool:
+        """Whether the state after a step may take the place of an older checkpoint.
+
+        After a refused step it may not: the weights themselves may be at fault, and the run is to
+        end with a checkpoint from before.
+
+        Raises:
+            DivergedError: when what would be the finished model is not finite.
+        """
+        run, refused = self._run, taken.decision.rule == "non_finite"
+        finite = parallel.all_finite(run.model, run.optimizer)
+        if not finite and done == run.recipe.num_steps:
+            text = "weights or optimizer are not finite after the last step"
+            run.reporter.event("diverged", done, text)
+            raise DivergedError(f"{run.recipe.name}: {text}; the records are in {run.folder}")
+        others = run.recipe.training.checkpoint_every > 0 and done < run.recipe.num_steps
+        if finite and not (refused and others):
+            return True
+        run.reporter.event("no_checkpoint", done, "no checkpoint of a state that is not finite")
+        return False
 
     def _validate(self, done: int) -> None:
         self._watchdog.beat(done, "validation")
@@ -163,7 +187,8 @@ class _Course:
         self._watchdog.beat(done, "checkpoint")
         self._wait()
         run.reporter.sync()
-        run.checkpoints.save(done, run.model, run.optimizer, run.scalars(done, update_norm))
+        scalars, held = run.scalars(done, update_norm), run.guard.rollback_to
+        run.checkpoints.save(done, run.model, run.optimizer, scalars, held=held)
         self._saved = done
         if not run.recipe.training.asynchronous_checkpoints:
             self._wait()
@@ -182,7 +207,7 @@ class _Course:
         self._wait()
         if run.accelerator.is_main_process:
             mark_preempted(run.folder, done, self._signals.requested)
-        run.reporter.event("preempted", done, "preempted; the same command goes on from here")
+        run.reporter.event("preempted", done, "preempted; the same command goes on")
         # A scheduler may end the main process's machine as soon as another one's has left.
         run.reporter.close()
         run.accelerator.wait_for_everyone()

@@ -166,6 +166,47 @@ def test_the_marker_says_what_happened_and_goes(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+PREPARING = """
+import sys, time
+from pathlib import Path
+from hf_stable.preemption import Preparation
+
+with Preparation(Path(sys.argv[1])):
+    print("preparing", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "rank", "status"),
+    [
+        (signal.SIGUSR1, "0", EXIT_PREEMPTED),
+        (signal.SIGTERM, "1", EXIT_PREEMPTED),
+        (signal.SIGINT, "0", 1),
+    ],
+)
+def test_a_preemption_before_the_first_step_ends_it_at_once_and_marks_the_run(
+    tmp_path: Path, number: signal.Signals, rank: str, status: int
+) -> None:
+    """There is nothing to save, but a batch script is to run it again; Ctrl-C is no preemption."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PREPARING, str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "RANK": rank},
+        cwd=ROOT,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "preparing\n"
+    process.send_signal(number)
+    assert process.wait(20) == status
+    marked = number is signal.SIGUSR1
+    assert (tmp_path / "run" / MARKER).exists() is marked
+    if marked:
+        about = json.loads((tmp_path / "run" / MARKER).read_text())
+        assert (about["step"], about["signal"]) == (None, "SIGUSR1")
+
+
 def test_torchrun_stops_all_ranks_after_the_same_step(tmp_path: Path) -> None:
     with launched(torchrun(), tmp_path, 1.0, 2, loader_workers=1, **SIGNALS) as run:
         # First one rank alone is told, and the other one stops too, both go on to a second round.

@@ -1,6 +1,7 @@
 """A run survives signals, rollbacks and deaths: what comes out is what would have come out."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -280,6 +281,7 @@ def test_a_death_after_a_refused_step_changes_nothing(
         return corrupt_once(model, *others)
 
     monkeypatch.setattr(stepping.optim, "clip_gradients", poisoned)
+    monkeypatch.setattr(training._Course, "_is_worth_keeping", lambda *_: True)
     poisoned.step = 1  # pyright: ignore[reportFunctionMemberAccess]
     whole = train(tiny_recipe(tmp_path, **options, output=tmp_path / "whole"))
     poisoned.step = 1  # pyright: ignore[reportFunctionMemberAccess]
@@ -288,6 +290,43 @@ def test_a_death_after_a_refused_step_changes_nothing(
     again = train(recipe)
     assert records.read_metrics(again.folder, "resumed")[0]["step"] == 5
     assert_same(whole.folder, again.folder)
+
+
+def test_weights_at_fault_never_push_out_a_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"training__checkpoint_every": 2, "training__steps": 40}
+    whole = train(tiny_recipe(tmp_path, **options, output=tmp_path / "whole"))
+    clip, calls = stepping.optim.clip_gradients, itertools.count(1)
+
+    def flip(model: Any, *others: Any) -> torch.Tensor:
+        if next(calls) == 8:  # seen by no number of this step, which is accepted
+            [*model.parameters()][-1].data.view(-1)[0] = math.inf
+        return clip(model, *others)
+
+    monkeypatch.setattr(stepping.optim, "clip_gradients", flip)
+    recipe = tiny_recipe(tmp_path, **options)
+    with pytest.raises(DivergedError, match="no finite loss and gradient in 20 steps"):
+        train(recipe)
+    assert [step_of(path) for path in list_checkpoints(tmp_path / "run")] == [4, 6]
+    assert records.read_metrics(tmp_path / "run", "no_checkpoint")
+    assert_same(whole.folder, train(recipe).folder)
+
+
+def test_a_model_that_is_not_finite_is_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip, calls = stepping.optim.clip_gradients, itertools.count(1)
+
+    def flip(model: Any, *others: Any) -> torch.Tensor:
+        if next(calls) == 20:
+            next(model.parameters()).data.view(-1)[0] = math.nan
+        return clip(model, *others)
+
+    monkeypatch.setattr(stepping.optim, "clip_gradients", flip)
+    with pytest.raises(DivergedError, match="not finite after the last step"):
+        train(tiny_recipe(tmp_path))
+    assert not (tmp_path / "run" / "model").exists()
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "survival" / "kill.py"

@@ -296,14 +296,12 @@ def test_trackers_mirror_the_records(tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     pytest.importorskip("trackio")
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(dump(tiny_recipe(tmp_path, training__trackers="[tensorboard, trackio]")))
-    subprocess.run(
-        [sys.executable, "-m", "hf_stable", "train", str(recipe)],
-        env={**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")},
-        check=True,
-        capture_output=True,
-    )
+    trackers = {"training__trackers": "[tensorboard, trackio]", "training__checkpoint_every": 10}
+    recipe.write_text(dump(tiny_recipe(tmp_path, **trackers)))
     run = tmp_path / "run"
+    command = [sys.executable, "-m", "hf_stable", "train", str(recipe)]
+    variables = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")}
+    subprocess.run(command, env=variables, check=True, capture_output=True)
     folder = next((run / "trackers").rglob("events.out.tfevents*")).parent
     board = events.EventAccumulator(str(folder)).Reload()
     mirrored = {event.step: event.value for event in board.Scalars("train/loss")}
@@ -315,6 +313,12 @@ def test_trackers_mirror_the_records(tmp_path: Path) -> None:
         logged = [json.loads(row[0]) for row in connection.execute("select metrics from metrics")]
     losses = [entry["train/loss"] for entry in logged if "train/loss" in entry]
     assert losses == pytest.approx(list(rows.values()))
+    # A run that goes on, as if it had ended at step 10, goes on there too.
+    shutil.rmtree(run / "checkpoints" / "step-00000020")
+    subprocess.run(command, env=variables, check=True, capture_output=True)
+    with sqlite3.connect(database) as connection:
+        names = connection.execute("select distinct run_name from metrics").fetchall()
+    assert names == [(records.read_run(run)["tracker_run"],)]
 
 
 def test_what_cannot_be_used_here_is_named(tmp_path: Path, monkeypatch) -> None:

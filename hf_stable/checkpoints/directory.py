@@ -13,6 +13,7 @@ Standard library only.
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -32,6 +33,9 @@ _BAD = "bad-"
 _NAME = re.compile(r"step-(\d{8,})|bad-step-(\d{8,})(?:-\d+)?")
 # 1,000 ranks with a file each need a tenth of it; what is larger is no manifest.
 _LARGEST_MANIFEST = 16 * 2**20
+
+# What a file system that works says of a checkpoint that is not as it was written.
+_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 # Relative path with "/" -> {"bytes": int, "sha256": hexadecimal str}.
 Files = dict[str, dict[str, Any]]
@@ -153,6 +157,7 @@ def read_manifest(folder: Path) -> Files:
     Raises:
         CheckpointError: when there is no manifest, or it is damaged, another step's, or names what
             lies outside of the folder.
+        OSError: when the system cannot read it now.
     """
     place = folder / MANIFEST
     try:
@@ -167,7 +172,11 @@ def read_manifest(folder: Path) -> Files:
             _check_inside(name)
             if not isinstance(about["bytes"], int) or not isinstance(about["sha256"], str):
                 raise ValueError(f"{name} has no bytes and SHA-256")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        if error.errno not in _DAMAGE:
+            raise
+        raise CheckpointError(f"{place} cannot be read: {_say(error)}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{place} cannot be read: {_say(error)}") from error
     return files
 
@@ -181,6 +190,10 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
 
     Returns:
         What is wrong in words, or None.
+
+    Raises:
+        CheckpointError: when the system cannot read what may well be good, as when a disk or a
+            network file system does not answer.
     """
     try:
         for name, about in list(read_manifest(folder).items())[share[0] :: share[1]]:
@@ -190,7 +203,14 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
                 return f"{name} has {size} bytes, not {about['bytes']}"
             if sha256_of(folder / name) != about["sha256"]:
                 return f"{name} does not have its SHA-256"
-    except (CheckpointError, ValueError, OSError) as error:
+    except OSError as error:
+        if error.errno not in _DAMAGE:
+            raise CheckpointError(
+                f"{folder} cannot be read now ({_say(error)}), which says nothing about what is in "
+                "it: start again, or move it away to go on from the one before"
+            ) from error
+        return _say(error)
+    except (CheckpointError, ValueError) as error:
         return _say(error)
     return None
 
@@ -232,7 +252,7 @@ def newest_good(
     if bad:
         raise CheckpointError(
             f"{parent} holds no good checkpoint: {', '.join(path.name for path in bad)} cannot be "
-            "used. Put back a copy, or delete them to begin anew, or give another output folder."
+            "used. Put back a copy, give another output folder, or delete the run to begin anew."
         )
     return None
 
@@ -254,7 +274,9 @@ def quarantine(folder: Path, why: str) -> Path:
     return target
 
 
-def prune(parent: Path, last: int, every: int = 0, interval: int = 1) -> None:
+def prune(
+    parent: Path, last: int, every: int = 0, interval: int = 1, held: int | None = None
+) -> None:
     """Delete old checkpoints, but never the newest.
 
     Args:
@@ -262,10 +284,13 @@ def prune(parent: Path, last: int, every: int = 0, interval: int = 1) -> None:
         every: steps that this number divides stay too; 0 keeps none of them.
         interval: only steps that this number divides count among `last`; others are of signals,
             which must not push out what a rollback goes back to.
+        held: of these, the newest up to this step stays too, or the oldest if all are newer.
     """
     folders = checkpoints_in(parent)
     regular = [folder for folder in folders if step_of(folder) % interval == 0]
     kept = {*folders[-1:], *regular[-max(last, 1) :]}
+    if held is not None:
+        kept.update([folder for folder in regular if step_of(folder) <= held][-1:] or regular[:1])
     for folder in folders:
         if folder not in kept and (every == 0 or step_of(folder) % every):
             _delete(folder)

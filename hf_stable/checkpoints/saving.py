@@ -52,12 +52,14 @@ class CheckpointWriter:
         self._group: Any = dist.new_group(backend="gloo") if own else None
 
     def save(
-        self, step: int, model: Any, optimizer: torch.optim.Optimizer, scalars: dict[str, Any]
-    ) -> Path:
+        self, step: int, model: Any, optimizer: torch.optim.Optimizer,
+        scalars: dict[str, Any], *, held: int | None = None,
+    ) -> Path:  # fmt: skip
         """Write the state after `step` optimizer steps; collective.
 
         Args:
             scalars: JSON-able, given back by `load_newest`.
+            held: the newest regular checkpoint up to this step stays, for a rollback.
 
         Returns:
             The checkpoint's folder, which exists under this name only when it is complete.
@@ -69,10 +71,10 @@ class CheckpointWriter:
         self.wait()
         state = take_state(model, optimizer, self._accelerator, scalars, self._tokenizer)
         if self._thread is None:
-            return _write(self._parent, step, state, self._keep, self._group)
+            return _write(self._parent, step, state, self._keep, held, self._group)
         staged = state.staged()
         self._pending = self._thread.submit(
-            _write, self._parent, step, staged, self._keep, self._group
+            _write, self._parent, step, staged, self._keep, held, self._group
         )
         return folder_of(self._parent, step)
 
@@ -105,8 +107,9 @@ def save_checkpoint(
 
 
 def _write(
-    parent: Path, step: int, state: State, keep: Keep, group: dist.ProcessGroup | None
-) -> Path:
+    parent: Path, step: int, state: State, keep: Keep, held: int | None,
+    group: dist.ProcessGroup | None,
+) -> Path:  # fmt: skip
     rank, folder = rank_of(group), folder_of(parent, step)
     what = f"{folder} could not be written, the checkpoints before it are untouched"
     temporary = from_main(lambda: begin(parent, step), what, group)
@@ -125,6 +128,8 @@ def _write(
             give_up(temporary)
         raise
     from_main(
-        lambda: prune(parent, keep.last, keep.every, keep.interval), "old checkpoints stay", group
+        lambda: prune(parent, keep.last, keep.every, keep.interval, held),
+        "old checkpoints stay",
+        group,
     )
     return folder

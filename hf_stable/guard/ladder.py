@@ -106,6 +106,14 @@ class Guard:
         self._detector.take(seen, alarm, decision.action == "accept")
         return decision
 
+    @property
+    def rollback_to(self) -> int | None:
+        """The step that a rollback would go back to, as long as there is trouble."""
+        is_calm = self._step - self._last_alarm > _CALM_STEPS
+        if is_calm or "rollback" not in self._settings.actions:
+            return None
+        return max(0, self._onset - self._settings.rollback_steps - 1)
+
     def after_rollback(self, rollbacks: Sequence[Rollback]) -> None:
         """Tell a guard whose state is older what was tried since; call it after every load.
 
@@ -203,7 +211,7 @@ class Guard:
         settings, tried = self._settings, self._tried(self._onset)
         if "rollback" not in settings.actions or len(tried) >= settings.max_rollbacks:
             return self._decide(step, alarm, "give_up", f"giving up; {self._diagnosis(tried)}")
-        first = max(1, self._onset - settings.rollback_steps)
+        first = max(1, self._onset - settings.rollback_steps)  # one after `rollback_to`
         last = max(step, first + settings.skip_batches * 2 ** len(tried) - 1)
         text = (
             f"rollback {len(tried) + 1} of {settings.max_rollbacks} to step {first - 1} at the "

@@ -418,13 +418,14 @@ class Recipe:
     @model_validator(mode="after")
     def _rollback_has_checkpoints(self) -> "Recipe":
         every, keep = self.training.checkpoint_every, self.training.keep_checkpoints
-        held = (keep - 1) * every
-        too_short = held < self.guard.reach and not self.training.keep_every
+        held, sparse = (keep - 1) * every, self.training.keep_every
+        too_short = held < self.guard.reach and not 0 < sparse <= self.guard.reach
         if "rollback" in self.guard.actions and (too_short or not every):
             raise ValueError(
                 f"guard.actions has rollback, which may go {self.guard.reach} steps back, but "
                 f"training.checkpoint_every {every} and keep_checkpoints {keep} hold {held}; "
-                "raise one of them, or take rollback out"
+                f"raise one of them, set training.keep_every to at most {self.guard.reach}, or "
+                "take rollback out"
             )
         return self
 

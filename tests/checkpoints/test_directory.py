@@ -1,5 +1,6 @@
 """The atomic directory, at every system call at which a process can die or a disk be full."""
 
+import errno
 import json
 import os
 import resource
@@ -278,6 +279,22 @@ def test_links_to_checkpoints_and_their_directories_are_refused(tmp_path: Path) 
     assert verify(elsewhere) is None  # a link was renamed, not what it leads to
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_storage_that_does_not_answer_makes_no_checkpoint_bad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    folders = [_save(tmp_path, step) for step in (10, 20)]
+
+    def fail(file: Path) -> str:
+        raise OSError(number, os.strerror(number), str(file))
+
+    with monkeypatch.context() as storage:
+        storage.setattr(directory, "sha256_of", fail)
+        with pytest.raises(CheckpointError, match=r"00020 cannot be read now .* start again"):
+            newest_good(tmp_path, lambda line: None)
+    assert newest_good(tmp_path, lambda line: None) == folders[1]
+
+
 def test_what_stays(tmp_path: Path) -> None:
     for step in range(10, 90, 10):
         _save(tmp_path, step)
@@ -290,8 +307,14 @@ def test_what_stays(tmp_path: Path) -> None:
     _save(tmp_path, 90)
     prune(tmp_path, last=2, interval=10)
     assert [directory.step_of(path) for path in checkpoints_in(tmp_path)] == [80, 90]
+    for step in (100, 110, 120):
+        _save(tmp_path, step)
+    prune(tmp_path, last=1, interval=10, held=95)  # for a rollback to step 95
+    assert [directory.step_of(path) for path in checkpoints_in(tmp_path)] == [90, 120]
+    prune(tmp_path, last=1, interval=10, held=5)
+    assert [directory.step_of(path) for path in checkpoints_in(tmp_path)] == [90, 120]
     prune(tmp_path, last=0)
-    assert [directory.step_of(path) for path in checkpoints_in(tmp_path)] == [90]
+    assert [directory.step_of(path) for path in checkpoints_in(tmp_path)] == [120]
     assert (tmp_path / "bad-step-00000010").is_dir()
 
 

@@ -49,6 +49,20 @@ def test_twenty_in_a_row_that_are_not_finite_are_the_end(names: list) -> None:
     assert "give_up" not in actions(judged(run, GuardRecipe(actions=names)))
 
 
+def test_what_a_rollback_goes_back_to_is_known_from_the_first_alarm_on() -> None:
+    """Checkpoints are kept by it, however long trouble takes from there to the rollback."""
+    guard = Guard(GuardRecipe(actions=["rollback"], max_skips_in_memory=20, **SHORT))
+    wanted, decision = [], None
+    for seen in RUN:
+        numbers = (NAN, NAN) if seen.step >= 500 and seen.step % 8 == 0 else (seen.loss, 0.5)
+        decision = guard.judge(Observation(seen.step, *numbers))
+        wanted.append(guard.rollback_to)
+        if decision.action == "rollback":
+            break
+    assert decision is not None and decision.step > 650 and decision.rollback_to == 403
+    assert wanted == [None] * 503 + [403] * (decision.step - 503)
+
+
 def test_without_actions_no_finite_number_is_refused() -> None:
     decisions = judged(high(300, 900, by=50.0), GuardRecipe())
     assert all(decision.quiet for decision in decisions)
