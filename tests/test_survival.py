@@ -346,7 +346,7 @@ def killed(folder: Path, *options: str) -> dict[str, Any]:
 
 def test_runs_killed_at_random_end_as_if_they_had_not_been(tmp_path: Path) -> None:
     found = killed(tmp_path, "--trials", "3", "--seed", "1")
-    assert found["kills"] >= 3 and found["compared"] > 50
+    assert found["kills"] >= 3 and found["compared"] > 50 and found["asynchronous"] == 1
 
 
 @pytest.mark.slow
