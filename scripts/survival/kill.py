@@ -3,10 +3,11 @@
     python scripts/survival/kill.py --trials 40 --processes 1 --output results.json
 
 A trial is one run that is killed by SIGKILL up to five times, all of its processes at once or, with
-two processes that have met and every other time, one of them. What must be equal in the end, bit by
-bit: weights, optimizer, generators, and every number of every row of the log that a reader takes as
-in force (clocks apart). Processes are forked from one that has torch loaded, so that a trial takes
-seconds.
+two processes that have met and every other time, one of them. Every other trial writes its
+checkpoints in the background. What must be equal in the end, bit by bit: weights, optimizer,
+generators, what the loop itself keeps, and every number of every row of the log that a reader takes
+as in force (clocks apart). Processes are forked from one that has torch loaded, so that a trial
+takes seconds.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import socket
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
@@ -50,6 +51,7 @@ SETTINGS = {
 # After a rank is killed the other one must end by itself within this many seconds.
 PATIENCE = 60
 CLOCKS = {"tokens_per_second"}
+ASYNCHRONOUS = "training.asynchronous_checkpoints"
 
 
 @dataclass(frozen=True)
@@ -148,14 +150,23 @@ def digest(folder: Path) -> dict[str, str]:
     found = {
         str(file.relative_to(newest)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in files
-        if file.name not in ("manifest.json", "state.json")  # they have clocks in them
+        if file.name not in ("manifest.json", "state.json")  # they name the output folder
     }
+    found["state.json"] = hashlib.sha256(_loop_state(newest).encode()).hexdigest()
     found["model"] = hashlib.sha256((folder / "model/model.safetensors").read_bytes()).hexdigest()
     history = read_history(folder)
     columns = {**history.train, **history.telemetry}
     for name in sorted(columns.keys() - CLOCKS):
         found[f"log {name}"] = hashlib.sha256(columns[name].tobytes()).hexdigest()
     return found
+
+
+def _loop_state(checkpoint: Path) -> str:
+    """state.json without those settings of the recipe in which trials differ."""
+    content = json.loads((checkpoint / "state.json").read_text())
+    recipe = content["scalars"]["recipe"]
+    del recipe["output"], recipe["training"]["asynchronous_checkpoints"]
+    return json.dumps(content)
 
 
 def trial(case: Case, name: str, whole: float, moments: random.Random) -> dict[str, Any]:
@@ -188,7 +199,9 @@ def study(case: Case, trials: int, seed: int) -> dict[str, Any]:
     expected, moments, found = digest(case.folder / "undisturbed"), random.Random(seed), []
     for number in range(trials):
         name = f"trial-{number}"
-        result = trial(case, name, whole, moments)
+        chosen = {ASYNCHRONOUS: number % 2 == 1, **case.settings}
+        result = trial(replace(case, settings=chosen), name, whole, moments)
+        result["asynchronous"] = chosen[ASYNCHRONOUS]
         ended = result["codes"] == [0] * case.processes
         got = digest(case.folder / name) if ended else {}
         keys = expected.keys() | got.keys()
@@ -201,6 +214,7 @@ def study(case: Case, trials: int, seed: int) -> dict[str, Any]:
         "seconds_undisturbed": whole,
         "compared": len(expected),
         "trials": len(found),
+        "asynchronous": sum(each["asynchronous"] for each in found),
         "kills": sum(each["kills"] for each in found),
         "resumes": sum(len(each["resumed_at"]) for each in found),
         "failed": sum(each["codes"] != [0] * case.processes for each in found),
