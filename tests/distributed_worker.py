@@ -3,6 +3,7 @@
 torchrun --nproc_per_node N distributed_worker.py FOLDER SETTINGS.json
 """
 
+import contextlib
 import gc
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from hf_stable.training import train
+from tests.guard.faults import Fault, faulty
 from tests.training import tiny_recipe
 
 
@@ -23,7 +25,9 @@ def main() -> None:
     for settings in json.loads(Path(sys.argv[2]).read_text()):
         launcher = settings.pop("launcher", {})  # what `accelerate launch` makes of a config file
         os.environ.update(launcher)
-        train(tiny_recipe(folder, **settings))
+        fault = settings.pop("fault", None)
+        with contextlib.nullcontext() if fault is None else faulty(Fault(**fault)):
+            train(tiny_recipe(folder, **settings))
         for name in launcher:
             del os.environ[name]
     dist.barrier()

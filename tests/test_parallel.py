@@ -85,7 +85,8 @@ def _compiled(folder: Path) -> list[dict[str, Any]]:
     return runs
 
 
-def _launch(folder: Path, processes: int, settings: list[dict[str, Any]]) -> None:
+def launch(folder: Path, processes: int, settings: list[dict[str, Any]]) -> None:
+    """Train the runs of tests/distributed_worker.py, one after another, in so many processes."""
     file = folder / f"settings-{processes}.json"
     file.write_text(json.dumps(settings))
     worker = Path(__file__).with_name("distributed_worker.py")
@@ -123,7 +124,7 @@ def runs(tmp_path_factory) -> dict[str, str]:
     alone += [_settings(folder, "baseline", "auto", **bf16)]
     for settings in alone:
         train(tiny_recipe(folder, **settings))
-    _launch(folder, 2, parallel)
+    launch(folder, 2, parallel)
     return {Path(item["output"]).name: item["output"] for item in (*alone, *parallel)}
 
 
@@ -131,7 +132,7 @@ def _four(folder: Path, more: dict[str, Any]) -> Path:
     """The runs of SPLITS in `folder`, of one process without its prefix."""
     common = {**more, "training__log_every": "1", "training__checkpoint_every": "0"}
     train(tiny_recipe(folder, **common, output=folder / "1"))
-    _launch(folder, 4, [{**common, **SPLITS[it], "output": str(folder / it)} for it in SPLITS])
+    launch(folder, 4, [{**common, **SPLITS[it], "output": str(folder / it)} for it in SPLITS])
     return folder
 
 

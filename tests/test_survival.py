@@ -228,11 +228,12 @@ def corrupt(monkeypatch: pytest.MonkeyPatch, first: int, last: int) -> None:
     loader = runs.Run.loader
 
     def corrupted(self: runs.Run, first_step: int, num_steps: int) -> Iterator[Any]:
-        size = self.recipe.training.micro_batch_size
+        size, processes = self.recipe.training.micro_batch_size, self.accelerator.num_processes
         start = first_step * self.recipe.training.global_batch_size
+        start += self.accelerator.process_index * size
         draw = torch.Generator().manual_seed(0)
         for index, batch in enumerate(loader(self, first_step, num_steps)):
-            absolute = self.order.absolute(np.arange(size) + start + index * size)
+            absolute = self.order.absolute(np.arange(size) + start + index * processes * size)
             bad = (absolute >= (first - 1) * 8) & (absolute < last * 8)
             labels = batch["shift_labels"]
             noise = torch.randint(0, 512, labels.shape, generator=draw)

@@ -170,6 +170,9 @@ class Detector:
 
     def look(self, seen: Observation) -> Alarm | None:
         """The gravest rule that the step breaks; call `take` afterwards."""
+        if seen.update_norm is not None and not math.isfinite(seen.update_norm):
+            # The gravest: weights that are not finite, since the step before.
+            return Alarm("non_finite", "update_norm", seen.update_norm, None, None, seen.step - 1)
         for signal, value in seen.signals.items():
             if not math.isfinite(value):
                 return Alarm("non_finite", signal, value, None, None, seen.step)

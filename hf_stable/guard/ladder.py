@@ -170,8 +170,11 @@ class Guard:
 
     def _refuse(self, step: int, alarm: Alarm) -> Decision:
         self._non_finite_in_a_row += 1
+        # Weights that are not finite never are again, whatever is skipped.
+        mends = alarm.signal != "update_norm"
         # Without actions nothing is counted but steps in a row.
-        if self._non_finite_in_a_row < MAX_NON_FINITE_STEPS and self._skips_are_left():
+        few = self._non_finite_in_a_row < MAX_NON_FINITE_STEPS
+        if mends and few and self._skips_are_left():
             return self._skip(step, alarm)
         return self._undo(step, alarm)
 

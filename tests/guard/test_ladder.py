@@ -63,6 +63,15 @@ def test_what_a_rollback_goes_back_to_is_known_from_the_first_alarm_on() -> None
     assert wanted == [None] * 503 + [403] * (decision.step - 503)
 
 
+@pytest.mark.parametrize("names", [["skip"], ["lower"], ALL])
+@pytest.mark.parametrize("loss", [3.0, NAN])
+def test_weights_that_are_not_finite_are_never_gone_on_with(names: list, loss: float) -> None:
+    run = [*RUN[:199], Observation(200, loss, 0.5, math.inf)]
+    decision = judged(run, GuardRecipe(actions=names, **SHORT))[-1]
+    assert decision.action == ("rollback" if "rollback" in names else "give_up")
+    assert decision.onset == 199  # whose update it was
+
+
 def test_without_actions_no_finite_number_is_refused() -> None:
     decisions = judged(high(300, 900, by=50.0), GuardRecipe())
     assert all(decision.quiet for decision in decisions)
