@@ -25,7 +25,7 @@ from hf_stable import cli, records, resuming, runs, stepping, training
 from hf_stable.checkpoints import list_checkpoints
 from hf_stable.checkpoints.directory import step_of
 from hf_stable.errors import CheckpointError, DivergedError
-from hf_stable.guard import read_rollbacks
+from hf_stable.guard import Observation, read_rollbacks, replay
 from hf_stable.preemption import EXIT_PREEMPTED, MARKER
 from hf_stable.recipes import Recipe, dump
 from hf_stable.telemetry.reading.history import read_history
@@ -255,6 +255,10 @@ def test_bad_data_are_left_out_and_the_run_is_one_that_never_met_them(
     assert start <= 149 * 8 and stop >= 170 * 8
     (event,) = records.read_metrics(found.folder, "rolled_back")
     assert event["step"] == rollback.to_step and event["at_step"] == rollback.at_step
+    seen = map(Observation.from_row, records.read_metrics(found.folder, "train"))
+    again = [(each.step, each.action) for each in replay(seen, recipe.guard) if each.reason]
+    told = records.read_metrics(found.folder, "guard")
+    assert again == [(row["step"], row["action"]) for row in told]
     clean = Path(tiny_recipe(tmp_path, **GUARDED, output=tmp_path / "clean").output)
     clean.mkdir()
     shutil.copy(found.folder / "rollbacks.json", clean)
