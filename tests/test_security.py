@@ -1,8 +1,14 @@
 """What must never get out of a machine, or into one: secrets, and code in what is read."""
 
+import io
 import json
+import pickle
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hf_stable.card import write_card
@@ -57,6 +63,41 @@ def test_a_run_is_not_named_like_a_path(
     )
     assert main(["check", str(recipe)]) == 2
     assert "name: found" in capsys.readouterr().err
+
+
+class Poison:
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self.trace,)
+
+
+def test_a_poisoned_pickle_in_the_place_of_any_file_of_a_run_or_its_cache_runs_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tiny_recipe(tmp_path, training__checkpoint_every=10, telemetry__every=10)
+    run, trace, whole = train(recipe).folder, tmp_path / "trace", tmp_path / "whole"
+    places = [run, tmp_path / "cache"]
+    for place in places:
+        shutil.copytree(place, whole / place.name)
+    payload, array = pickle.dumps(Poison(trace)), io.BytesIO()
+    np.save(array, np.array([Poison(trace)], dtype=object), allow_pickle=True)
+    files = [file.relative_to(whole) for file in whole.rglob("*") if file.is_file()]
+    assert len(files) > 20
+    for name in files:
+        for place in places:
+            shutil.rmtree(place)
+            shutil.copytree(whole / place.name, place)
+        (tmp_path / name).write_bytes(array.getvalue() if name.suffix == ".npy" else payload)
+        with suppress(Exception):
+            train(recipe)
+        for command in (["evaluate", str(run)], ["watch", "--once", str(run)]):
+            with suppress(Exception):
+                main(command)
+        assert not trace.exists(), name
+    pickle.loads(payload)
+    assert trace.exists()  # the poison works
 
 
 def test_nothing_of_ours_unpickles() -> None:

@@ -174,6 +174,20 @@ def test_another_recipe_or_never_refuses_the_folder(tmp_path: Path) -> None:
     train(tiny_recipe(tmp_path, optimizer__learning_rate=0.02), resume="changed")
 
 
+def test_the_seed_and_nothing_else_decides_a_run(tmp_path: Path) -> None:
+    first, again, other = (
+        load_file(
+            train(tiny_recipe(tmp_path, output=tmp_path / name, seed=seed)).folder
+            / "model/model.safetensors"
+        )
+        for name, seed in (("first", 3), ("again", 3), ("other", 4))
+    )
+    assert all(torch.equal(weight, again[name]) for name, weight in first.items())
+    assert not any(
+        torch.equal(weight, other[name]) for name, weight in first.items() if weight.ndim > 1
+    )
+
+
 def test_a_licence_may_be_stated_later(tmp_path: Path) -> None:
     train(tiny_recipe(tmp_path))
     source = f"[{{path: {write_text(tmp_path)}, license: PSF-2.0}}]"

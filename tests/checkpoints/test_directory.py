@@ -279,6 +279,13 @@ def test_links_to_checkpoints_and_their_directories_are_refused(tmp_path: Path) 
     assert verify(elsewhere) is None  # a link was renamed, not what it leads to
 
 
+def test_a_manifest_of_any_size_is_not_read_into_memory(tmp_path: Path) -> None:
+    folder = _save(tmp_path, 10)
+    with (folder / directory.MANIFEST).open("wb") as file:
+        file.truncate(2**40)  # bytes, of which the disk holds none
+    assert "larger than" in (verify(folder) or "")
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
 def test_a_storage_that_does_not_answer_makes_no_checkpoint_bad(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
