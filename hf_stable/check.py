@@ -97,18 +97,17 @@ def check(recipe: Recipe, world_size: int = 1) -> CheckReport:
     )
 
 
-def check_memory(recipe: Recipe, device: torch.device, world_size: int, local_size: int) -> None:
+def check_memory(recipe: Recipe, device: torch.device, sharding: Sharding, local_size: int) -> None:
     """Refuse a model that does not fit, before anything is allocated.
 
     On CUDA only what surely does not: there the allocator tells the rest.
 
     Args:
-        world_size, local_size: processes in all, and on this machine.
+        local_size: processes on this machine.
 
     Raises:
         RecipeError: names what is needed, and what the device has.
     """
-    sharding = resolve_sharding(recipe.training, world_size, local_size)
     needed = _least_bytes(recipe, sharding)
     if device.type == "cuda":
         available = torch.cuda.get_device_properties(device).total_memory
@@ -116,7 +115,7 @@ def check_memory(recipe: Recipe, device: torch.device, world_size: int, local_si
         available = (psutil.virtual_memory().total + psutil.swap_memory().total) // local_size
     if needed <= available and device.type == "cpu":
         # Nearer than the bound, since nothing is raised here: Linux kills who takes too much.
-        needed = _estimated_bytes(recipe, world_size, sharding)
+        needed = _estimated_bytes(recipe, sharding)
     if needed > available:
         sizes = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
         named = ", ".join(f"model.{name}" for name in sizes)
@@ -146,9 +145,9 @@ def _estimate(
     )
 
 
-def _estimated_bytes(recipe: Recipe, world_size: int, sharding: Sharding) -> int:
+def _estimated_bytes(recipe: Recipe, sharding: Sharding) -> int:
     """What a process on a CPU needs at its peak."""
-    accumulation = _accumulation_steps(recipe, world_size)
+    accumulation = _accumulation_steps(recipe, sharding.processes)
     try:
         estimate = _estimate(recipe, build_model(recipe, "cpu"), sharding, accumulation, "cpu")
     except RuntimeError as error:

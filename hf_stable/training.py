@@ -20,8 +20,9 @@ from .checkpoints.directory import folder_of
 from .errors import DivergedError
 from .guard import Decision
 from .preemption import Preparation, StopSignals, clear_mark, mark_preempted
+from .preparing import prepare_run
 from .recipes import Recipe
-from .runs import Run, prepare_run, save_model
+from .runs import Run, save_model
 from .stepping import Step, Stepper
 from .watchdog import FOLDER as HEARTBEATS
 from .watchdog import Watchdog, clear_heartbeats

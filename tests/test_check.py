@@ -164,9 +164,9 @@ def test_a_cpu_refuses_what_its_estimate_does_not_fit(monkeypatch: pytest.Monkey
     monkeypatch.setattr("psutil.virtual_memory", lambda: machine)
     monkeypatch.setattr("psutil.swap_memory", lambda: SimpleNamespace(total=0))
     with pytest.raises(RecipeError, match=r"needs about .* MB or more .* activations"):
-        check_memory(recipe, torch.device("cpu"), 1, 1)
+        check_memory(recipe, torch.device("cpu"), whole(recipe), 1)
     machine.total *= 20
-    check_memory(recipe, torch.device("cpu"), 1, 1)
+    check_memory(recipe, torch.device("cpu"), whole(recipe), 1)
 
 
 def test_memory_is_estimated_for_every_kind_of_rope() -> None:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from hf_stable import cli, records, resuming, runs, stepping, training
 from hf_stable.checkpoints import list_checkpoints
 from hf_stable.checkpoints.directory import step_of
+from hf_stable.corpus import prepare_corpus
 from hf_stable.errors import CheckpointError, DivergedError
 from hf_stable.guard import Observation, read_rollbacks, replay
 from hf_stable.preemption import EXIT_PREEMPTED, MARKER
@@ -157,7 +158,7 @@ def test_a_death_changes_nothing_however_data_are_read_and_summed(
     options = {**DROPOUT, **options, "training__checkpoint_every": 1}
     options |= _text_of(tmp_path, blocks) if blocks else {}
     recipe = tiny_recipe(tmp_path, **options)
-    _, corpus = runs.prepare_corpus(recipe, progress=False)
+    _, corpus = prepare_corpus(recipe, progress=False)
     assert blocks in (0, len(corpus.train))
     whole = train(tiny_recipe(tmp_path, **options, output=tmp_path / "whole"))
     for step in (7, 8, 11, 15):  # before the checkpoint of this step

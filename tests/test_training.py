@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from hf_stable import StableGPTForCausalLM, records, runs, stepping
+from hf_stable import StableGPTForCausalLM, records, stepping
 from hf_stable.checkpoints import list_checkpoints
 from hf_stable.cli import main
+from hf_stable.corpus import prepare_corpus
 from hf_stable.errors import CheckpointError, DataError, DivergedError, RecipeError
 from hf_stable.recipes import dump
 from hf_stable.sweep.worker import recipe_digest
@@ -65,7 +66,7 @@ def test_validation_is_the_cross_entropy_of_the_validation_blocks(tmp_path: Path
     recipe = tiny_recipe(tmp_path, **{"model.z_loss": 0.1})
     result = train(recipe)
     model = AutoModelForCausalLM.from_pretrained(result.folder / "model").eval()
-    _, corpus = runs.prepare_corpus(recipe, progress=False)
+    _, corpus = prepare_corpus(recipe, progress=False)
     losses = []
     for index in range(min(8, len(corpus.validation))):
         block = corpus.validation[index]

@@ -162,10 +162,11 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 def _loop_state(checkpoint: Path) -> str:
-    """state.json without those settings of the recipe in which trials differ."""
+    """state.json without what names a run, and the setting in which trials differ."""
     content = json.loads((checkpoint / "state.json").read_text())
-    recipe = content["scalars"]["recipe"]
-    del recipe["output"], recipe["training"]["asynchronous_checkpoints"]
+    scalars = content["scalars"]
+    del scalars["tracker_run"], scalars["recipe"]["output"]
+    del scalars["recipe"]["training"]["asynchronous_checkpoints"]
     return json.dumps(content)
 
 
