@@ -114,7 +114,7 @@ class DataRecipe:
 
     train: Annotated[SourceList, Field(min_length=1)]
     """Training text: paths, or mappings with the keys of a source."""
-    sequence_length: Annotated[int, Field(ge=2)]
+    sequence_length: Annotated[int, Field(ge=2, le=_LARGEST_COUNT)]
     """Tokens of one training sequence."""
     validation: SourceList = Field(default_factory=list)
     """Validation text; empty holds out a part of the training text."""
