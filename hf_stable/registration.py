@@ -21,6 +21,7 @@ from .model import (
     StableGPTModel,
 )
 
+# An export's config.json names them too.
 AUTO_CLASSES = {
     AutoModel: StableGPTModel,
     AutoModelForCausalLM: StableGPTForCausalLM,

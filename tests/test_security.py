@@ -85,10 +85,16 @@ def test_a_poisoned_pickle_in_the_place_of_any_file_of_a_run_or_its_cache_runs_n
     np.save(array, np.array([Poison(trace)], dtype=object), allow_pickle=True)
     files = [file.relative_to(whole) for file in whole.rglob("*") if file.is_file()]
     assert len(files) > 20
-    for name in files:
+
+    def restore() -> None:
         for place in places:
             shutil.rmtree(place)
             shutil.copytree(whole / place.name, place)
+
+    restore()
+    train(recipe)  # what is restored is read
+    for name in files:
+        restore()
         (tmp_path / name).write_bytes(array.getvalue() if name.suffix == ".npy" else payload)
         with suppress(Exception):
             train(recipe)

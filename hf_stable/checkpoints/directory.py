@@ -172,11 +172,9 @@ def read_manifest(folder: Path) -> Files:
             _check_inside(name)
             if not isinstance(about["bytes"], int) or not isinstance(about["sha256"], str):
                 raise ValueError(f"{name} has no bytes and SHA-256")
-    except OSError as error:
-        if error.errno not in _DAMAGE:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, OSError) and error.errno not in _DAMAGE:
             raise
-        raise CheckpointError(f"{place} cannot be read: {_say(error)}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{place} cannot be read: {_say(error)}") from error
     return files
 

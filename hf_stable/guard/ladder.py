@@ -112,7 +112,7 @@ class Guard:
         is_calm = self._step - self._last_alarm > _CALM_STEPS
         if is_calm or "rollback" not in self._settings.actions:
             return None
-        return max(0, self._onset - self._settings.rollback_steps - 1)
+        return self._first_undone() - 1
 
     def after_rollback(self, rollbacks: Sequence[Rollback]) -> None:
         """Tell a guard whose state is older what was tried since; call it after every load.
@@ -214,7 +214,7 @@ class Guard:
         settings, tried = self._settings, self._tried(self._onset)
         if "rollback" not in settings.actions or len(tried) >= settings.max_rollbacks:
             return self._decide(step, alarm, "give_up", f"giving up; {self._diagnosis(tried)}")
-        first = max(1, self._onset - settings.rollback_steps)  # one after `rollback_to`
+        first = self._first_undone()
         last = max(step, first + settings.skip_batches * 2 ** len(tried) - 1)
         text = (
             f"rollback {len(tried) + 1} of {settings.max_rollbacks} to step {first - 1} at the "
@@ -223,6 +223,9 @@ class Guard:
         decision = self._decide(step, alarm, "rollback", text)
         places = {"rollback_to": first - 1, "skip_first": first, "skip_last": last}
         return Decision(**{**asdict(decision), **places})
+
+    def _first_undone(self) -> int:
+        return max(1, self._onset - self._settings.rollback_steps)
 
     def _tried(self, onset: int) -> list[Rollback]:
         """Rollbacks that the run has not got far beyond."""
