@@ -4,7 +4,6 @@ import io
 import json
 import pickle
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from hf_stable.card import write_card
 from hf_stable.cli import main
 from hf_stable.training import train
 
+from .poison import Poison
 from .training import tiny_recipe
 
 SECRETS = {
@@ -63,14 +63,6 @@ def test_a_run_is_not_named_like_a_path(
     )
     assert main(["check", str(recipe)]) == 2
     assert "name: found" in capsys.readouterr().err
-
-
-class Poison:
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
-        return Path.touch, (self.trace,)
 
 
 def test_a_poisoned_pickle_in_the_place_of_any_file_of_a_run_or_its_cache_runs_nothing(

@@ -31,6 +31,7 @@ from hf_stable.checkpoints.layouts import write_files
 from hf_stable.checkpoints.state import take_state
 from hf_stable.errors import CheckpointError
 
+from ..poison import Poison
 from .faults import WRITES, calls_of, die_at, fail_at
 from .models import differences, make_model, make_optimizer, train, whole_state
 
@@ -190,16 +191,6 @@ def test_the_background_writes_what_was_and_tells_what_failed(tmp_path: Path) ->
     writer.wait()  # told once
 
 
-class _Poison:
-    """A pickle that leaves a mark where it is loaded."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.mark),)
-
-
 def _sharded(folder: Path) -> None:
     """A checkpoint in the sharded layout, of one process."""
     training = Training(folder.parent.parent)
@@ -228,7 +219,7 @@ def test_no_file_of_a_checkpoint_is_run(tmp_path: Path) -> None:
             run = tmp_path / f"{layout}-{name.replace('/', '-')}"
             folder = directory.folder_of(run / "checkpoints", 1)
             make(folder)
-            (folder / name).write_bytes(pickle.dumps(_Poison(mark)))
+            (folder / name).write_bytes(pickle.dumps(Poison(mark)))
             if name != "manifest.json":
                 files = directory.sync_files(folder, directory.file_names(folder))
                 (folder / "manifest.json").unlink()
@@ -245,7 +236,7 @@ def test_no_file_of_a_checkpoint_is_run(tmp_path: Path) -> None:
                 export_model(folder, run / "model")
             assert not mark.exists(), name
     assert {"shards/.metadata", "shards/__0_0.distcp", "optimizer.safetensors"} < seen
-    pickle.loads(pickle.dumps(_Poison(mark)))
+    pickle.loads(pickle.dumps(Poison(mark)))
     assert mark.exists()  # the poison works
 
 

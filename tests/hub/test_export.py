@@ -28,6 +28,7 @@ from hf_stable.hub.scanning import refuse_strangers
 from hf_stable.records import read_metrics
 from hf_stable.training import TrainResult, train
 
+from ..poison import Poison
 from ..tiny import byte_tokenizer
 from ..training import tiny_recipe
 from .conftest import save
@@ -228,16 +229,6 @@ def test_a_checkpoint_on_the_way_exports_without_claims_of_the_end(
     assert all(torch.equal(saved[name], exported[name]) for name in saved)
     with pytest.raises(CheckpointError, match="no checkpoint of step 11; there are: 10, 20"):
         export(finished.folder, tmp_path / "none", step=11)
-
-
-class Poison:
-    """Unpickling it leaves a trace."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.trace,)
 
 
 def test_nothing_but_the_model_leaves_a_poisoned_folder(tmp_path: Path) -> None:
