@@ -14,8 +14,13 @@ from hf_stable.model.functional_stable_gpt import attention_forward
 from .attention import AttentionStatistics, flash_attention
 from .documents import build_documents, documents_of_lengths, is_documents, merge
 
-# Arguments of other backends that change what attention computes; unknown to these kernels.
-_FOREIGN = ("s_aux", "position_bias", "head_mask", "cache", "output_attentions")
+# Arguments of other backends that change what attention computes; unknown to these kernels. The
+# last two come with the pages of continuous batching. A cache of another kind, under either of its
+# names, is no such argument: its keys and values are here already.
+_FOREIGN = (
+    *("s_aux", "position_bias", "head_mask", "output_attentions"),
+    *("write_index", "block_table"),
+)
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from transformers.utils import TransformersKwargs
 
 from .configuration_stable_gpt import StableGPTConfig
 from .functional_stable_gpt import attention_forward, mlp_stream, rotate, squared_relu
+from .host_stable_gpt import one_cache, update_cache
 from .sigma_stable_gpt import StableGPTSigmaLinear
 from .slots_stable_gpt import (
     StableGPTHeadNorm,
@@ -83,6 +84,7 @@ class StableGPTAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: Any = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = self.qkv_proj(hidden_states).split(self.widths, dim=-1)
@@ -90,8 +92,8 @@ class StableGPTAttention(nn.Module):
         key = self._heads(self.k_norm(key))
         value = self._heads(self.v_norm(value))
         query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        cache = one_cache(past_key_values, cache)
+        key, value = update_cache(cache, key, value, self.layer_idx, kwargs)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, attention_forward
         )

@@ -195,7 +195,7 @@ class StableGPTConfig(PreTrainedConfig):
     """
 
     model_type = "stable_gpt"
-    keys_to_ignore_at_inference = ["past_key_values", "ce_loss", "z_loss"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "ce_loss", "z_loss"]
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),

@@ -35,6 +35,15 @@ from transformers.utils.output_capturing import capture_outputs
 from .blocks_stable_gpt import StableGPTAttention, StableGPTDecoderLayer, norm_slot
 from .configuration_stable_gpt import StableGPTConfig
 from .generation_stable_gpt import StableGPTGenerationMixin
+from .host_stable_gpt import (
+    CACHE,
+    StableGPTCacheNames,
+    check_cache,
+    check_keywords,
+    mask_cache,
+    one_cache,
+    warn_if_untested,
+)
 from .parallel_stable_gpt import check_parallelism
 from .sigma_stable_gpt import StableGPTSigmaLinear, follow_weights, init_sigma, power_iterate
 from .slots_stable_gpt import (
@@ -51,7 +60,12 @@ from .watch_stable_gpt import StableGPTLossWatch
 
 
 @dataclass
-class StableGPTCausalLMOutput(CausalLMOutputWithPast):
+class StableGPTModelOutput(StableGPTCacheNames, BaseModelOutputWithPast):
+    """Output of [`StableGPTModel`]."""
+
+
+@dataclass
+class StableGPTCausalLMOutput(StableGPTCacheNames, CausalLMOutputWithPast):
     """Output of [`StableGPTForCausalLM`]: `loss` is the sum of `ce_loss` and `z_loss`.
 
     Args:
@@ -70,7 +84,7 @@ class StableGPTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["StableGPTDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -209,6 +223,7 @@ class StableGPTModel(StableGPTPreTrainedModel):
 
     def __init__(self, config: StableGPTConfig) -> None:
         super().__init__(config)
+        warn_if_untested()
         # Fields set on a config after its construction are checked here at the latest.
         config.check()
         self.embed_tokens = StableGPTEmbedding(config)
@@ -232,8 +247,10 @@ class StableGPTModel(StableGPTPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        *,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPast:
+    ) -> StableGPTModelOutput:
         """Hidden states of every token.
 
         Args:
@@ -242,34 +259,40 @@ class StableGPTModel(StableGPTPreTrainedModel):
             position_ids: (B, Q) int64. Given without a mask and a cache, positions that restart at
                 0 begin a new document, which does not attend to the one before it.
             past_key_values: keys and values as the scores use them, after norms and RoPE.
+            cache: another name of `past_key_values`, as Transformers calls it since 5.24.
+            kwargs: keywords of `host_stable_gpt.KEYWORDS`.
 
         Raises:
-            ValueError: for no tokens. On a CPU only, since elsewhere it would stall the device: for
-                ids outside the vocabulary and positions beyond `max_position_embeddings`.
+            TypeError: for an unknown keyword, naming it, and for a cache that is no `Cache`.
+            ValueError: for two different caches, and for no tokens. On a CPU only, since elsewhere
+                it would stall the device: for ids outside the vocabulary and positions beyond
+                `max_position_embeddings`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        self._check_keywords(kwargs, packed=position_ids is not None)
+        cache = one_cache(past_key_values, cache)
+        check_cache(cache, kwargs)
         self._follow_weights()
         if inputs_embeds is None:
             check_ids("input_ids", input_ids, self.config.vocab_size)
             inputs_embeds = self.embed_tokens(input_ids)
         given_positions = position_ids
         if position_ids is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            seen = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
             position_ids = position_ids.unsqueeze(0)
         self._check_inputs(inputs_embeds.shape, position_ids, attention_mask)
-        self._check_keywords(kwargs, packed=given_positions is not None)
         # Before a cache is made: with one, Transformers would not look for packed documents.
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=given_positions,
+            **mask_cache(cache, kwargs),
         )
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         hidden_states = self.embed_norm(inputs_embeds)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         # Assisted generation lowers the number for a draft that leaves the model early.
@@ -279,17 +302,14 @@ class StableGPTModel(StableGPTPreTrainedModel):
                 position_embeddings=position_embeddings,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                **{CACHE: cache},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
-        )
+        return StableGPTModelOutput(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
     def _check_keywords(self, keywords: Any, packed: bool) -> None:
         """Refuse what would be passed on to attention functions that ignore it."""
-        if keywords.get("head_mask") is not None:
-            raise ValueError("head_mask would be ignored: Transformers 5 has no head masks.")
+        check_keywords(self, keywords)
         name = self.config._attn_implementation
         is_dense = name in ("eager", "sdpa", "flex_attention")
         if is_dense and not packed and keywords.get("cu_seq_lens_q") is not None:
@@ -357,6 +377,7 @@ class StableGPTForCausalLM(StableGPTPreTrainedModel, StableGPTGenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         *,
+        cache: Cache | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         ignore_index: int = -100,
         skip_logits: bool | None = None,
@@ -376,11 +397,12 @@ class StableGPTForCausalLM(StableGPTPreTrainedModel, StableGPTGenerationMixin):
         # Not in the signature, where Trainer takes every name with "label" in it for a column that
         # batches must have: it would evaluate without a loss.
         shift_labels: Any = kwargs.pop("shift_labels", None)
+        check_keywords(self, kwargs)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=one_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -403,11 +425,11 @@ class StableGPTForCausalLM(StableGPTPreTrainedModel, StableGPTGenerationMixin):
         return StableGPTCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             ce_loss=ce_loss,
             z_loss=z_loss,
+            **{CACHE: outputs.cache},
         )
 
     def _targets(
