@@ -163,8 +163,10 @@ def test_hidden_tokens_are_no_logits() -> None:
         model(ids)
         assert not torch.allclose(qk_clip.clip(), short)
         model(ids, attention_mask=mask)
-        # A query that is padding itself sees the tokens before it.
-        assert (qk_clip.clip() >= short).all()
+        # A query that is padding itself sees the tokens before it. A product of 13 rows may round
+        # otherwise than one of 6: by a unit for each of the 8 products of a score.
+        rounding = 8 * torch.finfo(torch.float64).eps
+        assert (qk_clip.clip() >= short * (1 - rounding * short.sign())).all()
 
 
 def test_telemetry_sees_the_same_inside() -> None:

@@ -218,14 +218,18 @@ def test_a_sequence_of_one_token_has_logits_and_no_entropy(attn: str) -> None:
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
 def test_a_cache_in_training_changes_no_number(attn: str) -> None:
-    """Transformers makes one unless it is told not to; keys are all keys up to here."""
+    """Transformers makes one unless it is told not to; keys are all keys up to here.
+
+    A cache returns keys in other strides, for which a BLAS may sum in another order: what is
+    granted is rounding of float64 over a thousand sums.
+    """
     found = []
     for use_cache in (False, True):
         model = tiny("qk_norm", attn)
         with watch(model, every=1, bounds_every=0) as watcher:
             model(**draw(1)[0][0], use_cache=use_cache).loss.backward()
             found.append(watcher.end_step())
-    assert found[0] == found[1]
+    assert_numbers(found[1], found[0], 1000 * torch.finfo(torch.float64).eps)
 
 
 def test_queries_behind_a_prefix_see_all_of_it() -> None:
