@@ -38,6 +38,7 @@ from .resuming import (
     flat,
     recorded_initial_model,
     resume_run,
+    warn_of_numerics,
 )
 from .runs import Run
 from .sharding import Sharding, resolve_sharding
@@ -85,6 +86,8 @@ def prepare_run(recipe: Recipe, resume: str) -> Run:
     torch.manual_seed(recipe.seed + 1 + accelerator.process_index)
     guard = Guard(recipe.guard)
     where = resume_run(folder, guard, model, optimizer, accelerator, report=_say)
+    if where.step > 0 and accelerator.is_main_process and accelerator.device.type == "cpu":
+        warn_of_numerics(folder, _say)
     run = Run(
         recipe=recipe,
         folder=folder,
@@ -284,6 +287,7 @@ def _record_start(run: Run, about: dict[str, Any], event: str) -> None:
                 "bigram_nats_per_token": baselines.bigram,
             },
             "versions": records.versions(),
+            "numerics": records.numerics(),
             "git_revision": records.git_revision(),
             "device": device,
             "processes": accelerator.num_processes,

@@ -109,6 +109,11 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def numerics() -> dict[str, str | None]:
+    """Variables of the environment on which the bits of a run depend on a CPU; None where unset."""
+    return {name: os.environ.get(name) or None for name in ("MKL_CBWR", "ATEN_CPU_CAPABILITY")}
+
+
 def git_revision() -> str | None:
     """Revision of the checkout this package is run from, with `-dirty`; None outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

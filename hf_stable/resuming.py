@@ -198,6 +198,26 @@ def _resumed(scalars: dict[str, Any], guard: Guard, rollbacks: list[Rollback]) -
     return Resumed(scalars["step"], guard, scalars.get("update_norm"), skipped)
 
 
+def warn_of_numerics(folder: Path, report: Callable[[str], None]) -> None:
+    """Report settings under which a CPU may not repeat the bits of the run so far.
+
+    Args:
+        folder: Folder of the run, with its run.json.
+        report: Receives one line, or none.
+    """
+    now = records.numerics()
+    before = records.read_run(folder).get("numerics", {})
+    changed = {name: (before.get(name), now[name]) for name in now if before.get(name) != now[name]}
+    if changed:
+        values = ", ".join(f"{name} was {old}, is {new}" for name, (old, new) in changed.items())
+        report(f"warning: {values}: the last bits may differ from those of an uninterrupted run")
+    if now["MKL_CBWR"] is None and torch.backends.mkl.is_available():
+        report(
+            "warning: MKL_CBWR is not set, so MKL may round differently in each process: set "
+            "MKL_CBWR=AUTO before Python starts to make resuming bit-exact on every CPU"
+        )
+
+
 def _finish_rollback(folder: Path, rollbacks: list[Rollback]) -> None:
     """A rollback that was killed after it was written has left checkpoints of what was given up."""
     if not rollbacks:

@@ -6,6 +6,8 @@ import signal
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# As the command line does: the same bits wherever memory is aligned. MKL reads it at its first use.
+os.environ.setdefault("MKL_CBWR", "AUTO")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell starts what it sends to the background deaf to Ctrl-C, and children would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

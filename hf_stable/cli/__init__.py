@@ -10,6 +10,10 @@ from hf_stable.cli.commands import COMMANDS
 from hf_stable.cli.parsers import build_parser
 from hf_stable.errors import DivergedError, UserError
 
+# MKL otherwise sums in another order when memory is aligned otherwise, so that a resumed run could
+# differ in the last bits. It reads the variable at its first product; processes inherit it.
+os.environ.setdefault("MKL_CBWR", "AUTO")
+
 # The system names no file when a disk is full.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -45,13 +45,17 @@ for number, folder in enumerate(folders):
 # Its source is put into the clean process too, so that both do the same.
 @torch.no_grad()
 def answers_of(model: Any, start: Any, count: int, settings: Any) -> dict[str, torch.Tensor]:
-    """What is compared: `logits` (1, T, V), and `tokens` (1, N) sampled with a fixed seed.
+    """Return `logits` (1, T, V), and `tokens` (1, N) that are sampled with a fixed seed.
 
     Args:
+        model: A causal language model, whose tensors are moved to memory that torch aligns.
         start: token to begin with. count: of tokens, as far as the positions go.
         settings: the class of generation configs. The model's own, which may want a tokenizer or
             sample in no way at all, says nothing about whether the model loads.
     """
+    # Weights that are mapped from a file lie anywhere, and a BLAS may round differently by that.
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
     longest = model.config.max_position_embeddings
     logits = model(torch.arange(min(16, longest, model.config.vocab_size))[None]).logits
     new = min(count, longest - 1)

@@ -225,6 +225,22 @@ def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     return turned if width == heads.shape[-1] else torch.cat((turned, rest), dim=-1)
 
 
+def matrix_vector(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """Return M v, with the same bits wherever the matrix and the vector lie in memory.
+
+    A BLAS on a CPU may sum in another order for another alignment (MKL does on AVX2), and tensors
+    that safetensors maps from a file may have any alignment. The sums of torch itself depend on
+    shapes alone. On a CPU they take two more passes over the matrix.
+
+    Args:
+        matrix: (..., N, M), one matrix or many of a shape.
+        vector: (..., M).
+    """
+    if matrix.device.type != "cpu":
+        return (matrix @ vector[..., None])[..., 0]
+    return (matrix * vector[..., None, :]).sum(dim=-1)
+
+
 def power_iteration(
     weight: torch.Tensor, u: torch.Tensor, v: torch.Tensor, steps: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -237,8 +253,8 @@ def power_iteration(
         The new u and v. sigma(W) is u^T W v (Zhai et al. 2023, algorithm 1).
     """
     for _ in range(steps):
-        u = nn.functional.normalize((weight @ v[..., None])[..., 0], dim=-1)
-        v = nn.functional.normalize((u[..., None, :] @ weight)[..., 0, :], dim=-1)
+        u = nn.functional.normalize(matrix_vector(weight, v), dim=-1)
+        v = nn.functional.normalize(matrix_vector(weight.transpose(-1, -2), u), dim=-1)
     return u, v
 
 
@@ -260,6 +276,7 @@ def top_singular_vectors(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 def spectral_norm(weight: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """sigma(W) = u^T W v as a 0-d tensor, differentiable in W (its gradient is u v^T).
 
-    The division undoes rounding of u and v, whose norms are 1 only up to their dtype.
+    The division undoes rounding of u and v, whose norms are 1 only up to their dtype. The bits do
+    not depend on where the arguments lie in memory.
     """
-    return torch.dot(u, weight @ v) / (u.norm() * v.norm())
+    return (u * matrix_vector(weight, v)).sum() / (u.norm() * v.norm())
