@@ -1,8 +1,11 @@
 """Stable LLM pre-training on the HuggingFace stack: `import hf_stable` registers `stable_gpt`."""
 
 import sys
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any, ClassVar
 
 __version__ = "0.1.0"
 # The names below come from __getattr__.
@@ -26,9 +29,41 @@ def __getattr__(name: str) -> Any:
     return vars(model)[name]
 
 
-# The command line answers --help without torch (seconds); its subcommands register by themselves.
-if Path(sys.argv[0]).stem != "hf-stable" and sys.orig_argv[-len(sys.argv) - 1 :][:2] != [
-    "-m",
-    "hf_stable",
-]:
+class _RegisterOnImport:
+    """Finder of modules that registers the family once Transformers is imported, by whomever.
+
+    Importing Transformers and torch takes seconds, which `hf-stable --help` does not have. Whoever
+    can use the Auto classes has imported Transformers, so nobody sees them without the family.
+    """
+
+    # The model's own files import Transformers. Registration waits for both.
+    _watched = ("transformers", "hf_stable.model")
+    _loading: ClassVar[set[str]] = set()
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Return what the other finders find for a watched module, and None for any other."""
+        if name not in cls._watched:
+            return None
+        others = (each for each in sys.meta_path if each is not cls)
+        specs = (each.find_spec(name, path, target) for each in others)
+        spec = next((each for each in specs if each is not None), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader.exec_module = partial(cls._load, name, spec.loader.exec_module)
+        return spec
+
+    @classmethod
+    def _load(cls, name: str, load: Callable[[ModuleType], None], module: ModuleType) -> None:
+        cls._loading.add(name)
+        try:
+            load(module)
+        finally:
+            cls._loading.discard(name)
+        if not cls._loading:
+            from . import registration  # noqa: F401, PLC0415
+
+
+if "transformers" in sys.modules:
     from . import registration  # noqa: F401
+else:
+    sys.meta_path.insert(0, _RegisterOnImport)

@@ -1,10 +1,9 @@
-"""Command lines of other projects, after making Transformers know `stable_gpt`.
+"""Command lines of other projects, in a process in which Transformers knows `stable_gpt`.
 
 Transformers discovers no plugins, so that a tool's own command cannot load a model without code in
-its folder. Law of this file: each function imports us and calls theirs; their options are theirs.
+its folder. To import this package is enough. Law of this file: each function calls theirs, and
+their options are theirs.
 """
-
-# ruff: noqa: PLC0415
 
 import importlib
 import sys
@@ -12,15 +11,12 @@ from typing import Any
 
 
 def _client(module: str) -> Any:
-    """The module of a client, with our classes registered; exit code 2 where it is not there."""
+    """Import the module of a client; exit with code 2 where it is not installed."""
     try:
-        found = importlib.import_module(module)
+        return importlib.import_module(module)
     except ImportError as error:
         print(f"error: {error}; install the clients: hf_stable[clients]", file=sys.stderr)
         raise SystemExit(2) from error
-    from hf_stable import registration  # noqa: F401
-
-    return found
 
 
 def lm_eval() -> None:

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from . import optim, parallel, records, registration  # noqa: F401 (AutoTokenizer reads configs)
+from . import optim, parallel, records
 from .check import check_memory, flops_per_token
 from .checkpoints import CheckpointWriter, Keep, list_checkpoints
 from .checkpoints.together import from_main

@@ -116,7 +116,6 @@ def _tokenizer(arguments: Namespace) -> None:
 def _evaluate(arguments: Namespace) -> None:
     from itertools import islice
 
-    from hf_stable import StableGPTForCausalLM  # noqa: F401 (registers the Auto classes)
     from hf_stable.corpus import sources_of
     from hf_stable.data import ReadReport, expand, read_documents
     from hf_stable.evaluation import load_model, model_place, perplexity
@@ -161,7 +160,6 @@ def _evaluate(arguments: Namespace) -> None:
 def _generate(arguments: Namespace) -> None:
     import torch
 
-    from hf_stable import StableGPTForCausalLM  # noqa: F401 (registers the Auto classes)
     from hf_stable.data import boundary_ids
     from hf_stable.evaluation import load_model, model_place
 

@@ -84,7 +84,6 @@ def add_push_options(parser: ArgumentParser) -> ArgumentParser:
 
 def export_command(arguments: Namespace) -> None:
     """Export, check, and say how to load."""
-    from hf_stable import StableGPTForCausalLM  # noqa: F401 (registers the Auto classes)
     from hf_stable.hub import Weights, check_export, export
 
     checked: list[ExportCheck] = []

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from hf_stable import registration  # noqa: F401 (AutoTokenizer reads configs)
 from hf_stable.checksums import sha256_of
 from hf_stable.errors import CheckpointError
 from hf_stable.evaluation import load_config, load_model

@@ -1,6 +1,6 @@
 """Load any causal language model and its tokenizer, or say in one sentence why that cannot be done.
 
-Importing this module registers the StableGPT classes: they need no trust_remote_code.
+A StableGPT needs no trust_remote_code: to import this package registers its classes.
 """
 
 import json
@@ -23,7 +23,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_stable import registration  # noqa: F401
 from hf_stable.checksums import SUMS, our_sums, verify_sums
 from hf_stable.errors import CheckpointError
 from hf_stable.evaluation.downloading import download_verified

@@ -1,0 +1,137 @@
+"""Tests under other versions of Transformers than the installed one; see host_matrix.sh.
+
+Each version is installed into a folder of its own under `.cache/transformers`, with the packages
+that it needs in another version than `.venv` has. That folder comes first on the path of the tests,
+so that a version costs seconds and megabytes instead of an environment.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+OVERLAYS = ROOT / ".cache" / "transformers"
+SHORT = ["tests/host/test_versions.py"]
+FULL = [
+    "tests/host",
+    "tests/model/test_modeling.py",
+    "tests/hub/test_export.py",
+    "tests/kernels/test_interface.py",
+    "tests/clients/test_generation.py",
+    "tests/clients/test_loading.py",
+    "tests/clients/test_trainer.py",
+]
+SUMMARY = re.compile(r"\b\d+ (?:passed|failed|skipped|errors?)\b")
+
+
+def pip(*arguments: str) -> str:
+    """Run pip and return its output.
+
+    Raises:
+        SystemExit: with pip's message, when it fails.
+    """
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode != 0:
+        raise SystemExit(f"error: {' '.join(command[2:])} failed:\n{answer.stderr.strip()}")
+    return answer.stdout
+
+
+def oldest_declared() -> str:
+    """Return the lowest version that pyproject.toml allows."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    specifier = next(
+        each.specifier
+        for each in map(Requirement, project["dependencies"])
+        if each.name == "transformers"
+    )
+    bound = next(each.version for each in specifier if each.operator == ">=")
+    return bound + ".0" * (2 - bound.count("."))
+
+
+def pinned() -> str:
+    """Return the version of scripts/constraints.txt."""
+    text = (ROOT / "scripts" / "constraints.txt").read_text(encoding="utf-8")
+    found = re.search(r"^transformers==(\S+)$", text, re.MULTILINE)
+    assert found is not None, "scripts/constraints.txt pins transformers"
+    return found[1]
+
+
+def newest_released() -> str:
+    """Return the newest version in the package index, whatever pyproject.toml allows."""
+    options = ["--dry-run", "--ignore-installed", "--no-deps", "--quiet", "--report", "-"]
+    report = json.loads(pip("install", *options, "transformers"))
+    return report["install"][0]["metadata"]["version"]
+
+
+def overlay(version: str) -> Path:
+    """Return the folder with a version, installed on the first call."""
+    folder = OVERLAYS / version
+    if not folder.is_dir():
+        partial = folder.with_name(f".{version}")
+        into = ["install", "--quiet", "--no-deps", "--upgrade", "--target", str(partial)]
+        pip(*into, f"transformers=={version}")
+        (about,) = metadata.distributions(name="transformers", path=[str(partial)])
+        needed = [each for each in map(Requirement, about.requires or []) if each.marker is None]
+        other = [
+            str(each)
+            for each in needed
+            if not each.specifier.contains(metadata.version(each.name), prereleases=True)
+        ]
+        if other:
+            pip(*into, *other)
+        partial.rename(folder)
+    return folder
+
+
+def run_tests(version: str, tests: list[str], options: list[str]) -> bool:
+    """Run tests under a version, print its line, and keep the output beside the overlay."""
+    path = [str(overlay(version)), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+    log = OVERLAYS / f"{version}.log"
+    start = time.monotonic()
+    with log.open("w", encoding="utf-8") as file:
+        code = subprocess.run(
+            [sys.executable, "-m", "pytest", "-n", "2", "-m", "not gpu", *tests, *options],
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            check=False,
+        ).returncode
+    lines = log.read_text(encoding="utf-8").splitlines()
+    # With -q -q pytest prints no summary; with the project's -q it is the last line that has one.
+    summary = next(
+        (", ".join(SUMMARY.findall(line)) for line in reversed(lines) if SUMMARY.search(line)),
+        "no summary",
+    )
+    verdict = "ok" if code == 0 else f"FAILED (see {log.relative_to(ROOT)})"
+    seconds = time.monotonic() - start
+    print(f"transformers {version:<8} {verdict}: {summary} in {seconds:.0f} s", flush=True)
+    return code == 0
+
+
+def main(arguments: list[str]) -> int:
+    """Return the exit code: 0 when all versions pass, 1 otherwise."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("versions", nargs="*", help="default: oldest, pinned and newest")
+    parser.add_argument("--short", action="store_true", help="run tests/host/test_versions.py only")
+    parsed, options = parser.parse_known_args(arguments)
+    versions = parsed.versions or [oldest_declared(), pinned(), newest_released()]
+    tests = SHORT if parsed.short else FULL
+    # Each version runs, also after one that fails.
+    passed = [run_tests(version, tests, options) for version in dict.fromkeys(versions)]
+    return 0 if all(passed) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
