@@ -120,17 +120,51 @@ def run_tests(version: str, tests: list[str], options: list[str]) -> bool:
     return code == 0
 
 
+def raise_ceiling(version: str) -> None:
+    """Write a version that passed into pyproject.toml, the constraints and the exported code."""
+    major, minor = version.split(".")[:2]
+    changes = {
+        "pyproject.toml": (
+            r"(transformers(?:\[serving\])?>=[\d.]+,<)[\d.]+",
+            rf"\g<1>{major}.{int(minor) + 1}",
+        ),
+        "scripts/constraints.txt": (r"(?m)^transformers==\S+$", f"transformers=={version}"),
+        "hf_stable/model/host_stable_gpt.py": (
+            r'(OLDEST_TESTED, NEWEST_TESTED = "[\d.]+", )"[\d.]+"',
+            rf'\g<1>"{major}.{minor}"',
+        ),
+    }
+    for name, (pattern, replacement) in changes.items():
+        file = ROOT / name
+        text, count = re.subn(pattern, replacement, file.read_text(encoding="utf-8"))
+        assert count, f"{name} has no {pattern}"
+        file.write_text(text, encoding="utf-8")
+        print(f"{name}: transformers up to {version}")
+
+
 def main(arguments: list[str]) -> int:
     """Return the exit code: 0 when all versions pass, 1 otherwise."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("versions", nargs="*", help="default: oldest, pinned and newest")
     parser.add_argument("--short", action="store_true", help="run tests/host/test_versions.py only")
+    parser.add_argument(
+        "--raise",
+        dest="ceiling",
+        metavar="VERSION",
+        help="test this version, and declare it as supported if it passes",
+    )
     parsed, options = parser.parse_known_args(arguments)
     versions = parsed.versions or [oldest_declared(), pinned(), newest_released()]
+    if parsed.ceiling is not None:
+        versions = [parsed.ceiling]
     tests = SHORT if parsed.short else FULL
     # Each version runs, also after one that fails.
     passed = [run_tests(version, tests, options) for version in dict.fromkeys(versions)]
-    return 0 if all(passed) else 1
+    if not all(passed):
+        return 1
+    if parsed.ceiling is not None:
+        raise_ceiling(parsed.ceiling)
+    return 0
 
 
 if __name__ == "__main__":

@@ -30,25 +30,30 @@ CACHE = (
     else ("past_key_values")
 )
 
-# Keywords of `forward` beyond its signature: name -> the supported version of Transformers that
-# passed it first.
+# Keywords of `forward` beyond its signature that Transformers itself passes: name -> the first
+# supported version that does.
 KEYWORDS = {
-    "block_table": "5.17",  # continuous batching, down to `write_index`
+    "assistant_tokenizer": "5.17",  # generate: what it needs itself and hands to the model as well
+    "tokenizer": "5.17",
+    "block_table": "5.17",  # continuous batching
     "logits_indices": "5.17",
     "logits_processor_args": "5.17",
     "max_seqlen_k": "5.17",
     "max_seqlen_q": "5.17",
     "read_index": "5.17",
     "write_index": "5.17",
-    "cu_seq_lens_k": "5.17",  # packed documents: DataCollatorWithFlattening
+    "cu_seq_lens_k": "5.17",  # packed documents, as of DataCollatorWithFlattening
     "cu_seq_lens_q": "5.17",
     "max_length_k": "5.17",
     "max_length_q": "5.17",
     "seq_idx": "5.17",
-    "is_causal": "5.17",
+    "is_causal": "5.17",  # encoders, and since 5.23 continuous batching
     "num_items_in_batch": "5.17",  # Trainer
     "output_attentions": "5.17",
     "output_hidden_states": "5.17",
+    "ignore_index": "5.17",  # pipeline stages: arguments of the head, given to the decoder
+    "skip_logits": "5.17",
+    "kwargs": "5.17",  # the rest of them, as a mapping
 }
 
 # What the Transformers backends of servers pass to the attention functions that they register.

@@ -149,6 +149,14 @@ def test_a_misspelt_label_is_refused_with_the_right_name() -> None:
         make("baseline")(prompt(), lables=prompt())
 
 
+def test_generate_may_be_given_a_tokenizer() -> None:
+    """Transformers hands it to the model as well."""
+    model = make("baseline", vocab_size=257)
+    plain = model.generate(prompt(1), **agreement.GREEDY)
+    options = {"tokenizer": byte_tokenizer(), "stop_strings": ["never so said"]}
+    assert torch.equal(model.generate(prompt(1), **agreement.GREEDY, **options), plain)
+
+
 def test_every_keyword_of_this_transformers_is_known() -> None:
     """Fails under a new version of Transformers that passes what we would refuse."""
     signature = set(inspect.signature(StableGPTForCausalLM.forward).parameters)

@@ -105,7 +105,7 @@ def test_what_is_in_a_folder(exports: dict[str, Exported]) -> None:
         "LICENSE", "README.md", "SHA256SUMS", "config.json", "generation_config.json",
         "model.safetensors",
         "blocks_stable_gpt.py", "configuration_stable_gpt.py", "functional_stable_gpt.py",
-        "generation_stable_gpt.py",
+        "generation_stable_gpt.py", "host_stable_gpt.py",
         "loss_stable_gpt.py", "modeling_stable_gpt.py", "parallel_stable_gpt.py",
         "sigma_stable_gpt.py", "slots_stable_gpt.py", "tokenizer.json", "tokenizer_config.json",
         "watch_stable_gpt.py",
