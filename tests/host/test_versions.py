@@ -153,8 +153,8 @@ def test_generate_may_be_given_a_tokenizer() -> None:
     """Transformers hands it to the model as well."""
     model = make("baseline", vocab_size=257)
     plain = model.generate(prompt(1), **agreement.GREEDY)
-    options = {"tokenizer": byte_tokenizer(), "stop_strings": ["never so said"]}
-    assert torch.equal(model.generate(prompt(1), **agreement.GREEDY, **options), plain)
+    found = model.generate(prompt(1), tokenizer=byte_tokenizer(), **agreement.GREEDY)
+    assert torch.equal(found, plain)
 
 
 def test_every_keyword_of_this_transformers_is_known() -> None:
