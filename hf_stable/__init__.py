@@ -36,14 +36,15 @@ class _RegisterOnImport:
     can use the Auto classes has imported Transformers, so nobody sees them without the family.
     """
 
-    # The model's own files import Transformers. Registration waits for both.
+    # The model's own files import Transformers, and kernels import the model: registration, which
+    # needs them all, waits until the outermost of these is loaded.
     _watched = ("transformers", "hf_stable.model")
     _loading: ClassVar[set[str]] = set()
 
     @classmethod
     def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         """Return what the other finders find for a watched module, and None for any other."""
-        if name not in cls._watched:
+        if name not in cls._watched and not name.startswith("hf_stable.kernels."):
             return None
         others = (each for each in sys.meta_path if each is not cls)
         specs = (each.find_spec(name, path, target) for each in others)
@@ -59,7 +60,7 @@ class _RegisterOnImport:
             load(module)
         finally:
             cls._loading.discard(name)
-        if not cls._loading:
+        if not cls._loading and "transformers" in sys.modules:
             from . import registration  # noqa: F401, PLC0415
 
 

@@ -15,7 +15,7 @@ from hf_stable.cli import main
 from hf_stable.training import train
 
 from .poison import Poison
-from .training import tiny_recipe
+from .training import tiny_recipe, write_text
 
 SECRETS = {
     "HF_TOKEN": "hf_plantedPlantedPlantedPlantedPlanted",
@@ -68,7 +68,17 @@ def test_a_run_is_not_named_like_a_path(
 def test_a_poisoned_pickle_in_the_place_of_any_file_of_a_run_or_its_cache_runs_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = tiny_recipe(tmp_path, training__checkpoint_every=10, telemetry__every=10)
+    # A part of the text: it is tokenized and evaluated anew for every file.
+    text = write_text(tmp_path)
+    for file in sorted(text.iterdir())[40:]:
+        file.unlink()
+    recipe = tiny_recipe(
+        tmp_path,
+        training__checkpoint_every=10,
+        telemetry__every=10,
+        training__evaluate_blocks=2,
+        model__num_hidden_layers=1,
+    )
     run, trace, whole = train(recipe).folder, tmp_path / "trace", tmp_path / "whole"
     places = [run, tmp_path / "cache"]
     for place in places:

@@ -15,6 +15,10 @@ __all__ = ["WatchCallback", "Watcher", "watch"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'hf_stable.telemetry' has no attribute {name!r}")
-    from . import callback, watching  # noqa: PLC0415
+    if name == "WatchCallback":  # its `Trainer` takes two seconds to import
+        from .callback import WatchCallback  # noqa: PLC0415
 
-    return {**vars(watching), **vars(callback)}[name]
+        return WatchCallback
+    from . import watching  # noqa: PLC0415
+
+    return vars(watching)[name]

@@ -7,6 +7,7 @@ tests/model/test_modeling.py. Kernels: tests/kernels.
 import pytest
 import torch
 
+from ..flex import trace_only
 from .models import EAGER_ONLY, PRESETS, make, prompt
 
 BACKENDS = ["eager", "sdpa", "flex_attention"]
@@ -24,7 +25,10 @@ SUPPORTED = {
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_backends_agree_or_refuse_by_name(preset: str, padded: bool) -> None:
+def test_backends_agree_or_refuse_by_name(
+    preset: str, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace_only(monkeypatch)
     ids = prompt(length=9)
     mask = torch.ones_like(ids)
     if padded:
@@ -36,8 +40,6 @@ def test_backends_agree_or_refuse_by_name(preset: str, padded: bool) -> None:
             with pytest.raises(ValueError, match=f'"{backend}" cannot do {EAGER_ONLY[preset]}'):
                 make(preset, attn=backend)
             continue
-        if backend == "flex_attention" and not padded:
-            continue  # seconds of compilation; held against the reference in test_modeling.py
         with torch.no_grad():
             logits[backend] = make(preset, attn=backend)(ids, **arguments).logits[kept]
     for each in logits.values():

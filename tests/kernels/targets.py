@@ -8,6 +8,8 @@ Triton cross-compiles and brings its own ptxas. Interpreted kernels cannot be co
 process, so TRITON_INTERPRET must not be set.
 """
 
+import contextlib
+import io
 import json
 import re
 import subprocess
@@ -18,11 +20,11 @@ from typing import Any
 
 import torch
 import triton
+from triton import knobs
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hf_stable.kernels import linear_cross_entropy as head
 from hf_stable.kernels.attention_backward import key_value_kernel, query_kernel
 from hf_stable.kernels.attention_forward import forward_kernel
 from hf_stable.kernels.blocks import choose_blocks
@@ -42,6 +44,8 @@ FORMS = {
     "clip": (False, True, False, False),
     "cap, clip, documents": (True, True, True, False),
 }
+# Every branch of the kernels, in every tile size, and each of the other forms within one of these.
+BRANCHES = ("plain", "cap, fast tanh", "cap, documents, statistics", "cap, clip, documents")
 TYPES = {
     **dict.fromkeys(("q", "k", "v", "o", "w", "grad_o", "grad_q", "grad_k", "grad_v"), "*bf16"),
     **dict.fromkeys(("lse", "rows", "delta", "p_cross_entropy", "p_squared_log_z"), "*fp32"),
@@ -57,6 +61,21 @@ CAPABILITY = int(sys.argv[3]) if len(sys.argv) > 3 else 90
 PTXAS = Path(nvidia.__file__).parent / "bin" / ("ptxas-blackwell" if CAPABILITY >= 100 else "ptxas")
 
 
+# What ptxas says is printed, so that it need not run twice; what comes from Triton's cache did not
+# run it at all.
+knobs.nvidia.dump_ptxas_log = True
+
+
+def assemble(ptx: str) -> str:
+    """Run ptxas and return what it says."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(ptx)
+        architecture = re.findall(r"\.target (\w+)", ptx)[0]
+        command = [PTXAS, "-v", f"-arch={architecture}", file, "-o", file.with_suffix(".cubin")]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
 def measure(
     kernel: Any, constants: dict[str, Any], launch: dict[str, int], types: dict[str, str]
 ) -> dict[str, Any]:
@@ -70,14 +89,10 @@ def measure(
         if signature[name] != "fp32" and name not in ODD:
             hints[index,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, values, hints)
-    compiled = triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=launch)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        compiled = triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=launch)
     ptx = compiled.asm["ptx"]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.ptx"
-        file.write_text(ptx)
-        architecture = re.findall(r"\.target (\w+)", ptx)[0]
-        command = [PTXAS, "-v", f"-arch={architecture}", file, "-o", file.with_suffix(".cubin")]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    said = printed.getvalue() or assemble(ptx)
     loads = re.findall(r"ld\.global\S*", ptx)
     return {
         "registers": int(re.findall(r"Used (\d+) registers", said)[-1]),
@@ -90,10 +105,16 @@ def measure(
 
 
 def attention(width: int) -> dict[str, dict[str, Any]]:
-    """All kernels of one head width, in bf16, in all forms."""
+    """All kernels of one head width, in bf16.
+
+    In all forms for sm_90, by whose registers tiles were chosen, and widths with tiles of their
+    own. Elsewhere in BRANCHES: other widths add a mask to the tiles of the next power of two.
+    """
     columns, found = triton.next_power_of_2(width), {}
+    forms = FORMS if CAPABILITY == 90 and width == columns else BRANCHES
     for name, kernel in ATTENTION.items():
-        for label, (cap, clip, documents, statistics) in FORMS.items():
+        for label in forms:
+            cap, clip, documents, statistics = FORMS[label]
             blocks = choose_blocks(name, width, clip, torch.bfloat16, torch.device("cpu"))
             constants = {
                 **{
@@ -116,6 +137,9 @@ def attention(width: int) -> dict[str, dict[str, Any]]:
 
 def head_rows(vocab: int) -> dict[str, dict[str, Any]]:
     """The head's row kernel: what trains on a GPU in all its forms, and the largest of the rest."""
+    # Imported here: it takes Transformers, which attention need not wait for.
+    from hf_stable.kernels import linear_cross_entropy as head  # noqa: PLC0415
+
     forms = [("bf16", True, True), ("bf16", False, True), ("bf16", True, False)]
     forms += [("fp16", True, True), ("fp32", True, True)]
     found = {}

@@ -27,10 +27,10 @@ def _compile(*arguments: str) -> dict[str, dict[str, Any]]:
     return json.loads(answer.stdout)
 
 
-@pytest.mark.parametrize("width", [32, 64, 80, 128, 256])
-def test_attention_runs_on_tensor_cores_without_spills(width: int) -> None:
+@pytest.mark.parametrize(("width", "forms"), [(32, 7), (64, 7), (80, 4), (128, 7), (256, 7)])
+def test_attention_runs_on_tensor_cores_without_spills(width: int, forms: int) -> None:
     found = _compile("attention", str(width))
-    assert len(found) == 3 * 7
+    assert len(found) == 3 * forms
     for name, measured in found.items():
         assert measured["shared"] <= SHARED_MEMORY, name
         assert measured["matrix_products"] > 0, name
@@ -40,7 +40,9 @@ def test_attention_runs_on_tensor_cores_without_spills(width: int) -> None:
 
 @pytest.mark.parametrize("capability", [80, 100])
 def test_attention_compiles_for_older_and_newer_gpus_too(capability: int) -> None:
-    for name, measured in _compile("attention", "64", str(capability)).items():
+    found = _compile("attention", "64", str(capability))
+    assert len(found) == 3 * 4
+    for name, measured in found.items():
         assert measured["shared"] <= 163 * 1024, name
         assert measured["matrix_products"] > 0, name
 

@@ -5,15 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface, MistralConfig
 from transformers import MistralForCausalLM as Mistral
-from transformers.integrations import flex_attention as transformers_flex
 from transformers.masking_utils import flash_attention_mask
 
 from hf_stable.model.functional_stable_gpt import attention_forward
 from hf_stable.telemetry import scores, watch
 
+from ..flex import trace_only
 from .reference import Adam, Batch, Family, Reference, visible_keys
 from .steps import LENGTH, SIZES, assert_numbers, draw, exact_copy, tiny, watched
 
@@ -93,9 +92,7 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> None:
     """A FlashAttention for CPUs, and FlexAttention without its compiler."""
     AttentionInterface.register(FAKE_FLASH, _fake_flash)
     AttentionMaskInterface.register(FAKE_FLASH, flash_attention_mask)
-    monkeypatch.setattr(
-        transformers_flex, "WrappedFlexAttention", lambda training: lambda: flex_attention
-    )
+    trace_only(monkeypatch)
     yield
     del AttentionInterface._global_mapping[FAKE_FLASH]
     del AttentionMaskInterface._global_mapping[FAKE_FLASH]

@@ -37,16 +37,12 @@ def test_all_figures_are_there_for_runs_with_all_numbers(figures: dict[str, str]
     assert {"heads-run-0", "heads-run-1"} <= figures.keys()
 
 
-def test_the_tables_show_the_papers_norms_of_the_second_block(
-    figures: dict[str, str], pair: list[History]
-) -> None:
+def test_the_tables_show_the_papers_norms_of_the_second_block(figures: dict[str, str]) -> None:
     for place in ("QKV", "Proj", "FC1", "FC2"):
         for norm in ("‖W‖₂", "‖X‖₂", "‖Y‖₂"):
             assert f"{place}: {norm}" in figures["table-1"]
         for norm in ("‖∂L/∂W‖₂", "‖∂L/∂X‖₂"):
             assert f"{place}: {norm}" in figures["table-2"]
-    html = page(pair)
-    assert "Table 1, second block" in html and "block 1, counted from 0" in html
     # Each panel has a curve of each run.
     assert figures["table-1"].count('class="run-0"') == figures["table-1"].count('class="run-1"')
     assert figures["table-1"].count('class="run-0"') == 12

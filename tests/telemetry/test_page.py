@@ -48,6 +48,11 @@ def test_the_page_is_alone(written: Path) -> None:
     assert all((one or other).startswith(("#", "data:image/png;base64,")) for one, other in loads)
 
 
+def test_the_tables_say_that_they_are_of_the_second_block(written: Path) -> None:
+    html = written.read_text(encoding="utf-8")
+    assert "Table 1, second block" in html and "block 1, counted from 0" in html
+
+
 def test_ids_are_unique_and_references_lead_somewhere(written: Path) -> None:
     text = written.read_text(encoding="utf-8")
     ids = re.findall(r'\bid="([^"]*)"', text)
