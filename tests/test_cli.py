@@ -28,11 +28,14 @@ SURFACE = {
         *("RECIPE", "--set", "--print_config", "--gpus", "--gpu-memory", "--gpus-per-node"),
         "--price-per-gpu-hour",
     },
-    "tokenizer": {"INPUT", "--kind", "--vocab-size", "--output", "--column", "--sample-by"},
+    "tokenizer": {
+        *("INPUT", "--kind", "--vocab-size", "--output", "--column", "--sample-by"),
+        "--max-bad-share",
+    },
     "evaluate": {
         *("MODEL", "--data", "--column", "--sample-by", "--name", "--split", "--max-length"),
         *("--stride", "--batch-size", "--limit-documents", "--trust-remote-code", "--output"),
-        "--revision",
+        *("--revision", "--max-bad-share"),
     },
     "generate": {
         *("MODEL", "--prompt", "--max-new-tokens", "--temperature", "--top-k", "--seed"),
