@@ -98,7 +98,8 @@ def has_splits(path: str) -> bool:
 def _format(path: Path) -> str:
     kind = file_format(path)
     if kind is None:
-        raise DataError(f"{path}: do not know how to read this file; readable are {READABLE}")
+        hint = ", to which CSV is converted first" if ".csv" in path.suffixes else ""
+        raise DataError(f"{path}: cannot read this kind of file; readable are {READABLE}{hint}")
     return kind
 
 
@@ -146,5 +147,6 @@ def _check_dataset_name(source: Source) -> None:
         raise DataError(f"{path} is a link to {path.readlink()}, which does not exist: correct it")
     if file_format(path) is not None or not _DATASET_NAME.fullmatch(source.path):
         raise DataError(
-            f"{path} does not exist; relative paths start at the current directory, {Path.cwd()}"
+            f"{source.path} does not exist; relative paths start at the current directory, "
+            f"{Path.cwd()}"
         )
