@@ -275,6 +275,30 @@ def test_evaluate_command_prints_and_writes_the_same_numbers(
     assert f"{written['per_token']['value']:.4f}" in capsys.readouterr().out
 
 
+def test_evaluate_reads_the_test_split_and_writes_what_was_left_out(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, output = tmp_path / "set", tmp_path / "result.json"
+    (folder / "data").mkdir(parents=True)
+    for split, count in (("train", 9), ("test", 3)):
+        lines = [json.dumps({"text": f"{split} {TEXT}"})] * count + ["broken", ""]
+        path = folder / "data" / f"{split}-00000-of-00001.jsonl"
+        path.write_text("\n".join(lines), encoding="utf-8")
+    command = ["evaluate", str(model), "--max-length", "64", "--output", str(output), "--data"]
+    for options, count in (([], 3), (["--split", "train"], 9)):
+        assert cli.main([*command, str(folder), *options]) == 0
+        written = json.loads(output.read_text(encoding="utf-8"))
+        assert written["documents"] == written["report"]["documents"] == count
+        assert list(written["report"]["bad_counts"].values()) == [1]
+    assert "1 bad" in capsys.readouterr().out
+    files = str(folder / "data" / "*.jsonl")
+    for options in (["--split", "train"], ["--name", "x"], ["--sample-by", "line"]):
+        assert cli.main([*command, files, *options]) == 2
+        assert f"{options[0][2:].replace('-', '_')} '{options[1]}'" in capsys.readouterr().err
+    assert cli.main([*command, files]) == 0
+    assert json.loads(output.read_text(encoding="utf-8"))["documents"] == 12
+
+
 def test_generate_command_continues_the_prompt(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ meaning, which error messages show. Lengths are in tokens, batches in sequences.
 """
 
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
@@ -530,29 +531,31 @@ def deciding_data(data: dict[str, Any]) -> dict[str, Any]:
 
     These are a text's licence, the consent to bad documents, and the name of the default split.
     """
-    found = _without_train_split(data)
-    for name in {"train", "validation"} & data.keys():
-        found[name] = [
-            {key: value for key, value in source.items() if key not in _INERT}
-            for source in found[name]
-        ]
-    return found
+
+    def decides(key: str, value: Any) -> bool:
+        return key not in _INERT and (key, value) not in _DEFAULT_SPLITS
+
+    return _with_sources(
+        data, lambda source: {key: source[key] for key in source if decides(key, source[key])}
+    )
 
 
-def _without_train_split(data: dict[str, Any]) -> dict[str, Any]:
-    """The same text: earlier versions wrote the default split of datasets to files as well."""
-    found = dict(data)
-    for name in {"train", "validation"} & data.keys():
-        found[name] = [
-            {key: value for key, value in source.items() if (key, value) not in _DEFAULT_SPLITS}
-            for source in data[name]
-        ]
-    return found
+def _with_sources(
+    data: dict[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    names = {"train", "validation"} & data.keys()
+    return {**data, **{name: [change(source) for source in data[name]] for name in names}}
+
+
+def _without_written_split(source: dict[str, Any]) -> dict[str, Any]:
+    """Versions before `max_bad_share` wrote the default split of datasets to files as well."""
+    is_written = "max_bad_share" not in source and source.get("split") == "train"
+    return {**source, "split": None} if is_written else source
 
 
 def from_dict(content: dict[str, Any]) -> Recipe:
     """The recipe that `to_dict` wrote, e.g. into run.json."""
-    data = _without_train_split(content["data"])
+    data = _with_sources(content["data"], _without_written_split)
     return ADAPTER.validate_json(json.dumps({**content, "data": data}))
 
 

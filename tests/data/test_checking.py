@@ -127,6 +127,8 @@ def test_split_train_of_older_runs_is_no_stated_option(tmp_path):
     recipe = recipe_of(tmp_path, ["a.txt"])
     content = to_dict(recipe)
     content["data"]["train"][0]["split"] = "train"
+    assert from_dict(content).data.train[0].split == "train"
+    del content["data"]["train"][0]["max_bad_share"]
     assert from_dict(content) == recipe
     assert sources_of(from_dict(content))[0][0].split is None
     assert deciding_data(content["data"]) == deciding_data(to_dict(recipe)["data"])
