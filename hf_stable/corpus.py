@@ -25,6 +25,7 @@ from .data import (
     expand,
     load_tokenizer,
     read_documents,
+    refuse_unusable,
     train_tokenizer,
 )
 from .data.identity import identify
@@ -170,6 +171,7 @@ def prepare_corpus(recipe: Recipe, *, progress: bool) -> tuple[PreTrainedTokeniz
         DataError: text that cannot be used, or too little of it for one block or a step.
     """
     train, validation = sources_of(recipe)
+    refuse_unusable(expand([*train, *validation]))
     tokenizer = _tokenizer(recipe, train)
     if len(tokenizer) > recipe.tokenizer.vocab_size:
         raise DataError(

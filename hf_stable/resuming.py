@@ -16,7 +16,7 @@ from .checkpoints.together import from_main
 from .data.order import Order
 from .errors import CheckpointError
 from .guard import Decision, Guard, Rollback, append_rollback, read_rollbacks
-from .recipes import Recipe, from_dict, to_dict, without_licences
+from .recipes import Recipe, deciding_data, from_dict, to_dict
 from .recipes.schema import TrainingRecipe
 
 # Keys of a recipe that change no number of a run, so that a run may go on with other values.
@@ -100,7 +100,7 @@ def check_recipe(folder: Path, recipe: Recipe, resume: str) -> None:
 def _deciding(recipe: Recipe) -> dict[str, Any]:
     """What of a recipe decides the numbers of a run: not the free keys, nor a text's licence."""
     content = to_dict(recipe)
-    content["data"] = without_licences(content["data"])
+    content["data"] = deciding_data(content["data"])
     return {key: value for key, value in flat(content).items() if key not in _FREE_KEYS}
 
 

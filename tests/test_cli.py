@@ -28,11 +28,14 @@ SURFACE = {
         *("RECIPE", "--set", "--print_config", "--gpus", "--gpu-memory", "--gpus-per-node"),
         "--price-per-gpu-hour",
     },
-    "tokenizer": {"INPUT", "--kind", "--vocab-size", "--output", "--column", "--sample-by"},
+    "tokenizer": {
+        *("INPUT", "--kind", "--vocab-size", "--output", "--column", "--sample-by"),
+        "--max-bad-share",
+    },
     "evaluate": {
         *("MODEL", "--data", "--column", "--sample-by", "--name", "--split", "--max-length"),
         *("--stride", "--batch-size", "--limit-documents", "--trust-remote-code", "--output"),
-        "--revision",
+        *("--revision", "--max-bad-share"),
     },
     "generate": {
         *("MODEL", "--prompt", "--max-new-tokens", "--temperature", "--top-k", "--seed"),
@@ -270,6 +273,30 @@ def test_evaluate_command_prints_and_writes_the_same_numbers(
     written = json.loads(output.read_text(encoding="utf-8"))
     assert written["documents"] == 5
     assert f"{written['per_token']['value']:.4f}" in capsys.readouterr().out
+
+
+def test_evaluate_reads_the_test_split_and_writes_what_was_left_out(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, output = tmp_path / "set", tmp_path / "result.json"
+    (folder / "data").mkdir(parents=True)
+    for split, count in (("train", 9), ("test", 3)):
+        lines = [json.dumps({"text": f"{split} {TEXT}"})] * count + ["broken", ""]
+        path = folder / "data" / f"{split}-00000-of-00001.jsonl"
+        path.write_text("\n".join(lines), encoding="utf-8")
+    command = ["evaluate", str(model), "--max-length", "64", "--output", str(output), "--data"]
+    for options, count in (([], 3), (["--split", "train"], 9)):
+        assert cli.main([*command, str(folder), *options]) == 0
+        written = json.loads(output.read_text(encoding="utf-8"))
+        assert written["documents"] == written["report"]["documents"] == count
+        assert list(written["report"]["bad_counts"].values()) == [1]
+    assert "1 bad" in capsys.readouterr().out
+    files = str(folder / "data" / "*.jsonl")
+    for options in (["--split", "train"], ["--name", "x"], ["--sample-by", "line"]):
+        assert cli.main([*command, files, *options]) == 2
+        assert f"{options[0][2:].replace('-', '_')} '{options[1]}'" in capsys.readouterr().err
+    assert cli.main([*command, files]) == 0
+    assert json.loads(output.read_text(encoding="utf-8"))["documents"] == 12
 
 
 def test_generate_command_continues_the_prompt(

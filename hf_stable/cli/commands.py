@@ -18,7 +18,7 @@ from hf_stable.cli.statement import statement_of
 from hf_stable.errors import UserError
 
 if TYPE_CHECKING:
-    from hf_stable.data import Source
+    from hf_stable.data import ReadReport, Source
     from hf_stable.recipes import Recipe
 
 
@@ -31,11 +31,14 @@ def _recipe_of(arguments: Namespace) -> "Recipe":
     return load_recipe(arguments.recipe, overrides)
 
 
-def _sources_of(paths: Sequence[str], arguments: Namespace, **fields: Any) -> "list[Source]":
+def _sources_of(
+    paths: Sequence[str], arguments: Namespace, report: "ReadReport", **fields: Any
+) -> "list[Source]":
     from hf_stable.data import Source, expand
 
-    shared = {"column": arguments.column, "sample_by": arguments.sample_by, **fields}
-    return expand([Source(path=path, **shared) for path in paths])
+    shared = {key: arguments[key] for key in ("column", "sample_by", "max_bad_share")}
+    sources = [Source(path=path, **shared, **fields) for path in paths]
+    return expand(sources, report, shared_options=True)
 
 
 def _train(arguments: Namespace) -> int:
@@ -98,10 +101,11 @@ def _print_recipe(recipe: "Recipe") -> None:
 
 
 def _tokenizer(arguments: Namespace) -> None:
-    from hf_stable.data import ReadReport, read_documents, train_tokenizer
+    from hf_stable.data import ReadReport, read_documents, refuse_unusable, train_tokenizer
 
     report = ReadReport()
-    sources = _sources_of(arguments.input, arguments)
+    sources = _sources_of(arguments.input, arguments, report)
+    refuse_unusable(sources)
     texts = (text for source in sources for text in read_documents(source, report))
     tokenizer = train_tokenizer(
         texts,
@@ -113,11 +117,21 @@ def _tokenizer(arguments: Namespace) -> None:
     print(f"{arguments.kind} tokenizer of {len(tokenizer):,} tokens in {arguments.output}")
 
 
+def _evaluated(arguments: Namespace, report: "ReadReport") -> "list[Source]":
+    """The sources of --data; of those with splits, the test split unless another is named."""
+    from hf_stable.data import has_splits
+
+    split = arguments.split
+    if split is None and any(has_splits(path) for path in arguments.data):
+        split = "test"
+    return _sources_of(arguments.data, arguments, report, name=arguments.name, split=split)
+
+
 def _evaluate(arguments: Namespace) -> None:
     from itertools import islice
 
     from hf_stable.corpus import sources_of
-    from hf_stable.data import ReadReport, expand, read_documents
+    from hf_stable.data import ReadReport, expand, read_documents, refuse_unusable
     from hf_stable.evaluation import load_model, model_place, perplexity
     from hf_stable.recipes import from_dict
     from hf_stable.records import read_run, write_json
@@ -126,12 +140,12 @@ def _evaluate(arguments: Namespace) -> None:
     folder = Path(arguments.model)
     run = read_run(folder) if (folder / "run.json").is_file() else None
     if arguments.data is not None:
-        fields = {"name": arguments.name, "split": arguments.split}
-        sources = _sources_of(arguments.data, arguments, **fields)
+        sources = _evaluated(arguments, report)
     elif run is not None:
-        sources = expand(sources_of(from_dict(run["recipe"]))[1])
+        sources = expand(sources_of(from_dict(run["recipe"]))[1], report)
     else:
         raise UserError(f"{folder} is no run, so what to evaluate it on is needed: give --data")
+    refuse_unusable(sources)
     documents = (text for source in sources for text in read_documents(source, report))
     model, tokenizer = load_model(
         model_place(arguments.model),
@@ -149,6 +163,7 @@ def _evaluate(arguments: Namespace) -> None:
     )
     print("\n".join([*report.problem_lines(), result.table()]))
     content = {"model": arguments.model, "data": arguments.data, **result.to_dict()}
+    content["report"] = report.to_dict()
     if run is not None and arguments.data is None:
         for name in ("bigram", "unigram"):
             nats = content[f"{name}_nats_per_token"] = run["data"][f"{name}_nats_per_token"]

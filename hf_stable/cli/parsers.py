@@ -5,6 +5,7 @@ from typing import Literal
 
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import (
+    ClosedUnitInterval,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -18,6 +19,7 @@ from hf_stable.cli.statement import add_statement_options
 
 # 64 bits, as a recipe's.
 _Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])
+
 
 _DESCRIPTION = """\
 Stable language model pre-training on the HuggingFace stack.
@@ -80,13 +82,23 @@ def _recipe_parser(command: str, description: str) -> ArgumentParser:
 
 def _add_text_options(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--column", default="text", help="column of jsonl, parquet or a dataset that holds the text"
+        "--column",
+        default="text",
+        help="column of JSON, parquet, Arrow or a dataset that holds the text; a.b is b inside a",
     )
     parser.add_argument(
         "--sample-by",
         type=Literal["document", "line", "paragraph"],
         default="document",
         help="what one document of a text file is: document (the file), line or paragraph",
+    )
+    parser.add_argument(
+        "--max-bad-share",
+        type=ClosedUnitInterval,
+        default=0.5,
+        metavar="X",
+        help="share of a file's documents that may be unusable and left out; with more it is "
+        "refused",
     )
 
 
@@ -145,7 +157,10 @@ def _plan_parser() -> ArgumentParser:
 def _tokenizer_parser() -> ArgumentParser:
     parser = _parser("Train a tokenizer on text. Any text round-trips through it exactly.")
     parser.add_argument(
-        "input", nargs="+", metavar="INPUT", help="text, jsonl or parquet file, folder, or glob"
+        "input",
+        nargs="+",
+        metavar="INPUT",
+        help="text, JSON, parquet or Arrow files, folders, globs or datasets",
     )
     parser.add_argument(
         "--kind",
@@ -175,7 +190,7 @@ def _evaluate_parser() -> ArgumentParser:
     _add_text_options(parser)
     _add_revision(parser)
     parser.add_argument("--name", help="configuration of a dataset, e.g. wikitext-2-raw-v1")
-    parser.add_argument("--split", default="test", help="split of a dataset")
+    parser.add_argument("--split", help="split of a dataset; test unless given")
     parser.add_argument("--max-length", type=PositiveInt, metavar="N", help="tokens of one window")
     parser.add_argument(
         "--stride",

@@ -15,11 +15,13 @@ from filelock import FileLock, Timeout
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from hf_stable.data.checking import refuse_unusable
+from hf_stable.data.expanding import expand
 from hf_stable.data.identity import estimated_bytes, identify
 from hf_stable.data.progress import Progress
 from hf_stable.data.report import ReadReport
 from hf_stable.data.shards import SHARD_TOKENS, TOKEN, ShardWriter, open_at, sync
-from hf_stable.data.sources import Source, expand, is_dataset, read_documents
+from hf_stable.data.sources import Source, is_dataset, read_documents
 from hf_stable.data.streams import DatasetRows
 from hf_stable.data.token_file import FORMAT, TokenFile
 from hf_stable.data.tokenizer import boundary_ids
@@ -40,7 +42,7 @@ class _Plan:
 
     sources: list[Source]
     identities: list[dict[str, Any]]
-    ignored_files: list[str]
+    found: ReadReport
     backend: Tokenizer
     prefix: list[int]
     suffix: list[int]
@@ -96,6 +98,7 @@ def build_token_file(
     plan = _plan(sources, tokenizer, folder)
     place = folder / plan.fingerprint()[:16]
     with _only_one(place):
+        refuse_unusable(_unchecked(plan, place))
         if not (place / "meta.json").exists():
             place.mkdir(exist_ok=True)
             _build(plan, place, progress)
@@ -110,7 +113,19 @@ def _plan(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, folder:
     backend = _backend(tokenizer)
     prefix, suffix = boundary_ids(tokenizer)
     identities = identify(files, folder / "identities.json")
-    return _Plan(files, identities, report.ignored_files, backend, prefix, suffix)
+    return _Plan(files, identities, report, backend, prefix, suffix)
+
+
+def _unchecked(plan: _Plan, place: Path) -> list[Source]:
+    """Sources that may be unusable: of a finished file those where something was left out."""
+    if (place / "progress.json").exists():
+        return []
+    if not (place / "meta.json").exists():
+        return plan.sources
+    meta = TokenFile.open(place, verify=False).meta
+    bad = meta["report"]["bad_counts"]
+    pairs = zip(plan.sources, meta["sources"], strict=True)
+    return [source for source, about in pairs if about["path"] in bad]
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
@@ -161,7 +176,8 @@ def _build(plan: _Plan, place: Path, progress: bool) -> None:
             state.source, state.source_documents, state.rows = index + 1, 0, None
         state.report = report.to_dict()
         writer.record()
-    report.ignored_files = plan.ignored_files
+    report.ignored_files = plan.found.ignored_files
+    report.left_files = plan.found.left_files
     for line in report.lines() if progress else report.problem_lines():
         print(f"tokens: {line}", file=sys.stderr, flush=True)
     _refuse_changes(plan, place)

@@ -1,30 +1,32 @@
-"""Readers of one file each: bytes become numbered rows, a row that is no text becomes a reason.
+"""Rows of one file of text or JSON: each is a text, or a reason why it is none.
 
 A file that as a whole cannot be used raises `DataError`; nothing is ever dropped without a word.
 """
 
-import gzip
+import io
 import json
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, cast
+from typing import Any, BinaryIO, Literal, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from hf_stable.data.opening import compression_of, open_text
 from hf_stable.errors import DataError
 
 SampleBy = Literal["document", "line", "paragraph"]
+Format = Literal["text", "json", "table"]
 
 TEXT_SUFFIXES = (".txt", ".md", ".text")
-JSON_SUFFIXES = (".jsonl", ".json")
-READABLE = "*.txt *.md *.text *.jsonl *.json (each also .gz) and *.parquet"
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+TABLE_SUFFIXES = (".parquet", ".arrow")
+READABLE = (
+    "*.txt *.md *.text *.jsonl *.ndjson *.json (each also .gz .bz2 .xz .zst .zstd), *.parquet and "
+    "*.arrow"
+)
 # Measured: a fast tokenizer takes 140 bytes of memory for each byte of a document; this is 4.7 GB.
 MAX_DOCUMENT_BYTES = 32 * 2**20
-_HEAD_BYTES = 8192
-_PARQUET_ROWS = 256
+# A JSON array is parsed as a whole, in about ten times its size.
+_MAX_ARRAY_BYTES = 2**30
 
 
 class Row(NamedTuple):
@@ -33,41 +35,36 @@ class Row(NamedTuple):
     number: int
     text: str
     problem: str | None = None
+    unit: str = "line"
+    """What the numbers count."""
 
 
-def file_format(path: Path) -> Literal["text", "json", "parquet"] | None:
-    """The format by the file's name, None when it is not one that we read."""
+def file_format(path: Path) -> Format | None:
+    """Return the format by the file's name, None when it is not one that we read."""
     name = path.name.lower()
-    if name.endswith(".parquet"):
-        return "parquet"
-    name = name.removesuffix(".gz")
+    if name.endswith(TABLE_SUFFIXES):
+        return "table"
+    name = name.removesuffix(compression_of(path))
     if name.endswith(TEXT_SUFFIXES):
         return "text"
     return "json" if name.endswith(JSON_SUFFIXES) else None
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
-    """Open a plain or gzip file that looks like text; damage met while reading is a `DataError`."""
-    try:
-        with (
-            gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as file
-        ):
-            head = file.read(_HEAD_BYTES)
-            if not head:
-                raise DataError(f"{path} is empty (0 bytes): remove it from the data or replace it")
-            if b"\0" in head:
-                raise DataError(
-                    f"{path} is binary: NUL byte at offset {head.index(0)}; save it as UTF-8 text"
-                )
-            file.seek(3 if head.startswith(b"\xef\xbb\xbf") else 0)
-            yield cast(BinaryIO, file)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(
-            f"{path} is truncated or no gzip file ({error}): make or download it again"
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+def read_rows(path: Path, column: str, sample_by: SampleBy) -> Iterator[Row]:
+    """Read a text or JSON file; numbers are line numbers (1 for a whole file), or places in a list.
+
+    A pipe, which has no telling name, is JSON when it begins with a brace or bracket.
+    """
+    with open_text(path) as file:
+        kind = file_format(path)
+        if kind is None:
+            kind = "json" if file.peek().lstrip()[:1] in (b"{", b"[") else "text"
+        if kind == "json":
+            yield from _json(path, file, column)
+        elif sample_by == "document":
+            yield _whole(path, file)
+        else:
+            yield from _lines(file) if sample_by == "line" else _paragraphs(file)
 
 
 def _decode(data: bytes) -> str:
@@ -77,41 +74,37 @@ def _decode(data: bytes) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        found = data[error.start]
-        raise ValueError(f"not UTF-8: 0x{found:02x} at byte {error.start + 1}") from error
+        raise ValueError(not_utf8(error)) from error
 
 
-def _whole_file(path: Path) -> Iterator[Row]:
-    with _open(path) as file:
-        data = file.read(MAX_DOCUMENT_BYTES + 1)
+def _whole(path: Path, file: BinaryIO) -> Row:
+    data = file.read(MAX_DOCUMENT_BYTES + 1)
     if len(data) > MAX_DOCUMENT_BYTES:
         raise DataError(
             f"{path} is larger than {MAX_DOCUMENT_BYTES} bytes, the most that one document may be: "
             "set sample_by to 'paragraph' or 'line', or split it"
         )
     try:
-        text = _decode(data)
+        return Row(1, _decode(data))
     except ValueError as error:
         raise DataError(
             f"{path} cannot be read as one document: {error}; convert it to UTF-8, or set "
             "sample_by to 'line' to leave out and count the bad lines only"
         ) from error
-    yield Row(1, text)
 
 
-def _lines(path: Path) -> Iterator[Row]:
-    with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield Row(number, _decode(line.rstrip(b"\r\n")))
-            except ValueError as error:
-                yield Row(number, "", str(error))
+def _lines(lines: Iterable[bytes]) -> Iterator[Row]:
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield Row(number, _decode(line.rstrip(b"\r\n")))
+        except ValueError as error:
+            yield Row(number, "", str(error))
 
 
-def _paragraphs(path: Path) -> Iterator[Row]:
+def _paragraphs(file: Iterable[bytes]) -> Iterator[Row]:
     """Runs of lines between blank lines; a bad line makes its paragraph bad, under its number."""
     start, lines, problem = 0, [], None
-    for line in _lines(path):
+    for line in _lines(file):
         if line.text.strip() or line.problem:
             start = start if lines else line.number
             lines.append(line.text)
@@ -123,34 +116,32 @@ def _paragraphs(path: Path) -> Iterator[Row]:
         yield problem or Row(start, "\n".join(lines))
 
 
-def read_text(path: Path, sample_by: SampleBy) -> Iterator[Row]:
-    """Rows of a text file; numbers are line numbers (1 for a whole file)."""
-    reader = {"document": _whole_file, "line": _lines, "paragraph": _paragraphs}[sample_by]
-    return reader(path)
-
-
-def check_value(number: int, value: Any) -> Row:
-    """The row for one value of a column: text, or the reason why it is none."""
-    if isinstance(value, str):
-        return Row(number, value)
-    reason = "null" if value is None else f"{type(value).__name__} where text is expected"
-    return Row(number, "", reason)
-
-
-def check_record(number: int, record: Any, column: str) -> Row:
-    """The row for one mapping of columns to values."""
-    if not isinstance(record, dict):
-        return Row(
-            number, "", f"{type(record).__name__} where an object with {column!r} is expected"
+def _json(path: Path, file: io.BufferedReader, column: str) -> Iterator[Row]:
+    """Records of one array, where the file is one, else of one object a line."""
+    lead: list[bytes] = []
+    while not (lead and lead[-1].strip()) and (line := file.readline()):
+        lead.append(line)
+    if not lead or not lead[-1].lstrip().startswith(b"["):
+        yield from _json_lines(chain(lead, file), column)
+        return
+    data = b"".join(lead) + file.read(_MAX_ARRAY_BYTES)
+    if len(data) > _MAX_ARRAY_BYTES:
+        raise DataError(
+            f"{path} is one JSON array of more than {_MAX_ARRAY_BYTES} bytes, too large to parse "
+            f"at once: write one object a line, for example with jq -c '.[]'"
         )
-    if column not in record:
-        return Row(number, "", f"no column {column!r}; it has {sorted(map(str, record))}")
-    return check_value(number, record[column])
+    try:
+        records = json.loads(data)
+    except (ValueError, RecursionError):
+        yield from _json_lines(io.BytesIO(data), column)
+        return
+    for number, record in enumerate(records, start=1):
+        yield check_record(number, record, column)._replace(unit="record")
 
 
-def read_json_lines(path: Path, column: str) -> Iterator[Row]:
-    """Rows of a file with one JSON object a line; blank lines are empty rows."""
-    for line in _lines(path):
+def _json_lines(lines: Iterable[bytes], column: str) -> Iterator[Row]:
+    """Rows of one JSON object a line; blank lines are empty rows."""
+    for line in _lines(lines):
         if line.problem or not line.text.strip():
             yield line
             continue
@@ -162,37 +153,33 @@ def read_json_lines(path: Path, column: str) -> Iterator[Row]:
         yield check_record(line.number, record, column)
 
 
-def read_parquet(path: Path, column: str) -> Iterator[Row]:
-    """Rows of one column of a parquet file, a few hundred held at a time."""
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            _check_column(path, file.schema_arrow, column)
-            for batch in file.iter_batches(_PARQUET_ROWS, columns=[column]):
-                for value in batch.column(0):
-                    number += 1
-                    yield _parquet_row(number, value)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"{path} is not a whole parquet file (failed after row {number}: {error}): "
-            "make or download it again"
-        ) from error
+def check_value(number: int, value: Any) -> Row:
+    """Return the row for one value of a column: text, or the reason why it is none."""
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            return Row(number, "", not_utf8(error))
+    if isinstance(value, str):
+        return Row(number, value)
+    reason = "null" if value is None else f"{type(value).__name__} where text is expected"
+    return Row(number, "", reason)
 
 
-def _check_column(path: Path, schema: Any, column: str) -> None:
-    if column not in schema.names:
-        raise DataError(
-            f"{path} has no column {column!r}; it has {schema.names}: set the source's `column`"
+def check_record(number: int, record: Any, column: str) -> Row:
+    """Return the row for one mapping of columns to values; a dot in `column` leads inside."""
+    if not isinstance(record, dict):
+        return Row(
+            number, "", f"{type(record).__name__} where an object with {column!r} is expected"
         )
-    kind = schema.field(column).type
-    if str(kind) not in ("string", "large_string", "string_view"):
-        raise DataError(
-            f"{path}: column {column!r} holds {kind}, not text: set the source's `column`"
-        )
+    found = record
+    for name in [column] if column in record else column.split("."):
+        if not isinstance(found, dict) or name not in found:
+            return Row(number, "", f"no column {column!r}; it has {sorted(map(str, record))}")
+        found = found[name]
+    return check_value(number, found)
 
 
-def _parquet_row(number: int, value: Any) -> Row:
-    try:
-        return check_value(number, value.as_py())
-    except UnicodeDecodeError as error:
-        return Row(number, "", f"not UTF-8: {error.reason} at byte {error.start + 1}")
+def not_utf8(error: UnicodeDecodeError) -> str:
+    """Return the short reason why bytes are no text."""
+    return f"not UTF-8: 0x{error.object[error.start]:02x} at byte {error.start + 1}"

@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 
 from hf_stable.data.formats import file_format
+from hf_stable.data.opening import begins_with_bracket, compression_of, is_pipe
 from hf_stable.data.sources import Source
+from hf_stable.data.streams import DEFAULT_SPLIT
 from hf_stable.errors import DataError
 from hf_stable.records import write_json
 
@@ -43,7 +45,12 @@ def _load(memory: Path) -> dict[str, Any]:
 
 def _identify_one(source: Source, known: dict[str, Any]) -> dict[str, Any]:
     path = Path(source.path)
-    choice = {"part": source.part, "holdout": source.holdout if source.part != "all" else 0.0}
+    choice = {"part": source.part, "holdout": source.holdout}
+    if is_pipe(path):
+        raise DataError(
+            f"{path} is a pipe, which can be read only once, and training reads its text several "
+            "times: save the text in a file"
+        )
     if not path.is_file():
         return {"path": source.path, "content": {**_identify_dataset(source), **choice}}
     try:
@@ -56,9 +63,27 @@ def _identify_one(source: Source, known: dict[str, Any]) -> dict[str, Any]:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     kind = file_format(path)
     detail = source.sample_by if kind == "text" else source.column
-    content = {"format": kind, "detail": detail, "blake2b": known[place]["blake2b"], **choice}
-    content["gzip"] = path.name.lower().endswith(".gz")
+    # The order is part of the fingerprints.
+    content = {
+        "format": path.suffix.lower().removeprefix(".") if kind == "table" else kind,
+        "detail": detail,
+        "blake2b": known[place]["blake2b"],
+        **choice,
+        **_packing(path),
+    }
     return {"path": source.path, **stamp, "content": content}
+
+
+def _packing(path: Path) -> dict[str, Any]:
+    """How the documents are packed; what earlier versions read in the same way has no new key."""
+    compression = compression_of(path)
+    packing: dict[str, Any] = {"gzip": compression == ".gz"}
+    if compression not in ("", ".gz"):
+        packing["compression"] = compression
+    # Earlier versions took each line of an array for a record.
+    if file_format(path) == "json" and begins_with_bracket(path):
+        packing["array"] = True
+    return packing
 
 
 def _hash(path: Path) -> str:
@@ -84,7 +109,7 @@ def _identify_dataset(source: Source) -> dict[str, Any]:
         "version": str(builder.config.version),
         # The commit of the repository on the Hub.
         "hash": str(builder.hash),
-        "split": source.split,
+        "split": source.split or DEFAULT_SPLIT,
         "column": source.column,
     }
 
@@ -92,9 +117,9 @@ def _identify_dataset(source: Source) -> dict[str, Any]:
 def estimated_bytes(source: Source) -> int | None:
     """About how many bytes of text a source holds, for a progress bar; None when nobody knows."""
     path = Path(source.path)
-    if not path.is_file() or path.name.lower().endswith(".gz"):
+    if not path.is_file() or compression_of(path):
         return None
-    if file_format(path) != "parquet":
+    if path.suffix.lower() != ".parquet":
         return path.stat().st_size
     try:
         footer = pq.read_metadata(path)

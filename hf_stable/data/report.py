@@ -2,11 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hf_stable.data.formats import READABLE
 
 _EXAMPLES = 5
+
+
+@dataclass
+class Tally:
+    """Counts of one source: rows of any kind, good texts, and rows that cannot be used."""
+
+    rows: int = 0
+    good: int = 0
+    bad: int = 0
 
 
 @dataclass
@@ -25,6 +35,8 @@ class ReadReport:
     empty: dict[str, list[str]] = field(default_factory=dict)
     empty_counts: dict[str, int] = field(default_factory=dict)
     ignored_files: list[str] = field(default_factory=list)
+    left_files: dict[str, list[str]] = field(default_factory=dict)
+    """Other files and folders that were found and not read, by the reason."""
 
     @property
     def bad_documents(self) -> int:
@@ -44,6 +56,10 @@ class ReadReport:
         self.empty_counts[file] = self.empty_counts.get(file, 0) + 1
         self._add_example(self.empty, file, place)
 
+    def leave(self, reason: str, path: Path) -> None:
+        """Name a file or folder that was found and is not read."""
+        self.left_files.setdefault(reason, []).append(str(path))
+
     @staticmethod
     def _add_example(examples: dict[str, list[str]], file: str, place: str) -> None:
         known = examples.setdefault(file, [])
@@ -60,10 +76,12 @@ class ReadReport:
         lines += [
             f"{f}: {n} empty ({_examples(self.empty[f], n)})" for f, n in self.empty_counts.items()
         ]
-        if self.ignored_files:
-            shown = _examples(self.ignored_files[:_EXAMPLES], len(self.ignored_files), ", ")
-            lines.append(f"{len(self.ignored_files)} files not read, not {READABLE}: {shown}")
-        return lines
+        left = {f"not {READABLE}": self.ignored_files, **self.left_files}
+        return lines + [
+            f"{len(paths)} not read, {reason}: {_examples(paths[:_EXAMPLES], len(paths), ', ')}"
+            for reason, paths in left.items()
+            if paths
+        ]
 
     def lines(self) -> list[str]:
         """The whole report as lines to print."""

@@ -1,13 +1,12 @@
-"""Where text comes from: files, folders, globs and `datasets` names, read as documents.
+"""Where text comes from, and its documents, read one by one.
 
 Nothing is skipped in silence: what is not handed on is counted in the `ReadReport`, by file and
 number.
 """
 
 import hashlib
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -17,17 +16,15 @@ from hf_stable.data.formats import (
     Row,
     SampleBy,
     file_format,
-    read_json_lines,
-    read_parquet,
-    read_text,
+    read_rows,
 )
-from hf_stable.data.report import ReadReport
+from hf_stable.data.opening import is_pipe
+from hf_stable.data.report import ReadReport, Tally
 from hf_stable.data.streams import DatasetRows
+from hf_stable.data.tables import read_table
 from hf_stable.errors import DataError
 
 Part = Literal["all", "train", "validation"]
-
-_DATASET_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -35,17 +32,20 @@ class Source:
     """One place that text comes from.
 
     Attributes:
-        path: a file, folder or glob (.txt .md .text .jsonl .json, each also .gz; .parquet),
-            relative to the current directory; anything else is the name of a dataset for
-            `datasets.load_dataset`.
-        column: column or JSON key that holds the text.
+        path: a file, folder or glob (`READABLE` has the endings), relative to the current
+            directory, or a pipe; anything else is the name of a dataset for
+            `datasets.load_dataset`. A folder that is a dataset is read as `datasets` reads it.
+        column: column or JSON key that holds the text; "a.b" is the field b inside a, unless there
+            is a column of that name.
         sample_by: what one document is, in text files only.
-        name: configuration of a `datasets` name.
-        split: split of a `datasets` name.
+        name: configuration of a `datasets` name or folder.
+        split: split of a `datasets` name or folder; None is "train".
         streaming: read a `datasets` name without downloading it first.
         part: which side of the holdout split to hand on.
         holdout: fraction of the documents, chosen by a hash of their text, that are "validation".
             The choice depends on the document alone, so both parts never share a text.
+        max_bad_share: share of a file's documents, the empty ones aside, that may be unusable and
+            left out; a file with more is refused.
 
     Raises:
         DataError: a field has a value that cannot work.
@@ -55,10 +55,11 @@ class Source:
     column: str = "text"
     sample_by: SampleBy = "document"
     name: str | None = None
-    split: str = "train"
+    split: str | None = None
     streaming: bool = True
     part: Part = "all"
     holdout: float = 0.0
+    max_bad_share: float = 0.5
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -73,59 +74,20 @@ class Source:
             raise DataError(
                 f"source {self.path}: holdout is {self.holdout}, must be at least 0 and less than 1"
             )
+        if not 0 <= self.max_bad_share <= 1:
+            raise DataError(
+                f"source {self.path}: max_bad_share is {self.max_bad_share}, must be from 0 to 1"
+            )
+        if self.part == "all" and self.holdout:
+            raise DataError(
+                f"source {self.path}: holdout {self.holdout} has no effect while part is 'all': "
+                "set part to 'train' or 'validation', or remove holdout"
+            )
         if self.part == "validation" and self.holdout == 0:
             raise DataError(
                 f"source {self.path}: part is 'validation' but holdout is 0: set holdout to the "
                 "fraction to hold out, for example 0.02"
             )
-
-
-def expand(sources: Sequence[Source], report: ReadReport | None = None) -> list[Source]:
-    """Replace folders and globs by one source a file, sorted by name; `datasets` names stay.
-
-    Files that are found but are no text by their name go to `report.ignored_files`.
-
-    Raises:
-        DataError: a path matches nothing that can be read, or no source was given.
-    """
-    if not sources:
-        raise DataError("no data sources given: name at least one file, folder or `datasets` name")
-    report = ReadReport() if report is None else report
-    return [found for source in sources for found in _expand_one(source, report)]
-
-
-def _expand_one(source: Source, report: ReadReport) -> list[Source]:
-    path = Path(source.path)
-    if path.is_file():
-        if file_format(path) is None:
-            raise DataError(f"{path}: do not know how to read this file; readable are {READABLE}")
-        return [source]
-    if path.is_dir():
-        candidates = [found for found in path.rglob("*") if found.is_file()]
-    elif any(sign in source.path for sign in "*?["):
-        anchor = Path(path.anchor)
-        pattern = str(path.relative_to(anchor)) if path.anchor else source.path
-        candidates = [found for found in anchor.glob(pattern) if found.is_file()]
-    else:
-        _check_dataset_name(source)
-        return [source]
-    readable = [found for found in candidates if file_format(found) is not None]
-    report.ignored_files += sorted(str(found) for found in set(candidates) - set(readable))
-    if not readable:
-        raise DataError(
-            f"{source.path} matches no readable file, {len(candidates)} others; "
-            f"readable are {READABLE}"
-        )
-    return [replace(source, path=str(found)) for found in sorted(readable)]
-
-
-def _check_dataset_name(source: Source) -> None:
-    looks_like_file = file_format(Path(source.path)) is not None
-    if looks_like_file or not _DATASET_NAME.fullmatch(source.path):
-        raise DataError(
-            f"{source.path} does not exist; relative paths start at the current directory, "
-            f"{Path.cwd()}"
-        )
 
 
 def is_dataset(source: Source) -> bool:
@@ -145,16 +107,18 @@ def read_documents(
         rows: of a `datasets` name, where the caller wants to know or choose their place.
 
     Raises:
-        DataError: the source is unusable as a whole (missing, empty, binary, truncated, not UTF-8,
-            without the column), has no single good document, or has fewer than `skip`.
+        DataError: the source is unusable as a whole (missing, binary, truncated, not UTF-8,
+            without the column), too many of its documents are, or it has fewer than `skip`. A
+            source without any text counts as an empty document.
     """
-    unit, found = ("row", rows) if rows else _rows(source)
-    handed_on, good = 0, 0
-    for row in found:
-        data = _usable(row, f"{unit} {row.number}", source.path, report)
+    tally = rows.tally if rows else Tally()
+    handed_on = 0
+    for row in rows or _rows(source):
+        tally.rows += 1
+        data = _usable(row, source.path, report, tally)
         if data is None:
             continue
-        good += 1
+        tally.good += 1
         if not _in_part(source, data):
             report.other_part_documents += 1
             report.other_part_bytes += len(data)
@@ -164,9 +128,9 @@ def read_documents(
         handed_on += 1
         if handed_on > skip:
             yield row.text
-    if not good and not (rows and rows.resumed):
-        bad = "; ".join(report.bad.get(source.path, [])) or "only white space"
-        raise DataError(f"{source.path} holds no usable document: {bad}")
+    if not tally.rows:
+        report.add_empty(source.path, "nothing in it")
+    _refuse_mostly_bad(source, report, tally)
     if handed_on < skip:
         raise DataError(
             f"{source.path} gave {handed_on} documents, but {skip} had been read before: it "
@@ -174,25 +138,39 @@ def read_documents(
         )
 
 
-def _usable(row: Row, place: str, file: str, report: ReadReport) -> bytes | None:
+def _usable(row: Row, file: str, report: ReadReport, tally: Tally) -> bytes | None:
     """The row's text as UTF-8, or None after counting why there is none."""
-    if row.problem:
-        report.add_bad(file, f"{place}: {row.problem}")
-        return None
-    if not row.text.strip():
-        report.add_empty(file, place)
+    problem, data = row.problem, b""
+    if not problem and not row.text.strip():
+        report.add_empty(file, f"{row.unit} {row.number}")
         return None
     try:
         data = row.text.encode("utf-8")
     except UnicodeEncodeError as error:
-        report.add_bad(file, f"{place}: lone surrogate at character {error.start + 1}")
-        return None
+        problem = f"lone surrogate at character {error.start + 1}"
     if len(data) > MAX_DOCUMENT_BYTES:
-        report.add_bad(
-            file, f"{place}: {len(data)} bytes, more than {MAX_DOCUMENT_BYTES}: split it"
-        )
+        problem = f"{len(data)} bytes, more than {MAX_DOCUMENT_BYTES}: split it"
+    if problem:
+        tally.bad += 1
+        report.add_bad(file, f"{row.unit} {row.number}: {problem}")
         return None
     return data
+
+
+def _refuse_mostly_bad(source: Source, report: ReadReport, tally: Tally) -> None:
+    total = tally.good + tally.bad
+    if not tally.bad or (tally.good and tally.bad <= source.max_bad_share * total):
+        return
+    path, examples = Path(source.path), "; ".join(report.bad[source.path])
+    if file_format(path) == "json":
+        examples += ' (JSON is one object a line, which "jq -c ." writes, or one array of objects)'
+    if not tally.good:
+        raise DataError(f"{path} holds no usable document: {examples}")
+    raise DataError(
+        f"{path}: {tally.bad} of {total} documents cannot be used, a larger share than "
+        f"max_bad_share, {source.max_bad_share}: {examples}; repair the file, set the source's "
+        "column, or raise max_bad_share to leave them out"
+    )
 
 
 def _in_part(source: Source, data: bytes) -> bool:
@@ -202,17 +180,13 @@ def _in_part(source: Source, data: bytes) -> bool:
     return (value < source.holdout * 2.0**64) == (source.part == "validation")
 
 
-def _rows(source: Source) -> tuple[str, Iterator[Row]]:
-    """The rows of a source and what their numbers count."""
+def _rows(source: Source) -> Iterator[Row]:
     path = Path(source.path)
     if is_dataset(source):
-        _check_dataset_name(source)
-        return "row", iter(DatasetRows(source))
+        return iter(DatasetRows(source))
     kind = file_format(path)
-    if kind == "text":
-        return "line", read_text(path, source.sample_by)
-    if kind == "json":
-        return "line", read_json_lines(path, source.column)
-    if kind == "parquet":
-        return "row", read_parquet(path, source.column)
+    if kind == "table":
+        return read_table(path, source.column)
+    if kind or is_pipe(path):
+        return read_rows(path, source.column, source.sample_by)
     raise DataError(f"{path}: do not know how to read this; readable are {READABLE}")

@@ -10,10 +10,10 @@ from hf_stable.recipes.schema import (
     SourceRecipe,
     TokenizerRecipe,
     TrainingRecipe,
+    deciding_data,
     dump,
     from_dict,
     to_dict,
-    without_licences,
 )
 
 __all__ = [
@@ -25,9 +25,9 @@ __all__ = [
     "SourceRecipe",
     "TokenizerRecipe",
     "TrainingRecipe",
+    "deciding_data",
     "dump",
     "from_dict",
     "load_recipe",
     "to_dict",
-    "without_licences",
 ]

@@ -5,6 +5,7 @@ meaning, which error messages show. Lengths are in tokens, batches in sequences.
 """
 
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
@@ -31,6 +32,9 @@ _LARGEST_VOCABULARY = 4_000_000
 _SMALLEST_VOCABULARY = 258
 # Seconds in which a step may well be silent.
 _LEAST_PATIENCE = 60
+# Of a source.
+_INERT = {"license", "max_bad_share"}
+_DEFAULT_SPLITS = {("split", "train"), ("split", None)}
 
 # As tensors, files and deques count.
 _LARGEST_COUNT = 2**63 - 1
@@ -47,21 +51,24 @@ class SourceRecipe:
     """Text to read: the fields of `hf_stable.data.Source` and two more; a string is its path."""
 
     path: Annotated[str, Field(min_length=1)]
-    """A file, folder or glob (text, JSON lines, parquet), else the name of a `datasets` dataset."""
+    """A file, folder or glob (text, JSON, parquet, Arrow), else the name of a `datasets` dataset.
+    A folder that is a dataset is read as `datasets` reads it."""
     column: str = "text"
-    """The column of JSON lines, parquet or a dataset that holds the text."""
+    """The column of JSON, parquet, Arrow or a dataset that holds the text; `a.b` is b inside a."""
     sample_by: Literal["document", "line", "paragraph"] = "document"
     """What one document of a text file is."""
     name: str | None = None
     """The configuration of a `datasets` dataset."""
-    split: str = "train"
-    """The split of a `datasets` dataset."""
+    split: str | None = None
+    """The split of a `datasets` dataset; null is train."""
     streaming: bool = True
     """Read a `datasets` dataset as a stream, without a copy of all of it on the disk."""
     part: Literal["all", "train", "validation"] = "all"
     """Which side of the holdout split to read."""
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Fraction of the documents that are validation, chosen by a hash of their text."""
+    max_bad_share: Fraction = 0.5
+    """Share of a file's documents that may be unusable and left out; with more it is refused."""
     weight: Positive | None = None
     """Share of the training tokens relative to the others; give one to all of them or to none."""
     license: str | None = None
@@ -126,6 +133,16 @@ class DataRecipe:
     """Folder for token files and trained tokenizers, which runs share."""
     num_workers: Annotated[int, Field(ge=0, le=256)] = 0
     """Data loader processes beside each training process."""
+
+    @model_validator(mode="after")
+    def _parts_have_effect(self) -> "DataRecipe":
+        for source in self.train:
+            if not self.validation and (source.part != "all" or source.holdout):
+                raise ValueError(
+                    f"train: part and holdout of {source.path} have no effect while validation is "
+                    "empty; remove them and set data.holdout, or give validation"
+                )
+        return self
 
     @model_validator(mode="after")
     def _weights_of_all_or_none(self) -> "DataRecipe":
@@ -509,20 +526,37 @@ def to_dict(recipe: Recipe, *, defaults: bool = True) -> dict[str, Any]:
     return ADAPTER.dump_python(recipe, mode="json", exclude_defaults=not defaults)
 
 
-def without_licences(data: dict[str, Any]) -> dict[str, Any]:
-    """The data section of `to_dict`, but for the licences of texts, which change no number."""
-    found = dict(data)
-    for name in {"train", "validation"} & data.keys():
-        found[name] = [
-            {key: value for key, value in source.items() if key != "license"}
-            for source in data[name]
-        ]
-    return found
+def deciding_data(data: dict[str, Any]) -> dict[str, Any]:
+    """Return the data section of `to_dict` without what changes no number of a run.
+
+    These are a text's licence, the consent to bad documents, and the name of the default split.
+    """
+
+    def decides(key: str, value: Any) -> bool:
+        return key not in _INERT and (key, value) not in _DEFAULT_SPLITS
+
+    return _with_sources(
+        data, lambda source: {key: source[key] for key in source if decides(key, source[key])}
+    )
+
+
+def _with_sources(
+    data: dict[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    names = {"train", "validation"} & data.keys()
+    return {**data, **{name: [change(source) for source in data[name]] for name in names}}
+
+
+def _without_written_split(source: dict[str, Any]) -> dict[str, Any]:
+    """Versions before `max_bad_share` wrote the default split of datasets to files as well."""
+    is_written = "max_bad_share" not in source and source.get("split") == "train"
+    return {**source, "split": None} if is_written else source
 
 
 def from_dict(content: dict[str, Any]) -> Recipe:
     """The recipe that `to_dict` wrote, e.g. into run.json."""
-    return ADAPTER.validate_json(json.dumps(content))
+    data = _with_sources(content["data"], _without_written_split)
+    return ADAPTER.validate_json(json.dumps({**content, "data": data}))
 
 
 def dump(recipe: Recipe) -> str:

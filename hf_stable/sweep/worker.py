@@ -26,7 +26,7 @@ from hf_stable.data import ReadReport, expand, read_documents
 from hf_stable.errors import DivergedError
 from hf_stable.evaluation import load_model, perplexity
 from hf_stable.preemption import EXIT_PREEMPTED
-from hf_stable.recipes import Recipe, to_dict, without_licences
+from hf_stable.recipes import Recipe, deciding_data, to_dict
 from hf_stable.records import write_json
 from hf_stable.telemetry.reading.history import History, read_history
 from hf_stable.training import train
@@ -42,7 +42,7 @@ def recipe_digest(recipe: Recipe) -> str:
     """What a finished run must still match; where its files lie does not count."""
     chosen = to_dict(recipe, defaults=False)  # keys that come later change no digest
     content = {key: value for key, value in chosen.items() if key != "output"}
-    content["data"] = without_licences(content["data"])
+    content["data"] = deciding_data(content["data"])
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

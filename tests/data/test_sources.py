@@ -1,7 +1,11 @@
 """Every readable kind gives the same documents; what is left out is counted by name."""
 
+import bz2
 import gzip
 import json
+import lzma
+import os
+import threading
 
 import datasets
 import pyarrow as pa
@@ -26,6 +30,22 @@ def write_json_lines(path, texts, opener=open):
 
 def write_parquet(path, texts):
     pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), path)
+
+
+def zstd(data):
+    buffer = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(buffer, "zstd") as file:
+        file.write(data)
+    return buffer.getvalue().to_pybytes()
+
+
+COMPRESS = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": zstd,
+    "zstd": lambda data: zstd(data[:9]) + zstd(data[9:]),
+}
 
 
 def serve_dataset(monkeypatch, rows, streaming):
@@ -85,7 +105,7 @@ def test_bad_json_lines_are_counted_with_their_place_and_reason(tmp_path):
         b'{"text": "good too"}',
     ]
     path.write_bytes(b"\n".join(lines))
-    documents, report = read(Source(str(path)))
+    documents, report = read(Source(str(path), max_bad_share=0.8))
     assert documents == ["good", "good too"]
     assert report.bad_counts == {str(path): 8}
     assert report.empty_counts == {str(path): 2}
@@ -138,17 +158,18 @@ def unusable_files(folder):
     pq.write_table(pa.table({"text": [[1, 2]]}), whole)
     lists = whole.read_bytes()
     return {
-        "empty.txt": (b"", "0 bytes"),
-        "empty.jsonl": (b"", "0 bytes"),
         "empty.parquet": (b"", "parquet"),
-        "blank.txt": (b" \n\n ", "white space"),
         "binary.txt": (b"\x7fELF\0\0", "NUL"),
         "utf16.txt": ("text".encode("utf-16"), "NUL"),
         "latin.txt": ("caf\u00e9".encode("latin-1"), "UTF-8"),
         "cut.txt.gz": (zipped[: len(zipped) // 2], "truncated"),
         "no.txt.gz": (b"plain text", "gzip"),
         "flipped.jsonl.gz": (zipped[:20] + b"\xff\xff\xff" + zipped[23:], "gzip"),
-        "array.json": (b'[{"text": "a"},\n{"text": "b"}]', "one JSON object a line"),
+        "cut.txt.bz2": (bz2.compress(b"text" * 5000)[:30], "truncated"),
+        "cut.txt.xz": (lzma.compress(b"text" * 5000)[:50], "truncated"),
+        "cut.txt.zst": (zstd(b"text" * 5000)[:20], "truncated"),
+        "no.txt.zst": (b"plain text", "zstd"),
+        "cut.json": (b'[\n{"text": "a"},\n{"text": "b"},\n{"text": "c"}\n', "array of objects"),
         "bad.jsonl": (b'{"text": 1}\n{"text": 2}', "int"),
         "cut.parquet": (parquet[: len(parquet) // 2], "parquet"),
         "damaged.parquet": (parquet[:4] + b"\xff" * 40 + parquet[44:], "parquet"),
@@ -160,17 +181,18 @@ def unusable_files(folder):
 @pytest.mark.parametrize(
     "name",
     [
-        "empty.txt",
-        "empty.jsonl",
         "empty.parquet",
-        "blank.txt",
         "binary.txt",
         "utf16.txt",
         "latin.txt",
         "cut.txt.gz",
         "no.txt.gz",
         "flipped.jsonl.gz",
-        "array.json",
+        "cut.txt.bz2",
+        "cut.txt.xz",
+        "cut.txt.zst",
+        "no.txt.zst",
+        "cut.json",
         "bad.jsonl",
         "cut.parquet",
         "damaged.parquet",
@@ -236,7 +258,9 @@ def test_no_source_at_all_is_an_error():
         {"path": ""},
         {"sample_by": "word"},
         {"part": "test"},
+        {"holdout": 0.1},
         {"holdout": 1.0},
+        {"max_bad_share": 1.1},
         {"holdout": -0.1},
         {"holdout": float("nan")},
         {"part": "validation"},
@@ -301,3 +325,155 @@ def test_real_parquet_is_read_whole(real_data):
     documents, report = read(Source(str(path)))
     assert len(documents) == pq.read_metadata(path).num_rows
     assert not report.problem_lines()
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_every_compression_gives_the_same_documents(ending, tmp_path):
+    plain = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+    for name, expected in (("a.ndjson", TEXTS), ("a.txt", [plain.decode()])):
+        path = tmp_path / f"{name}.{ending}"
+        path.write_bytes(COMPRESS[ending](plain))
+        (source,) = expand([Source(str(path))])
+        assert read(source)[0] == expected
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])
+def test_a_json_array_is_read_record_by_record(name, indent, tmp_path):
+    path = tmp_path / name
+    records = [{"text": text} for text in TEXTS] + [{"text": None}, {"text": ""}]
+    data = ("\n " + json.dumps(records, indent=indent)).encode()
+    path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    documents, report = read(Source(str(path)))
+    assert documents == TEXTS
+    assert report.bad[str(path)] == ["record 6: null"]
+    assert report.empty[str(path)] == ["record 7"]
+
+
+def test_an_array_with_one_record_a_line_is_no_json_lines(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("[\n" + ",\n".join(json.dumps({"text": text}) for text in TEXTS) + "\n]\n")
+    assert read(Source(str(path)))[0] == TEXTS
+
+
+def test_a_first_line_that_is_a_list_is_one_bad_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('[1]\n{"text": "a"}\n{"text": "b"}\n')
+    documents, report = read(Source(str(path)))
+    assert documents == ["a", "b"]
+    assert report.bad[str(path)] == ["line 1: list where an object with 'text' is expected"]
+
+
+def test_more_bad_documents_than_the_allowed_share_are_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    good, bad = '{"text": "good"}\n', '{"content": "bad"}\n'
+    path.write_text(good * 5 + bad * 5 + "\n" * 20)
+    assert len(read(Source(str(path)))[0]) == 5
+    path.write_text(good * 5 + bad * 6)
+    with pytest.raises(DataError, match=r"6 of 11 .*'content'.*max_bad_share"):
+        read(Source(str(path)))
+    assert len(read(Source(str(path), max_bad_share=0.6))[0]) == 5
+    with pytest.raises(DataError, match="6 of 11"):
+        read(Source(str(path), max_bad_share=0.0))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json.gz", "b.txt"])
+def test_a_file_without_text_is_an_empty_document(name, tmp_path):
+    path = tmp_path / name
+    content = b" \n" if name == "b.txt" else b""
+    path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    documents, report = read(Source(str(path)))
+    assert documents == []
+    assert report.empty_counts == {str(path): 1}
+
+
+def columns_of_text():
+    """Kind -> (column, table) with the same text."""
+    text = pa.array(TEXTS)
+    inner = pa.StructArray.from_arrays([text, pa.array(range(len(TEXTS)))], ["text", "id"])
+    other = pa.array(["no"] * len(TEXTS))
+    return {
+        "dictionary": ("text", {"text": text.dictionary_encode()}),
+        "binary": ("text", {"text": text.cast(pa.binary())}),
+        "large": ("text", {"text": text.cast(pa.large_string())}),
+        "nested": ("content.text", {"other": other, "content": inner}),
+        "dotted": ("content.text", {"content.text": text, "content": inner.field(1)}),
+    }
+
+
+@pytest.mark.parametrize("kind", columns_of_text())
+def test_text_is_read_in_every_physical_form(kind, tmp_path):
+    column, arrays = columns_of_text()[kind]
+    table = pa.table(arrays)
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as file:
+        file.write_table(table)
+    with pa.ipc.new_file(tmp_path / "b.arrow", table.schema) as file:
+        file.write_table(table)
+    for name in ("a.parquet", "a.arrow", "b.arrow"):
+        assert read(Source(str(tmp_path / name), column=column))[0] == TEXTS
+    rows = table.cast(pa.schema([(f.name, decoded(f.type)) for f in table.schema])).to_pylist()
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert read(Source(str(tmp_path / "a.jsonl"), column=column))[0] == TEXTS
+
+
+def decoded(kind):
+    is_text = pa.types.is_dictionary(kind) or pa.types.is_binary(kind)
+    return pa.string() if is_text else kind
+
+
+def test_a_field_of_nothing_and_bytes_that_are_no_text_are_bad_rows(tmp_path):
+    path = tmp_path / "a.parquet"
+    rows = [{"a": {"b": b"good"}}, {"a": None}, {"a": {"b": b"\xff"}}, {"a": {"b": b"too"}}]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    documents, report = read(Source(str(path), column="a.b"))
+    assert documents == ["good", "too"]
+    assert report.bad[str(path)] == ["row 2: null", "row 3: not UTF-8: 0xff at byte 1"]
+
+
+def test_two_columns_of_one_name_are_refused_in_one_line(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, names=["text", "text"]), path)
+    with pytest.raises(DataError, match=r"a\.parquet has 2 columns with the name 'text'"):
+        read(Source(str(path)))
+
+
+@pytest.mark.parametrize("lines", [["plain\n", "text"], ['{"text": "plain\\ntext"}\n']])
+def test_a_pipe_is_read_as_text_or_json(lines, tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_text, args=("".join(lines),))
+    writer.start()
+    (source,) = expand([Source(str(path))])
+    assert read(source)[0] == ["plain\ntext"]
+    writer.join()
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "words"),
+    [
+        ("a.jsonl", {"split": "test"}, "split 'test' has no effect"),
+        ("a.jsonl", {"name": "x"}, "name 'x' has no effect"),
+        ("a.parquet", {"split": "train"}, "split 'train' has no effect"),
+        ("*.txt", {"streaming": False}, "streaming False has no effect"),
+        ("a.txt", {"column": "body"}, "column 'body' has no effect"),
+        ("a.jsonl", {"sample_by": "line"}, "sample_by 'line' has no effect"),
+        ("a.parquet", {"sample_by": "paragraph"}, "sample_by 'paragraph' has no effect"),
+        ("org/name", {"sample_by": "line"}, "sample_by 'line' has no effect"),
+    ],
+)
+def test_options_without_effect_are_refused(name, fields, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file in ("a.jsonl", "a.parquet", "a.txt"):
+        (tmp_path / file).write_text("x")
+    with pytest.raises(DataError, match=words):
+        expand([Source(name, **fields)])
+    useful = {"column": "a.jsonl", "sample_by": "a.txt"}.get(next(iter(fields)), "org/name")
+    both = [Source(name, **fields), Source(useful, **fields)]
+    assert len(expand(both, shared_options=True)) == 2
+
+
+@pytest.mark.parametrize("path", ["https://host/a.txt", "hf://datasets/a/b", "s3://b/a.jsonl"])
+def test_a_url_is_refused_for_what_it_is(path):
+    with pytest.raises(DataError, match="is a URL"):
+        expand([Source(path)])

@@ -1,0 +1,83 @@
+"""Open files and pipes that hold text, plain or compressed."""
+
+import bz2
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from hf_stable.errors import DataError
+
+_HEAD_BYTES = 8192
+_BOM = b"\xef\xbb\xbf"
+
+
+class _Compression(NamedTuple):
+    title: str
+    open: Callable[[Path], Any]
+
+
+def _zstandard(path: Path) -> Any:
+    return pa.input_stream(str(path), compression="zstd")
+
+
+_COMPRESSIONS = {
+    ".gz": _Compression("gzip", gzip.open),
+    ".bz2": _Compression("bzip2", bz2.open),
+    ".xz": _Compression("xz", lzma.open),
+    ".zst": _Compression("zstd", _zstandard),
+    ".zstd": _Compression("zstd", _zstandard),
+}
+
+
+def compression_of(path: Path) -> str:
+    """Return the ending that says how the file is compressed, "" for a plain file."""
+    ending = path.suffix.lower()
+    return ending if ending in _COMPRESSIONS else ""
+
+
+def is_pipe(path: Path) -> bool:
+    """Whether a path can be read only once and has no telling name: a pipe or standard input."""
+    if not path.exists() or path.is_dir():
+        return False
+    return not path.is_file() or path.is_relative_to("/dev")
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[io.BufferedReader]:
+    """Open a file that looks like text, behind its byte order mark; an empty file is text.
+
+    Raises:
+        DataError: a binary file, or damage that is met while the file is read.
+    """
+    ending = compression_of(path)
+    title, opener = _COMPRESSIONS[ending] if ending else ("", None)
+    try:
+        raw: Any = opener(path) if opener else path.open("rb", buffering=0)
+        with io.BufferedReader(raw, _HEAD_BYTES) as file:
+            head = file.peek(_HEAD_BYTES)
+            if b"\0" in head:
+                raise DataError(
+                    f"{path} is binary: NUL byte at offset {head.index(0)}; save it as UTF-8 text"
+                )
+            if head.startswith(_BOM):
+                file.read(len(_BOM))
+            yield file
+    except (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and (error.errno is not None or not ending):
+            raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise DataError(
+            f"{path} is truncated or no {title} file ({error}): make or download it again"
+        ) from error
+
+
+def begins_with_bracket(path: Path) -> bool:
+    """Whether the first character of a text file that is no white space is `[`."""
+    with open_text(path) as file:
+        return file.peek(_HEAD_BYTES).lstrip().startswith(b"[")
