@@ -64,7 +64,7 @@ class _RegisterOnImport:
             from . import registration  # noqa: F401, PLC0415
 
 
-if "transformers" in sys.modules:
+if sys.modules.get("transformers") is not None:
     from . import registration  # noqa: F401
 else:
     sys.meta_path.insert(0, _RegisterOnImport)

@@ -43,10 +43,14 @@ def compression_of(path: Path) -> str:
 
 
 def is_pipe(path: Path) -> bool:
-    """Whether a path can be read only once and has no telling name: a pipe or standard input."""
+    """Return whether a path can be read only once and has no telling name, such as /dev/stdin.
+
+    Standard input counts, also where it is redirected from a file. Files in /dev/shm do not.
+    """
     if not path.exists() or path.is_dir():
         return False
-    return not path.is_file() or path.is_relative_to("/dev")
+    in_memory = path.is_relative_to("/dev/shm")
+    return not path.is_file() or (path.is_relative_to("/dev") and not in_memory)
 
 
 @contextmanager

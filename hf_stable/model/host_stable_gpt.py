@@ -5,6 +5,9 @@ carries these files, so they must be right, or say that they may not be, under v
 newer than they are.
 """
 
+# The mixin's methods are those of the output that it is mixed into.
+# pyright: reportAttributeAccessIssue=false
+
 import difflib
 import inspect
 from collections.abc import Mapping

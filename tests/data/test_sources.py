@@ -5,7 +5,9 @@ import gzip
 import json
 import lzma
 import os
+import tempfile
 import threading
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -13,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hf_stable.data import ReadReport, Source, expand, read_documents
+from hf_stable.data.opening import is_pipe
 from hf_stable.errors import DataError
 
 TEXTS = ["one\nline", "  zwei Wörter ", "三 🙂", "nul \0 byte", "\u2028 odd \r\n ends"]
@@ -477,3 +480,9 @@ def test_options_without_effect_are_refused(name, fields, words, tmp_path, monke
 def test_a_url_is_refused_for_what_it_is(path):
     with pytest.raises(DataError, match="is a URL"):
         expand([Source(path)])
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no file system in memory")
+def test_a_file_in_memory_is_no_pipe() -> None:
+    with tempfile.NamedTemporaryFile(dir="/dev/shm", suffix=".txt") as file:
+        assert not is_pipe(Path(file.name))

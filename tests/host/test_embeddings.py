@@ -11,6 +11,7 @@ from hf_stable import (
     StableGPTModel,
 )
 
+from ..alignment import place
 from .models import PRESETS, make, prompt
 
 KINDS = [
@@ -41,7 +42,7 @@ def test_resizing_keeps_the_logits_of_the_ids_that_stay(preset, tied, size, tmp_
     model.train()(ids, labels=ids).loss.backward()
     assert model.get_input_embeddings().weight.grad.shape == (size, 32)
     model.save_pretrained(tmp_path)
-    loaded = StableGPTForCausalLM.from_pretrained(tmp_path)
+    loaded = place(StableGPTForCausalLM.from_pretrained(tmp_path))
     assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
 
 

@@ -26,6 +26,7 @@ from hf_stable import (
 )
 from hf_stable import model as exported
 
+from ..alignment import place
 from .models import PRESETS, make, make_config, prompt
 
 KINDS = {
@@ -68,7 +69,7 @@ def test_a_head_trains_saves_and_loads(preset: str, auto, kind, tmp_path) -> Non
     output.loss.backward()
     assert all((each.grad != 0).any() for name, each in model.named_parameters() if each.ndim == 2)
     model.save_pretrained(tmp_path)
-    loaded = auto.from_pretrained(tmp_path)
+    loaded = place(auto.from_pretrained(tmp_path))
     assert type(loaded) is kind and loaded.config.num_labels == 3
     assert torch.equal(_scores(loaded(prompt())), _scores(model(prompt())))
 

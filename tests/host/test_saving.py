@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from hf_stable import StableGPTConfig, StableGPTForCausalLM, StableGPTModel
 from hf_stable.model.sigma_stable_gpt import StableGPTSigmaLinear
 
+from ..alignment import place
 from .models import PRESETS, make, prompt
 
 
@@ -35,7 +36,7 @@ def test_a_sharded_checkpoint_is_bit_equal_and_holds_safetensors_only(model, tmp
     assert set(index["weight_map"]) == set(model.state_dict())
     assert set(index["weight_map"].values()) == set(shards)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(_logits(loaded), _logits(model))
+    assert torch.equal(_logits(place(loaded)), _logits(model))
     assert not any(tensor.is_meta for tensor in (*loaded.parameters(), *loaded.buffers()))
 
 
@@ -121,7 +122,7 @@ def test_half_precision_loads_as_saved_and_as_asked(model, dtype, tmp_path) -> N
     for asked in ("auto", dtype, str(dtype).removeprefix("torch.")):
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=asked)
         assert {each.dtype for each in loaded.parameters()} == {dtype}
-        assert torch.equal(_logits(loaded), _logits(model))
+        assert torch.equal(_logits(place(loaded)), _logits(model))
         assert loaded.config.dtype == dtype
     wide = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert {each.dtype for each in wide.parameters()} == {torch.float32}

@@ -22,6 +22,7 @@ from hf_stable.model.configuration_stable_gpt import PRESETS
 from hf_stable.model.loss_stable_gpt import linear_cross_entropy
 
 from .. import reference
+from ..alignment import place
 from ..flex import trace_only
 from ..techniques import GEOMETRY, build, from_config, relative_error, tokens
 
@@ -258,7 +259,7 @@ def test_save_and_load_is_bit_equal(preset: str, tmp_path) -> None:
         loaded, info = auto.from_pretrained(tmp_path, output_loading_info=True)
         assert isinstance(loaded, kind)
         assert not info["missing_keys"] and not info["mismatched_keys"]
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = place(AutoModelForCausalLM.from_pretrained(tmp_path))
     assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
     assert isinstance(AutoConfig.from_pretrained(tmp_path), StableGPTConfig)
 
