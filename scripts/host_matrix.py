@@ -102,13 +102,14 @@ def overlay(version: str) -> Path:
 
 def run_tests(version: str, tests: list[str], options: list[str]) -> bool:
     """Run tests under a version, print its line, and keep the output beside the overlay."""
+    marks = "not gpu and not slow" if tests == SHORT else "not gpu and (not slow or matrix)"
     path = [str(overlay(version)), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
     log = OVERLAYS / f"{version}.log"
     start = time.monotonic()
     with log.open("w", encoding="utf-8") as file:
         code = subprocess.run(
-            [sys.executable, "-m", "pytest", "-n", "2", "-m", "not gpu", *tests, *options],
+            [sys.executable, "-m", "pytest", "-n", "2", "-m", marks, *tests, *options],
             cwd=ROOT,
             env=environment,
             stdout=file,

@@ -1,5 +1,8 @@
 """No supported version of Transformers is silently wrong. scripts/host_matrix.sh runs this file.
 
+`old_export` was written by `hf_stable.hub.export` under Transformers 5.17.0. It stays as it was
+published: a change of the model's code must not be copied into it.
+
 Its laws hold under the installed version, whichever of the supported ones that is.
 """
 
@@ -27,8 +30,8 @@ from .models import make, prompt
 from .test_embeddings import KINDS
 
 OLD_EXPORT = Path(__file__).parent / "old_export"
-# One setting for each place that a cache or a mask passes: plain, cap, clip, norms, sigma-Reparam.
-EXPORTED = ["baseline", "qk_norm_cap", "soft_clip", "qkv_norm", "sigma_reparam"]
+# sdpa, eager attention, and a layer with buffers. All presets are tested by host_matrix.sh.
+EXPORTED = ["baseline", "qk_norm_cap", "sigma_reparam"]
 
 
 def without_range(preset: str) -> dict[str, float]:
@@ -58,13 +61,18 @@ def test_a_wrong_cache_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"greedy, dynamic cache", "beams, static cache, left padding"} < set(wrong)
 
 
-def test_exports_generate_alike_without_hf_stable(tmp_path: Path) -> None:
-    for preset in EXPORTED:
+@pytest.mark.parametrize(
+    "presets",
+    [EXPORTED, pytest.param(list(ALL_PRESETS), marks=[pytest.mark.slow, pytest.mark.matrix])],
+    ids=["some presets", "all presets"],
+)
+def test_exports_generate_alike_without_hf_stable(presets: list[str], tmp_path: Path) -> None:
+    for preset in presets:
         source = tmp_path / "source" / preset
-        make(preset, vocab_size=257).save_pretrained(source)
+        make(preset, vocab_size=257, **without_range(preset)).save_pretrained(source)
         byte_tokenizer().save_pretrained(source)
         export(source, tmp_path / preset)
-    folders = [*(tmp_path / preset for preset in EXPORTED), OLD_EXPORT]
+    folders = [*(tmp_path / preset for preset in presets), OLD_EXPORT]
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     answer = subprocess.run(
         [sys.executable, agreement.__file__, *map(str, folders)],
