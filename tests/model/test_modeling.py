@@ -67,7 +67,9 @@ def test_every_backend_and_mask_equals_the_reference_or_refuses(
             build(attn=attn, **fields)
         return
     model = build(attn=attn, **fields)
-    if (score, mask) == ("norm+cap", "packed"):
+    # What Inductor writes with ATEN_CPU_CAPABILITY=default is no C++ that compiles (torch 2.13).
+    has_vectors = torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+    if (score, mask) == ("norm+cap", "packed") and has_vectors:
         torch._dynamo.reset()  # and flex is compiled, as users have it
     else:
         trace_only(monkeypatch)
