@@ -14,6 +14,7 @@ import sys
 import time
 import tomllib
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -46,10 +47,13 @@ def pip(*arguments: str) -> str:
     Raises:
         SystemExit: with pip's message, when it fails.
     """
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    command = [sys.executable, "-m", "pip"]
+    if find_spec("pip") is None:  # uv made .venv: the Python that it was made from has a pip
+        command = [f"{sys.base_prefix}/bin/python3", "-m", "pip", "--python", sys.executable]
+    command += ["--disable-pip-version-check", *arguments]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode != 0:
-        raise SystemExit(f"error: {' '.join(command[2:])} failed:\n{answer.stderr.strip()}")
+        raise SystemExit(f"error: pip {' '.join(arguments)} failed:\n{answer.stderr.strip()}")
     return answer.stdout
 
 
