@@ -1,8 +1,8 @@
 """Command lines of other projects, in a process in which Transformers knows `stable_gpt`.
 
 Transformers discovers no plugins, so that a tool's own command cannot load a model without code in
-its folder. To import this package is enough. Law of this file: each function calls theirs, and
-their options are theirs.
+its folder. Importing this package registers the family. Each function here only calls the client's
+own command line, whose options are the client's.
 """
 
 import importlib

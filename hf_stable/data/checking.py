@@ -1,4 +1,4 @@
-"""Names all files that cannot be used at once, before any of them is tokenized."""
+"""Name all files that cannot be used at once, before any of them is tokenized."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -47,7 +47,7 @@ class _Checked(NamedTuple):
 
 @lru_cache(maxsize=2**16)
 def _check(source: Source, *_stamp: int) -> _Checked:
-    """What is known of a file; it is known again while the file is the same."""
+    """Check one file; the result is cached while `_stamp` (inode, size, time) is the same."""
     report = ReadReport()
     try:
         for _ in read_documents(source, report):

@@ -88,7 +88,7 @@ def _is_glob(path: str) -> bool:
 
 
 def has_splits(path: str) -> bool:
-    """Whether a source's path is the name of a dataset, or a folder that has splits."""
+    """Return whether a path is the name of a dataset, or a folder that has splits."""
     if not Path(path).is_dir():
         return not Path(path).exists() and not _is_glob(path)
     folder = dataset_folder(Path(path))

@@ -1,4 +1,4 @@
-"""Which files a folder or glob stands for: links are followed, and nothing is left out unnamed.
+"""Find the files of a folder or glob: follow links, and name everything that is left out.
 
 Hidden files and folders are left out as by `datasets`: names that begin with a dot, and folders
 that begin with two underscores, unless a glob says so itself.
@@ -65,7 +65,7 @@ def _deep_matches(anchor: Path, parts: tuple[str, ...], report: ReadReport) -> I
 
 
 def _matches(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Whether a path's names match a glob's parts (`PurePath.full_match` of Python 3.13)."""
+    """Return whether names match the parts of a glob, as `PurePath.full_match` of Python 3.13."""
     if not pattern:
         return not names
     if pattern[0] == "**":

@@ -36,7 +36,7 @@ class Row(NamedTuple):
     text: str
     problem: str | None = None
     unit: str = "line"
-    """What the numbers count."""
+    """Unit that `number` counts: line, row or record."""
 
 
 def file_format(path: Path) -> Format | None:

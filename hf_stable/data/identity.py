@@ -75,7 +75,7 @@ def _identify_one(source: Source, known: dict[str, Any]) -> dict[str, Any]:
 
 
 def _packing(path: Path) -> dict[str, Any]:
-    """How the documents are packed; what earlier versions read in the same way has no new key."""
+    """Return keys for compression and arrays; none is new where earlier versions read the same."""
     compression = compression_of(path)
     packing: dict[str, Any] = {"gzip": compression == ".gz"}
     if compression not in ("", ".gz"):

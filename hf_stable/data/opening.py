@@ -82,6 +82,6 @@ def open_text(path: Path) -> Iterator[io.BufferedReader]:
 
 
 def begins_with_bracket(path: Path) -> bool:
-    """Whether the first character of a text file that is no white space is `[`."""
+    """Return whether the first character of a text file after white space is `[`."""
     with open_text(path) as file:
         return file.peek(_HEAD_BYTES).lstrip().startswith(b"[")

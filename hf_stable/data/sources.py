@@ -1,4 +1,4 @@
-"""Where text comes from, and its documents, read one by one.
+"""Sources of text, and their documents one by one.
 
 Nothing is skipped in silence: what is not handed on is counted in the `ReadReport`, by file and
 number.

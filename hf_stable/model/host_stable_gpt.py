@@ -1,8 +1,7 @@
 """Differences between the supported versions of Transformers, and what it passes to `forward`.
 
-Law of this file: no other file of the folder asks which Transformers is installed. An export
-carries these files, so they must be right, or say that they may not be, under versions that are
-newer than they are.
+No other file of the folder asks which Transformers is installed. An export carries these files, so
+they must work, or warn that they may not, under versions that did not exist when they were written.
 """
 
 # The mixin's methods are those of the output that it is mixed into.
