@@ -529,7 +529,7 @@ def to_dict(recipe: Recipe, *, defaults: bool = True) -> dict[str, Any]:
 def deciding_data(data: dict[str, Any]) -> dict[str, Any]:
     """Return the data section of `to_dict` without what changes no number of a run.
 
-    These are the license of a text, the consent to bad documents, and the name of the default split.
+    These are the license of a text, the consent to bad documents and the default split's name.
     """
 
     def decides(key: str, value: Any) -> bool:
