@@ -1,4 +1,7 @@
-"""Errors for the user: they name the field or file, what was found, and what to do."""
+"""Errors for the user: they name the field or file, what was found, and what to do.
+
+Bad input is a `UserError`. Training that diverges is a result, so `DivergedError` is none.
+"""
 
 
 class UserError(ValueError):
@@ -21,5 +24,5 @@ class HubError(UserError):
     """What the Hub refused, or did not do; nothing is done that is not said to be."""
 
 
-class DivergedError(UserError):
-    """Training stopped because too many steps in a row were not finite (exit code 3)."""
+class DivergedError(RuntimeError):
+    """Training stopped because the run diverged. The command line exits with 3."""

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
         status = COMMANDS[parsed.subcommand](parsed[parsed.subcommand])
-    except UserError as error:
+    except (UserError, DivergedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 3 if isinstance(error, DivergedError) else 2
     except OSError as error:

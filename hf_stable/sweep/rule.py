@@ -125,7 +125,7 @@ def judge(
     *,
     stopped: bool = False,
 ) -> Verdict:
-    """Judge a run by its curves (D1 to D3, and the early stop, of `techniques` section 13).
+    """Judge a run by its curves, by the rule of this module.
 
     Diverged is any of: "non-finite", a training loss, gradient norm or validation loss that is no
     finite number; "collapse", a validation loss of at least `Thresholds.collapse_at`; "blow-up", a
