@@ -1,6 +1,6 @@
 """CPU training step of StableGPT against Transformers' Llama and Gemma 2 of the same shape.
 
-Goals (issue 2): the baseline is no slower than the peers; each technique adds at most 10 % to a
+Goals: the baseline is no slower than the peers; each technique adds at most 10 % to a
 step, sigma-Reparam, caps and clips (which no fused CPU kernel knows) at most 25 %.
 
     python scripts/bench/cpu_step.py --output scripts/bench/results/cpu_step.json

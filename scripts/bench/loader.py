@@ -1,6 +1,6 @@
 """Tokens a second of the data loader alone, against what one H100 could train at 830m.
 
-Goal (issue 6): at least ten times the model's speed, without workers.
+Goal: at least ten times the model's speed, without workers.
 
     python scripts/bench/loader.py --output scripts/bench/results/cpu_loader.json
 

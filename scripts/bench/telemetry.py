@@ -1,6 +1,6 @@
 """What watching costs: training steps of a recipe's model, watched and not.
 
-Goals (issue 4): looking every 100 steps adds at most 2 % to training, looking at every step at most
+Goals: looking every 100 steps adds at most 2 % to training, looking at every step at most
 25 %, on the `50m` recipe.
 
     python scripts/bench/telemetry.py --output scripts/bench/results/cpu_telemetry.json
