@@ -16,6 +16,7 @@ from hf_stable.memory import Memory, memory, shapes
 from hf_stable.model import StableGPTForCausalLM
 from hf_stable.recipes import Recipe
 from hf_stable.sharding import Sharding, resolve_sharding
+from hf_stable.wording import counted
 
 _FP32 = 4  # bytes; weights, gradients and both AdamW moments are fp32 in every precision
 _NODE = 8  # GPUs of a node
@@ -57,7 +58,7 @@ class CheckReport:
             ("warm-up", f"{self.warmup_steps:,.1f} steps"),
             (
                 "processes",
-                f"{self.world_size}, {self.accumulation_steps} micro batches a step each",
+                f"{self.world_size}, {counted(self.accumulation_steps, 'micro batch')} a step each",
             ),
             ("compute", f"{self.flops_per_token / 1e9:.3f} GFLOP a token (causal attention)"),
             ("compute in all", f"{self.flops_per_token * tokens:.3g} FLOP"),

@@ -43,6 +43,7 @@ class Plan:
 
     recipe: Recipe
     gpus: int
+    device: Device
     gpu_memory: float
     """GB (1e9 bytes) of one GPU."""
     parameters: int
@@ -65,22 +66,25 @@ class Plan:
 def plan(
     recipe: Recipe,
     gpus: int,
-    gpu_memory: float,
+    gpu_memory: float | None = None,
     gpus_per_node: int = 8,
     device: Device | None = None,
 ) -> Plan:
     """Compute what a recipe needs on `gpus` GPUs.
 
     Args:
-        gpu_memory: of one GPU, in GB (1e9 bytes).
+        gpu_memory: of one GPU, in GB (1e9 bytes); the device's capacity unless given.
+        device: an H200 unless given.
 
     Raises:
         RecipeError: for numbers of GPUs that the batch or the nodes do not allow.
     """
     _check_world(recipe, gpus, gpus_per_node)
-    planner = _Planner(recipe, gpu_memory, gpus_per_node, device or Device())
+    device = device or Device()
+    gpu_memory = gpu_memory or device.capacity
+    planner = _Planner(recipe, gpu_memory, gpus_per_node, device)
     ways = [planner.way(sharding) for sharding in _shardings(recipe, gpus, gpus_per_node)]
-    return Plan(recipe, gpus, gpu_memory, planner.model.num_parameters(), ways)
+    return Plan(recipe, gpus, device, gpu_memory, planner.model.num_parameters(), ways)
 
 
 def _check_world(recipe: Recipe, gpus: int, gpus_per_node: int) -> None:

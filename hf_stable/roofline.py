@@ -18,9 +18,12 @@ class Device:
 
     The defaults are an H200 SXM in nodes with NVLink and one 400 Gb/s adapter a GPU: bf16 GEMMs
     (790e12 at best, 700e12 over a model's shapes); attention at two thirds of FlashAttention 3's
-    published rate, forward and backward; the rest is bandwidth. An H100 has 3.35e12 of `memory`.
+    published rate, forward and backward; the rest is bandwidth.
     """
 
+    name: str = "H200"
+    capacity: float = 141
+    """GB (1e9 bytes) of memory, by the data sheet."""
     gemm: float = 700e12
     """FLOP/s of bf16 matrix products."""
     attention: dict[int, float] | None = None
@@ -37,6 +40,11 @@ class Device:
         rates = self.attention or {64: 300e12, 128: 330e12}
         widths = [width for width in rates if width <= head_dim]
         return rates[max(widths, default=min(rates))]
+
+
+# An H100 SXM computes at the same rates. Its data sheet has 3.35e12 bytes/s of memory where an
+# H200's has 4.8e12; the share of it that is reached is taken to be the H200's.
+DEVICES = {"h200": Device(), "h100": Device(name="H100", capacity=80, memory=3.0e12)}
 
 
 def seconds_per_token(

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 
 from hf_stable import __version__
+from hf_stable.cli import streams
 from hf_stable.cli.commands import COMMANDS
-from hf_stable.cli.parsers import build_parser
+from hf_stable.cli.parsers import parse
 from hf_stable.errors import DivergedError, UserError
 
 # MKL otherwise sums in another order when memory is aligned otherwise, so that a resumed run could
@@ -19,13 +20,21 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line and return its exit code (listed in `--help`); errors go to stderr."""
-    parsed = build_parser(__version__).parse_args(arguments)
+    """Run a command line and return its exit code (listed in `--help`); errors go to stderr.
+
+    Args:
+        arguments: of the process unless given; then its streams are made safe to print to.
+    """
+    if arguments is None:
+        streams.prepare()
+        arguments = sys.argv[1:]
     if not sys.stderr.isatty():  # a log gets plain lines, also from the libraries
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
-        status = COMMANDS[parsed.subcommand](parsed[parsed.subcommand])
+        parsed = parse(__version__, arguments)
+        status = COMMANDS[parsed.subcommand](parsed)
+        sys.stdout.flush()
     except (UserError, DivergedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 3 if isinstance(error, DivergedError) else 2
@@ -37,6 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         more = "; the same command goes on from the newest checkpoint"
-        print("interrupted" + (more if parsed.subcommand == "train" else ""), file=sys.stderr)
+        print("interrupted" + (more if "train" in arguments[:1] else ""), file=sys.stderr)
         return 130
     return status or 0

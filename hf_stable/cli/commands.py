@@ -6,16 +6,16 @@ import json
 import math
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from jsonargparse import Namespace
 
 from hf_stable.cli import convert
 from hf_stable.cli.push import export_command, push_command
 from hf_stable.cli.statement import statement_of
 from hf_stable.errors import UserError
+from hf_stable.wording import counted, significant
 
 if TYPE_CHECKING:
     from hf_stable.data import ReadReport, Source
@@ -26,9 +26,10 @@ def _recipe_of(arguments: Namespace) -> "Recipe":
     from hf_stable.recipes import load_recipe
 
     overrides = [override for group in arguments.set or [] for override in group]
-    if arguments.get("output") is not None:
+    if vars(arguments).get("output") is not None:  # of `train`
         overrides.append(f"output={json.dumps(arguments.output)}")
-    return load_recipe(arguments.recipe, overrides)
+    # Without the model, which takes seconds to import, where the recipe is only printed.
+    return load_recipe(arguments.recipe, overrides, builds_model=not arguments.print_config)
 
 
 def _sources_of(
@@ -36,7 +37,7 @@ def _sources_of(
 ) -> "list[Source]":
     from hf_stable.data import Source, expand
 
-    shared = {key: arguments[key] for key in ("column", "sample_by", "max_bad_share")}
+    shared = {key: vars(arguments)[key] for key in ("column", "sample_by", "max_bad_share")}
     sources = [Source(path=path, **shared, **fields) for path in paths]
     return expand(sources, report, shared_options=True)
 
@@ -56,7 +57,8 @@ def _train(arguments: Namespace) -> int:
         return EXIT_PREEMPTED
     if os.environ.get("RANK", "0") == "0":
         print(
-            f"validation perplexity {result.validation_perplexity:.2f} after {result.steps} steps"
+            f"validation perplexity {significant(result.validation_perplexity)} after "
+            f"{counted(result.steps, 'step')}"
         )
         print(f"next: hf-stable evaluate {result.folder}")
         print(f'      hf-stable generate {result.folder} --prompt "..."')
@@ -70,9 +72,11 @@ def _check(arguments: Namespace) -> None:
         return _print_recipe(recipe)
     from hf_stable.check import check
 
-    report = check(recipe, arguments.world)
-    for name, value in report.rows():
-        print(f"{name:<28}{value}")
+    report = check(recipe, arguments.gpus)
+    rows = report.rows()
+    width = 2 + max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}{value}")
     for note in report.notes:
         print(f"note: {note}")
     print(f"{recipe.name}: this recipe works")
@@ -86,18 +90,22 @@ def _plan(arguments: Namespace) -> None:
 
     from hf_stable.cli.plan_table import print_plans
     from hf_stable.planning import plan
+    from hf_stable.roofline import DEVICES
 
-    sizes = arguments.gpu_memory, arguments.gpus_per_node
-    plans = [plan(recipe, gpus, *sizes) for gpus in arguments.gpus]
+    device = DEVICES[arguments.gpu]
+    plans = [
+        plan(recipe, gpus, arguments.gpu_memory, arguments.gpus_per_node, device)
+        for gpus in arguments.gpus
+    ]
     # A log gets whole lines, as Markdown.
     console = Console() if sys.stdout.isatty() else Console(width=200, soft_wrap=True)
     print_plans(plans, arguments.price_per_gpu_hour, console)
 
 
 def _print_recipe(recipe: "Recipe") -> None:
-    from hf_stable.recipes import dump
+    from hf_stable.recipes import resolved
 
-    print(dump(recipe), end="")
+    print(resolved(recipe), end="")
 
 
 def _tokenizer(arguments: Namespace) -> None:
@@ -161,15 +169,18 @@ def _evaluate(arguments: Namespace) -> None:
         batch_size=arguments.batch_size,
         progress=True,
     )
-    print("\n".join([*report.problem_lines(), result.table()]))
     content = {"model": arguments.model, "data": arguments.data, **result.to_dict()}
     content["report"] = report.to_dict()
+    lines = [*report.problem_lines(), result.table()]
     if run is not None and arguments.data is None:
         for name in ("bigram", "unigram"):
             nats = content[f"{name}_nats_per_token"] = run["data"][f"{name}_nats_per_token"]
-            print(f"{name + ' table per token':<22}{math.exp(nats):>12.4f}   {nats:.4f} nats")
+            lines.append(
+                f"{name + ' table per token':<22}{significant(math.exp(nats)):>12}   {nats:.4f} nats"
+            )
     if arguments.output is not None:
         write_json(Path(arguments.output), content)
+    print("\n".join(lines))
 
 
 def _generate(arguments: Namespace) -> None:
@@ -186,7 +197,7 @@ def _generate(arguments: Namespace) -> None:
     longest = model.config.to_dict().get("max_position_embeddings")
     if longest is not None and len(ids) + arguments.max_new_tokens > longest:
         raise UserError(
-            f"the prompt's {len(ids)} tokens and --max-new-tokens {arguments.max_new_tokens} go "
+            f"the prompt's {counted(len(ids), 'token')} and --max-new-tokens {arguments.max_new_tokens} go "
             f"beyond the model's {longest} positions; shorten one of them"
         )
     torch.manual_seed(arguments.seed)
@@ -242,9 +253,9 @@ def _diagnose(arguments: Namespace) -> None:
     from hf_stable.telemetry.reading.terminal import print_diagnosis
 
     diagnosis = diagnose(read_history(Path(arguments.run)))
-    print_diagnosis(diagnosis, Console())
     if arguments.json is not None:
         write_json(Path(arguments.json), diagnosis.to_dict())
+    print_diagnosis(diagnosis, Console())
 
 
 def _sweep(arguments: Namespace) -> None:

@@ -2,26 +2,31 @@
 
 # ruff: noqa: PLC0415
 
-from typing import Literal
+from argparse import Namespace
 
-from jsonargparse import ArgumentParser, Namespace
+from hf_stable.cli.arguments import Parser, output_folder, path
+from hf_stable.wording import counted
 
 DESCRIPTION = "Write another family's checkpoint as a StableGPT with the same logits."
 
 
-def add_options(parser: ArgumentParser) -> ArgumentParser:
+def add_options(parser: Parser) -> None:
     """Give an empty parser the options of the subcommand."""
     parser.add_argument(
-        "source", metavar="SOURCE", help="model folder or Hub id: Llama, GPT-NeoX, Nemotron, ..."
+        "source",
+        type=path,
+        metavar="SOURCE",
+        help="model folder or Hub id: Llama, GPT-NeoX, Nemotron, ...",
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--output", type=output_folder, required=True, metavar="DIR", help="folder to write"
+    )
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub id")
     parser.add_argument(
         "--dtype",
-        type=Literal["float32", "bfloat16", "float16"],
+        choices=("float32", "bfloat16", "float16"),
         help="of the weights to write; the source's unless given",
     )
-    return parser
 
 
 def run(arguments: Namespace) -> None:
@@ -33,7 +38,7 @@ def run(arguments: Namespace) -> None:
     )
     print(
         f"{done.source} ({done.model_type}): logits differ by {done.difference:.1e} of the "
-        f"largest in float64 over {done.tokens} tokens"
+        f"largest in float64 over {counted(done.tokens, 'token')}"
     )
     if done.saved_difference > done.difference:
         print(f"by {done.saved_difference:.1e} with the weights rounded to {done.dtype}")

@@ -1,25 +1,26 @@
 """Subcommands and their options; the surface is frozen by a test."""
 
-from argparse import RawDescriptionHelpFormatter
-from typing import Literal
-
-from jsonargparse import ArgumentParser
-from jsonargparse.typing import (
-    ClosedUnitInterval,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    restricted_number_type,
-)
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
 
 from hf_stable.cli import convert
+from hf_stable.cli.arguments import (
+    PROGRAM,
+    Parser,
+    check_command,
+    non_negative_float,
+    non_negative_int,
+    output_file,
+    output_folder,
+    path,
+    positive_float,
+    positive_int,
+    seed,
+    share,
+)
 from hf_stable.cli.push import EXPORT, PUSH, add_export_options, add_push_options
 from hf_stable.cli.statement import add_statement_options
-
-# 64 bits, as a recipe's.
-_Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])
-
 
 _DESCRIPTION = """\
 Stable language model pre-training on the HuggingFace stack.
@@ -54,19 +55,19 @@ Several recipes are layered, later ones win, so that a size and a technique comb
 """
 
 
-def _parser(description: str, epilog: str | None = None) -> ArgumentParser:
-    return ArgumentParser(
+def _parser(subcommands: Any, command: str, description: str, epilog: str | None = None) -> Parser:
+    return subcommands.add_parser(
+        command,
+        prog=f"{PROGRAM} {command}",
         description=description,
         epilog=epilog,
-        formatter_class=RawDescriptionHelpFormatter,
-        print_config=None,  # jsonargparse's own prints the command line's options, ours the recipe
-        allow_abbrev=False,
+        help=description,
     )
 
 
-def _recipe_parser(command: str, description: str) -> ArgumentParser:
-    parser = _parser(description, _RECIPES.format(command=command))
-    parser.add_argument("recipe", nargs="+", metavar="RECIPE", help="recipe file")
+def _recipe_parser(subcommands: Any, command: str, description: str) -> Parser:
+    parser = _parser(subcommands, command, description, _RECIPES.format(command=command))
+    parser.add_argument("recipe", nargs="+", type=path, metavar="RECIPE", help="recipe file")
     parser.add_argument(
         "--set",
         nargs="+",
@@ -75,12 +76,12 @@ def _recipe_parser(command: str, description: str) -> ArgumentParser:
         help="change a key of the recipe, e.g. model.qk_norm=head; after the recipes",
     )
     parser.add_argument(
-        "--print_config", action="store_true", help="print the whole resolved recipe and stop"
+        "--print-config", action="store_true", help="print the whole resolved recipe and stop"
     )
     return parser
 
 
-def _add_text_options(parser: ArgumentParser) -> None:
+def _add_text_options(parser: Parser) -> None:
     parser.add_argument(
         "--column",
         default="text",
@@ -88,13 +89,13 @@ def _add_text_options(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--sample-by",
-        type=Literal["document", "line", "paragraph"],
+        choices=("document", "line", "paragraph"),
         default="document",
         help="what one document of a text file is: document (the file), line or paragraph",
     )
     parser.add_argument(
         "--max-bad-share",
-        type=ClosedUnitInterval,
+        type=share,
         default=0.5,
         metavar="X",
         help="share of a file's documents that may be unusable and left out; with more it is "
@@ -102,88 +103,105 @@ def _add_text_options(parser: ArgumentParser) -> None:
     )
 
 
-def _add_revision(parser: ArgumentParser) -> None:
+def _add_revision(parser: Parser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
 
 
-def _train_parser() -> ArgumentParser:
+def _train_parser(subcommands: Any) -> None:
     parser = _recipe_parser(
-        "train", "Train a model as a recipe says; goes on where it was stopped."
+        subcommands, "train", "Train a model as a recipe says; goes on where it was stopped."
     )
     parser.add_argument(
-        "--output", metavar="DIR", help="folder of the run, instead of the recipe's"
+        "--output",
+        type=output_folder,
+        metavar="DIR",
+        help="folder of the run, instead of the recipe's",
     )
     parser.add_argument(
         "--resume",
-        type=Literal["auto", "changed", "never"],
+        choices=("auto", "changed", "never"),
         default="auto",
         help="auto: go on from the newest checkpoint in the folder, if recipe and data are those "
         "of its run; changed: also if they are not; never: refuse a used folder",
     )
-    return parser
 
 
-def _check_parser() -> ArgumentParser:
-    parser = _recipe_parser("check", "Validate a recipe: sizes, steps, memory, without training.")
-    parser.add_argument(
-        "--world", type=PositiveInt, default=1, metavar="N", help="number of processes (GPUs)"
-    )
-    return parser
-
-
-def _plan_parser() -> ArgumentParser:
+def _check_parser(subcommands: Any) -> None:
     parser = _recipe_parser(
-        "plan", "Memory, speed, days and cost of a recipe on so many GPUs, computed without one."
+        subcommands, "check", "Validate a recipe: sizes, steps, memory, without training."
     )
     parser.add_argument(
-        "--gpus", type=PositiveInt, nargs="+", required=True, metavar="N", help="numbers of GPUs"
+        "--gpus", type=positive_int, default=1, metavar="N", help="number of GPUs, one a process"
     )
-    parser.add_argument(
-        "--gpu-memory",
-        type=PositiveFloat,
-        required=True,
-        metavar="GB",
-        help="memory of one GPU, e.g. 80 for an H100",
-    )
-    parser.add_argument(
-        "--gpus-per-node", type=PositiveInt, default=8, metavar="N", help="GPUs of one machine"
-    )
-    parser.add_argument(
-        "--price-per-gpu-hour", type=PositiveFloat, metavar="PRICE", help="adds what the run costs"
-    )
-    return parser
 
 
-def _tokenizer_parser() -> ArgumentParser:
-    parser = _parser("Train a tokenizer on text. Any text round-trips through it exactly.")
+def _plan_parser(subcommands: Any) -> None:
+    parser = _recipe_parser(
+        subcommands,
+        "plan",
+        "Memory, speed, days and cost of a recipe on so many GPUs, computed without one.",
+    )
+    parser.add_argument(
+        "--gpus", type=positive_int, nargs="+", required=True, metavar="N", help="numbers of GPUs"
+    )
+    parser.add_argument(
+        "--gpu", choices=("h200", "h100"), default="h200", help="whose memory and rates to take"
+    )
+    parser.add_argument(
+        "--gpu-memory", type=positive_float, metavar="GB", help="of one GPU, where it has another"
+    )
+    parser.add_argument(
+        "--gpus-per-node", type=positive_int, default=8, metavar="N", help="GPUs of one machine"
+    )
+    parser.add_argument(
+        "--price-per-gpu-hour", type=positive_float, metavar="PRICE", help="adds what the run costs"
+    )
+
+
+def _tokenizer_parser(subcommands: Any) -> None:
+    parser = _parser(
+        subcommands,
+        "tokenizer",
+        "Train a tokenizer on text. Any text round-trips through it exactly.",
+    )
     parser.add_argument(
         "input",
         nargs="+",
+        type=path,
         metavar="INPUT",
         help="text, JSON, parquet or Arrow files, folders, globs or datasets",
     )
     parser.add_argument(
         "--kind",
-        type=Literal["bpe", "sentencepiece"],
+        choices=("bpe", "sentencepiece"),
         default="bpe",
         help="bpe: byte-level BPE; sentencepiece: unigram with byte fallback",
     )
     parser.add_argument(
-        "--vocab-size", type=PositiveInt, required=True, metavar="N", help="tokens, e.g. 8192"
+        "--vocab-size", type=positive_int, required=True, metavar="N", help="tokens, e.g. 8192"
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
-    _add_text_options(parser)
-    return parser
-
-
-def _evaluate_parser() -> ArgumentParser:
-    parser = _parser("Perplexity of any causal language model, with 95-percent intervals.")
     parser.add_argument(
-        "model", metavar="MODEL", help="model folder or Hub id, ours or not, or a run's folder"
+        "--output", type=output_folder, required=True, metavar="DIR", help="folder to write"
+    )
+    _add_text_options(parser)
+
+
+def _evaluate_parser(subcommands: Any) -> None:
+    parser = _parser(
+        subcommands,
+        "evaluate",
+        "Perplexity of any causal language model, with 95-percent intervals.",
+    )
+    parser.add_argument(
+        "model",
+        type=path,
+        metavar="MODEL",
+        help="model folder or Hub id, ours or not, or a run's folder",
     )
     parser.add_argument(
         "--data",
         nargs="+",
+        type=path,
         metavar="TEXT",
         help="files, folders, globs or datasets; a run's folder has validation text of its own",
     )
@@ -191,66 +209,72 @@ def _evaluate_parser() -> ArgumentParser:
     _add_revision(parser)
     parser.add_argument("--name", help="configuration of a dataset, e.g. wikitext-2-raw-v1")
     parser.add_argument("--split", help="split of a dataset; test unless given")
-    parser.add_argument("--max-length", type=PositiveInt, metavar="N", help="tokens of one window")
+    parser.add_argument("--max-length", type=positive_int, metavar="N", help="tokens of one window")
     parser.add_argument(
         "--stride",
-        type=PositiveInt,
+        type=positive_int,
         metavar="N",
         help="tokens that each window scores anew; smaller is slower and gives more context",
     )
     parser.add_argument(
-        "--batch-size", type=PositiveInt, default=8, metavar="N", help="windows at once"
+        "--batch-size", type=positive_int, default=8, metavar="N", help="windows at once"
     )
     parser.add_argument(
-        "--limit-documents", type=PositiveInt, metavar="N", help="read only the first N"
+        "--limit-documents", type=positive_int, metavar="N", help="read only the first N"
     )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that the model folder holds"
     )
-    parser.add_argument("--output", metavar="FILE", help="write the numbers as JSON too")
-    return parser
+    parser.add_argument(
+        "--output", type=output_file, metavar="FILE", help="write the numbers as JSON too"
+    )
 
 
-def _generate_parser() -> ArgumentParser:
-    parser = _parser("Let a model continue a text.")
-    parser.add_argument("model", metavar="MODEL", help="model folder or Hub id")
+def _generate_parser(subcommands: Any) -> None:
+    parser = _parser(subcommands, "generate", "Let a model continue a text.")
+    parser.add_argument("model", type=path, metavar="MODEL", help="model folder or Hub id")
     _add_revision(parser)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
     parser.add_argument(
-        "--max-new-tokens", type=PositiveInt, default=100, metavar="N", help="tokens to add"
+        "--max-new-tokens", type=positive_int, default=100, metavar="N", help="tokens to add"
     )
     parser.add_argument(
-        "--temperature", type=NonNegativeFloat, default=0.8, metavar="T", help="0 is greedy"
+        "--temperature", type=non_negative_float, default=0.8, metavar="T", help="0 is greedy"
     )
     parser.add_argument(
-        "--top-k", type=NonNegativeInt, default=50, metavar="K", help="likeliest tokens; 0 is all"
+        "--top-k", type=non_negative_int, default=50, metavar="K", help="likeliest tokens; 0 is all"
     )
-    parser.add_argument("--seed", type=_Seed, default=0, metavar="N", help="of sampling")
-    return parser
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of sampling")
 
 
-def _card_parser() -> ArgumentParser:
-    parser = _parser("Write a run's model card and training curve, from its records alone.")
-    parser.add_argument("run", metavar="RUN", help="folder of a run")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+def _card_parser(subcommands: Any) -> None:
+    parser = _parser(
+        subcommands, "card", "Write a run's model card and training curve, from its records alone."
+    )
+    parser.add_argument("run", type=path, metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "--output", type=output_folder, required=True, metavar="DIR", help="folder to write"
+    )
     parser.add_argument(
         "--evaluations",
         nargs="+",
+        type=path,
         metavar="FILE",
         help="what `hf-stable evaluate RUN --output` wrote; RUN/evaluation*.json unless given",
     )
     add_statement_options(parser)
-    return parser
 
 
-def _watch_parser() -> ArgumentParser:
+def _watch_parser(subcommands: Any) -> None:
     parser = _parser(
-        "Look at runs, also while they train: loss, the layers nearest to trouble, and alarms."
+        subcommands,
+        "watch",
+        "Look at runs, also while they train: loss, the layers nearest to trouble, and alarms.",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="folder of a run")
     parser.add_argument(
         "--refresh",
-        type=PositiveFloat,
+        type=positive_float,
         default=2.0,
         metavar="SECONDS",
         help="how often to look again, until every run has ended",
@@ -259,34 +283,50 @@ def _watch_parser() -> ArgumentParser:
         "--once", action="store_true", help="look once; so it does where output is no terminal"
     )
     parser.add_argument(
-        "--html", metavar="FILE", help="write one page with all figures instead, and stop"
+        "--html",
+        type=output_file,
+        metavar="FILE",
+        help="write one page with all figures instead, and stop",
     )
-    return parser
 
 
-def _diagnose_parser() -> ArgumentParser:
+def _diagnose_parser(subcommands: Any) -> None:
     parser = _parser(
-        "What came before a run's loss moved: first alarm, its layer, lead, and what answers it."
+        subcommands,
+        "diagnose",
+        "What came before a run's loss moved: first alarm, its layer, lead, and what answers it.",
     )
-    parser.add_argument("run", metavar="RUN", help="folder of a run")
-    parser.add_argument("--json", metavar="FILE", help="write the findings as JSON too")
-    return parser
+    parser.add_argument("run", type=path, metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write the findings as JSON too"
+    )
 
 
-def _sample_text_parser() -> ArgumentParser:
-    parser = _parser("Write the quickstart's text: the King James Bible, from a Python package.")
-    parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines file to write")
-    return parser
+def _sample_text_parser(subcommands: Any) -> None:
+    parser = _parser(
+        subcommands,
+        "sample-text",
+        "Write the quickstart's text: the King James Bible, from a Python package.",
+    )
+    parser.add_argument(
+        "--output", type=output_file, required=True, metavar="FILE", help="JSON lines file to write"
+    )
 
 
-def _sweep_parser() -> ArgumentParser:
-    parser = _parser("Train all runs of a plan; goes on where it was stopped, however it was.")
-    parser.add_argument("plan", metavar="PLAN", help="plan, e.g. recipes/sweeps/table3_cpu.yaml")
+def _sweep_parser(subcommands: Any) -> None:
+    parser = _parser(
+        subcommands,
+        "sweep",
+        "Train all runs of a plan; goes on where it was stopped, however it was.",
+    )
+    parser.add_argument(
+        "plan", type=path, metavar="PLAN", help="plan, e.g. recipes/sweeps/table3_cpu.yaml"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the runs, their FLOPs and time, and stop"
     )
     parser.add_argument(
-        "--workers", type=PositiveInt, default=1, metavar="N", help="runs at once, or Slurm jobs"
+        "--workers", type=positive_int, default=1, metavar="N", help="runs at once, or Slurm jobs"
     )
     parser.add_argument(
         "--slurm",
@@ -297,46 +337,63 @@ def _sweep_parser() -> ArgumentParser:
     parser.add_argument(
         "--set", nargs="+", action="append", metavar="KEY=VALUE", help="change a key of every run"
     )
-    parser.add_argument("--output", metavar="DIR", help="folder, instead of the plan's")
-    return parser
-
-
-def _report_parser() -> ArgumentParser:
-    parser = _parser("Report on studies, from their records alone: report.md and report.html.")
-    parser.add_argument("studies", nargs="+", metavar="STUDY", help="folder of a study")
     parser.add_argument(
-        "--output", metavar="DIR", help="where the report goes; into the first study unless given"
+        "--output", type=output_folder, metavar="DIR", help="folder, instead of the plan's"
     )
+
+
+def _report_parser(subcommands: Any) -> None:
+    parser = _parser(
+        subcommands,
+        "report",
+        "Report on studies, from their records alone: report.md and report.html.",
+    )
+    parser.add_argument("studies", nargs="+", type=path, metavar="STUDY", help="folder of a study")
+    parser.add_argument(
+        "--output",
+        type=output_folder,
+        metavar="DIR",
+        help="where the report goes; into the first study unless given",
+    )
+
+
+def build_parser(version: str) -> Parser:
+    """Return the whole command line."""
+    parser = Parser(prog=PROGRAM, description=_DESCRIPTION, epilog=_EPILOG)
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {version}")
+    subcommands = parser.add_subparsers(
+        dest="subcommand", title="subcommands", metavar="SUBCOMMAND", required=True
+    )
+    _train_parser(subcommands)
+    _check_parser(subcommands)
+    _plan_parser(subcommands)
+    _tokenizer_parser(subcommands)
+    _evaluate_parser(subcommands)
+    _generate_parser(subcommands)
+    add_export_options(_parser(subcommands, "export", EXPORT))
+    _card_parser(subcommands)
+    convert.add_options(_parser(subcommands, "convert", convert.DESCRIPTION))
+    add_push_options(_parser(subcommands, "push", PUSH))
+    _watch_parser(subcommands)
+    _diagnose_parser(subcommands)
+    _sweep_parser(subcommands)
+    _report_parser(subcommands)
+    _sample_text_parser(subcommands)
     return parser
 
 
-def build_parser(version: str) -> ArgumentParser:
-    """The whole command line."""
-    parser = ArgumentParser(
-        prog="hf-stable",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=RawDescriptionHelpFormatter,
-        version=version,
-        allow_abbrev=False,  # of the subcommands too: an abbreviation would freeze all its letters
+def parse(version: str, arguments: Sequence[str]) -> Namespace:
+    """Return the options of a command line; `subcommand` is the command.
+
+    Raises:
+        UserError: names the argument and the remedy.
+    """
+    parser = build_parser(version)
+    commands: dict[str, Parser] = next(
+        action.choices for action in parser._actions if action.dest == "subcommand"
     )
-    subcommands = parser.add_subcommands(title="subcommands", metavar="SUBCOMMAND")
-    for name, subparser in (
-        ("train", _train_parser()),
-        ("check", _check_parser()),
-        ("plan", _plan_parser()),
-        ("tokenizer", _tokenizer_parser()),
-        ("evaluate", _evaluate_parser()),
-        ("generate", _generate_parser()),
-        ("export", add_export_options(_parser(EXPORT))),
-        ("card", _card_parser()),
-        ("convert", convert.add_options(_parser(convert.DESCRIPTION))),
-        ("push", add_push_options(_parser(PUSH))),
-        ("watch", _watch_parser()),
-        ("diagnose", _diagnose_parser()),
-        ("sweep", _sweep_parser()),
-        ("report", _report_parser()),
-        ("sample-text", _sample_text_parser()),
-    ):
-        subcommands.add_subcommand(name, subparser, help=subparser.description)
-    return parser
+    check_command(arguments, list(commands))
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        commands[parsed.subcommand].refuse(unknown)
+    return parsed

@@ -42,7 +42,8 @@ def print_plans(plans: Sequence[Plan], price: float | None, console: Console) ->
         console.print(f"GB of {best.gpus} x {_words(best)}: {parts}")
     console.print(
         "* the fastest that fits. Every number is computed, not measured; speed is a roofline of "
-        "FLOPs and bytes at an H200's rates, with all exchange hidden that can be."
+        "FLOPs and bytes at the rates of an "
+        f"{first.device.name}, with all exchange hidden that can be."
     )
 
 

@@ -3,15 +3,16 @@
 # ruff: noqa: PLC0415
 
 import contextlib
+import shlex
 import tempfile
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import PositiveInt
-
+from hf_stable.cli.arguments import Parser, output_folder, path, positive_int
 from hf_stable.cli.statement import add_statement_options, statement_of
+from hf_stable.wording import counted
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -22,16 +23,18 @@ EXPORT = "Write a run's model as a folder that loads without hf_stable, ready to
 PUSH = "Put a model on the Hub: checked here, one commit there, verified, then tagged."
 
 
-def add_export_options(parser: ArgumentParser) -> ArgumentParser:
-    """The options of `hf-stable export`."""
-    parser.add_argument("run", metavar="RUN", help="folder of a run")
+def add_export_options(parser: Parser) -> None:
+    """Add the options of `hf-stable export`."""
+    parser.add_argument("run", type=path, metavar="RUN", help="folder of a run")
     parser.add_argument(
         "--step",
-        type=PositiveInt,
+        type=positive_int,
         metavar="N",
         help="take the checkpoint of this step; the finished model unless given",
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--output", type=output_folder, required=True, metavar="DIR", help="folder to write"
+    )
     parser.add_argument(
         "--fold-sigma",
         action="store_true",
@@ -39,29 +42,33 @@ def add_export_options(parser: ArgumentParser) -> ArgumentParser:
     )
     parser.add_argument(
         "--dtype",
-        type=Literal["bfloat16"],
+        choices=("bfloat16",),
         help="round the weights; the card has what it costs. As they were trained unless given",
     )
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="of one file of weights"
     )
     add_statement_options(parser)
-    return parser
 
 
-def add_push_options(parser: ArgumentParser) -> ArgumentParser:
-    """The options of `hf-stable push`."""
+def add_push_options(parser: Parser) -> None:
+    """Add the options of `hf-stable push`."""
     parser.epilog = (
         "The token is that of `hf auth login`, or HF_TOKEN; it is never an option, which other "
         "users of the machine could read."
     )
     parser.add_argument(
-        "source", metavar="SOURCE", help="what `hf-stable export` wrote, or a run's folder"
+        "source",
+        type=path,
+        metavar="SOURCE",
+        help="what `hf-stable export` wrote, or a run's folder",
     )
-    parser.add_argument("--to", required=True, metavar="OWNER/NAME", help="repository on the Hub")
+    parser.add_argument(
+        "--output", required=True, metavar="OWNER/NAME", help="repository on the Hub"
+    )
     parser.add_argument("--private", action="store_true", help="make it a private repository")
     parser.add_argument(
-        "--revision", "--branch", default="main", metavar="BRANCH", help="made if it is not there"
+        "--revision", default="main", metavar="BRANCH", help="branch, made if it is not there"
     )
     parser.add_argument("--tag", help="name for the commit, given when it is verified")
     parser.add_argument("--commit-message", metavar="TEXT", help="one is made unless given")
@@ -79,7 +86,6 @@ def add_push_options(parser: ArgumentParser) -> ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="list what would go, with SHA-256; write nothing"
     )
-    return parser
 
 
 def export_command(arguments: Namespace) -> None:
@@ -102,7 +108,7 @@ def export_command(arguments: Namespace) -> None:
     print(f"exported to {folder}; load it without hf_stable:")
     for auto in ("AutoModelForCausalLM", "AutoTokenizer"):
         print(f'  {auto}.from_pretrained("{folder}", trust_remote_code=True)')
-    print(f"publish it: hf-stable push {folder} --to OWNER/NAME")
+    print(f"publish it: hf-stable push {shlex.quote(str(folder))} --output OWNER/NAME")
 
 
 def push_command(arguments: Namespace) -> None:
@@ -111,7 +117,7 @@ def push_command(arguments: Namespace) -> None:
 
     message = arguments.commit_message
     to = hub.Destination(
-        repo=arguments.to,
+        repo=arguments.output,
         private=arguments.private,
         branch=arguments.revision,
         tag=arguments.tag,
@@ -168,10 +174,11 @@ def _preview(
 
 def _print_difference(difference: "Difference", unreachable: str | None, repo: str) -> None:
     for each in difference.changes:
-        print(f"{each.state:<8} {each.bytes:>14,}  {each.sha256}  {each.name}")
+        state = "" if unreachable is not None else f"{each.state:<8} "
+        print(f"{state}{each.bytes:>14,}  {each.sha256}  {each.name}")
     for name in difference.removed:
         print(f"{'removed':<8} {'':>14}  {'':<64}  {name}")
-    total = sum(each.bytes for each in difference.changes)
-    print(f"{len(difference.changes)} files, {total:,} bytes, to {repo}; nothing was written")
+    total = counted(sum(each.bytes for each in difference.changes), "byte")
+    print(f"{counted(len(difference.changes), 'file')}, {total}, to {repo}; nothing was written")
     if unreachable is not None:
         print(f"what is new there is not known: {unreachable}")

@@ -2,16 +2,16 @@
 
 # ruff: noqa: PLC0415
 
+from argparse import Namespace
 from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import PositiveFloat
+from hf_stable.cli.arguments import Parser, positive_float
 
 if TYPE_CHECKING:
     from hf_stable.card import Statement
 
 
-def add_statement_options(parser: ArgumentParser) -> None:
+def add_statement_options(parser: Parser) -> None:
     """Add the options that `statement_of` reads."""
     parser.add_argument(
         "--license",
@@ -22,7 +22,7 @@ def add_statement_options(parser: ArgumentParser) -> None:
     parser.add_argument("--license-link", metavar="URL", help="where that licence's text is")
     parser.add_argument(
         "--watts",
-        type=PositiveFloat,
+        type=positive_float,
         metavar="W",
         help="power of each process's device, which no record holds, to estimate energy with",
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_stable.data.formats import READABLE
+from hf_stable.wording import counted
 
 _EXAMPLES = 5
 
@@ -85,7 +86,7 @@ class ReadReport:
 
     def lines(self) -> list[str]:
         """The whole report as lines to print."""
-        total = f"{self.documents:,} documents, {self.text_bytes:,} bytes of text"
+        total = f"{counted(self.documents, 'document')}, {self.text_bytes:,} bytes of text"
         if self.other_part_documents:
             total += f"; {self.other_part_documents:,} documents belong to the other part"
         return [

@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager
 from rich.console import Console
 from rich.status import Status
 
+from hf_stable.wording import significant
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -39,7 +41,7 @@ class Reporter(AbstractContextManager["Reporter"]):
         line = (
             f"evaluating: {documents:,} documents, {tokens:,} tokens, "
             f"{tokens / max(now - self._started, 1e-9):,.0f} tokens/s, "
-            f"perplexity per token so far {math.exp(min(nats, 700.0)):.3f}"
+            f"perplexity per token so far {significant(math.exp(min(nats, 700.0)))}"
         )
         if self._status:
             self._status.update(line)

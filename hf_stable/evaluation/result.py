@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
+from hf_stable.wording import counted, significant
+
 from .intervals import MIN_DOCUMENTS, ratio_intervals
 
 
@@ -57,15 +59,16 @@ class PerplexityResult:
             _row("perplexity per token", self.per_token, self.confidence),
             _row("perplexity per word", self.per_word, self.confidence),
             _row("bits per byte", self.bits_per_byte, self.confidence),
-            f"{self.documents:,} documents, {self.tokens:,} tokens, {self.words:,} words, "
-            f"{self.bytes:,} bytes; {self.nll_nats / self.tokens:.4f} nats per token; "
-            f"windows of {self.max_length} tokens, stride {self.stride}",
+            f"{counted(self.documents, 'document')}, {counted(self.tokens, 'token')}, "
+            f"{counted(self.words, 'word')}, {counted(self.bytes, 'byte')}; "
+            f"{self.nll_nats / self.tokens:.4f} nats per token; "
+            f"windows of {counted(self.max_length, 'token')}, stride {self.stride}",
         ]
         if self.empty_documents:
-            lines.append(f"{self.empty_documents:,} documents were empty: nothing to score")
+            lines.append(f"{counted(self.empty_documents, 'empty document')}: nothing to score")
         if self.unscored_tokens:
             lines.append(
-                f"{self.unscored_tokens:,} first tokens are not scored: "
+                f"not scored: {counted(self.unscored_tokens, 'first token')}, since "
                 "the tokenizer has no bos or eos token to predict them from"
             )
         if self.interval_note:
@@ -74,10 +77,11 @@ class PerplexityResult:
 
 
 def _row(label: str, estimate: Estimate, confidence: float) -> str:
-    row = f"{label:<22}{estimate.value:>12.4f}"
-    if estimate.low is None:
+    row = f"{label:<22}{significant(estimate.value):>12}"
+    if estimate.low is None or estimate.high is None:
         return row
-    return f"{row}   {100 * confidence:g} % interval {estimate.low:.4f} to {estimate.high:.4f}"
+    interval = f"{significant(estimate.low)} to {significant(estimate.high)}"
+    return f"{row}   {100 * confidence:g} % interval {interval}"
 
 
 def estimates(
@@ -114,8 +118,8 @@ def estimates(
 def _no_interval(num_documents: int, words: float) -> str | None:
     if num_documents < MIN_DOCUMENTS:
         return (
-            f"{num_documents} document(s) do not show how much documents differ, at least "
-            f"{MIN_DOCUMENTS} are needed; pass the text in more pieces (paragraphs, lines)"
+            f"it takes at least {counted(MIN_DOCUMENTS, 'document')} to see how much documents "
+            f"differ, and there {'is' if num_documents == 1 else 'are'} {num_documents}; pass the text in more pieces (paragraphs, lines)"
         )
     return "the text has no words" if words == 0 else None
 

@@ -15,9 +15,11 @@ import functools
 import math
 import warnings
 from dataclasses import fields
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import GenerationConfig
 from transformers.activations import ACT2FN
@@ -45,6 +47,36 @@ PRESETS: dict[str, dict[str, Any]] = {
     "z_loss": {"z_loss": 1e-4},
     "mup": {"mup_base_width": 256},
     "gated_mlp": {"mlp_gated": True},
+}
+
+# What GPT-2, Llama, nanoGPT, Megatron and others call fields of this configuration.
+OTHER_NAMES: dict[str, str] = {
+    "vocab_size": "n_vocab padded_vocab_size",
+    "hidden_size": "d_model dim embed_dim hidden_dim model_dim n_embd n_embed width",
+    "intermediate_size": "d_ff ffn_dim ffn_hidden_size mlp_dim n_inner",
+    "num_hidden_layers": "depth n_layer n_layers num_layers",
+    "num_attention_heads": "n_head n_heads num_heads",
+    "num_key_value_heads": "n_kv_head n_kv_heads n_query_groups num_kv_heads num_query_groups",
+    "head_dim": "d_head d_kv head_size kv_channels",
+    "max_position_embeddings": (
+        "block_size context_length max_seq_len max_sequence_length "
+        "n_ctx n_positions seq_len seq_length"
+    ),
+    "hidden_act": "act_fn activation activation_function",
+    "rope_parameters": "rope_base rope_scaling rope_theta rotary_base",
+    "tie_word_embeddings": "tie_embeddings tied_embeddings",
+    "attention_dropout": "attn_dropout attn_pdrop dropout",
+    "norm_eps": "layer_norm_eps layer_norm_epsilon rms_norm_eps",
+    "norm": "norm_type normalization",
+    "linear_bias": "attention_bias bias use_bias",
+    "mlp_gated": "gated_mlp",
+    "parallel_residual": "use_parallel_residual",
+    "embedding_scale": "embd_scale",
+    "qk_norm": "qk_layernorm use_qk_norm",
+    "attn_logit_softcapping": "attention_logit_cap attn_softcap soft_cap softcap",
+    "final_logit_softcapping": "final_logit_softcap",
+    "z_loss": "z_loss_coef z_loss_weight",
+    "initializer_range": "init_std",
 }
 
 # What Transformers itself passes to, or stores in, any configuration besides the declared fields.
@@ -107,12 +139,55 @@ def _technique_fields() -> frozenset[str]:
     return frozenset(own[own.index("norm") :])
 
 
+# In messages.
+_KINDS = {
+    bool: "True or False",
+    dict: "a dictionary",
+    float: "a number",
+    int: "a whole number",
+    list[int]: "a list of whole numbers",
+    RopeParameters: "a dictionary",
+    str: "text",
+    NoneType: "None",
+}
+
+
+def _allowed(annotation: Any) -> list[str]:
+    """What a field with this annotation may be, in words."""
+    if get_origin(annotation) in (Union, UnionType):
+        kinds = get_args(annotation)
+        if float in kinds:
+            kinds = tuple(kind for kind in kinds if kind is not int)
+        return [word for kind in kinds for word in _allowed(kind)]
+    if get_origin(annotation) is Literal:
+        return [repr(value) for value in get_args(annotation)]
+    return [_KINDS.get(annotation, str(annotation))]
+
+
+def _names_what_is_allowed(config: type) -> type:
+    """Let the config refuse a value of the wrong type by ValueError, with what it may be."""
+    set_checked = config.__setattr__
+
+    def set_or_name(self: Any, name: str, value: Any) -> None:
+        try:
+            set_checked(self, name, value)
+        except StrictDataclassFieldValidationError as error:
+            annotation = next(field.type for field in fields(self) if field.name == name)
+            words = list(dict.fromkeys(_allowed(annotation)))
+            listed = " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+            raise ValueError(f"{name}={value!r} must be {listed}.") from error
+
+    config.__setattr__ = set_or_name  # pyright: ignore
+    return config
+
+
 # A clipped row keeps only keys whose probability exceeds -gamma / (zeta - gamma). At initialization
 # rows are near uniform, and beyond this product hardly any row keeps one (Bondarenko et al. 2023
 # scale gamma by the length for this reason).
 _DEAD_ROWS_PRODUCT = 8.0
 
 
+@_names_what_is_allowed
 @strict
 class StableGPTConfig(PreTrainedConfig):
     r"""Configuration of a [`StableGPTModel`], a pre-norm decoder with squared ReLU and RoPE.
@@ -569,6 +644,9 @@ class StableGPTConfig(PreTrainedConfig):
 
 def _nearest(name: str, known: Any) -> str:
     """The words that suggest the known name nearest to a misspelt one, or none."""
+    meant = [field for field, others in OTHER_NAMES.items() if name.lower() in others.split()]
+    if meant and meant[0] in known:
+        return f"; did you mean {meant[0]!r}?"
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else "."
 

@@ -1,6 +1,7 @@
 """Recipes: YAML, layered, unknown keys refused. `load_recipe` reads one, `dump` writes it whole."""
 
 from hf_stable.recipes.layers import load_recipe
+from hf_stable.recipes.printing import resolved
 from hf_stable.recipes.schema import (
     DataRecipe,
     GuardRecipe,
@@ -29,5 +30,6 @@ __all__ = [
     "dump",
     "from_dict",
     "load_recipe",
+    "resolved",
     "to_dict",
 ]

@@ -1,10 +1,8 @@
 """From files to a recipe. Every layer keeps its name, so that an error names the file at fault."""
 
-import dataclasses
-import difflib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,22 +10,11 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from hf_stable.errors import RecipeError
+from hf_stable.paths import expand_home
 from hf_stable.recipes import schema, strict_yaml
-
-Location = tuple[str | int, ...]
-
-_SECTIONS: dict[Location, Any] = {
-    (): schema.Recipe,
-    ("tokenizer",): schema.TokenizerRecipe,
-    ("data",): schema.DataRecipe,
-    ("data", "train"): schema.SourceRecipe,
-    ("data", "validation"): schema.SourceRecipe,
-    ("optimizer",): schema.OptimizerRecipe,
-    ("schedule",): schema.ScheduleRecipe,
-    ("training",): schema.TrainingRecipe,
-    ("telemetry",): schema.TelemetryRecipe,
-    ("guard",): schema.GuardRecipe,
-}
+from hf_stable.recipes.model_fields import model_defaults, presets
+from hf_stable.recipes.sections import SECTIONS, Location, section_of
+from hf_stable.recipes.suggestions import nearest, nearest_key, nearest_model_key
 
 
 class Layer(NamedTuple):
@@ -38,7 +25,10 @@ class Layer(NamedTuple):
 
 
 def load_recipe(
-    path: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()
+    path: str | Path | Sequence[str | Path],
+    overrides: Sequence[str] = (),
+    *,
+    builds_model: bool = True,
 ) -> schema.Recipe:
     """Read a recipe.
 
@@ -47,12 +37,14 @@ def load_recipe(
             relative to its own folder) lies below the file itself. Mappings are merged, everything
             else is replaced.
         overrides: `key.path=value` with the value in YAML; they win over the files.
+        builds_model: test the model section by building its config, which imports torch; else only
+            the names of its fields are tested.
 
     Raises:
         RecipeError: names the file or override, the key, what was found, and what to do.
     """
     paths = [path] if isinstance(path, (str, Path)) else path
-    layers = [layer for each in paths for layer in _read(Path(each), ())]
+    layers = [layer for each in paths for layer in _read(Path(expand_home(str(each))), ())]
     layers += [_parse_override(override) for override in overrides]
     merged: dict[str, Any] = {}
     for layer in layers:
@@ -62,7 +54,9 @@ def load_recipe(
     except ValidationError as error:
         errors = error.errors(include_url=False)
         raise RecipeError("\n".join(_describe(detail, layers) for detail in errors)) from error
-    _check_model(recipe, layers)
+    _check_model_fields(recipe, layers)
+    if builds_model:
+        _check_model(recipe, layers)
     return recipe
 
 
@@ -78,7 +72,8 @@ def _read(path: Path, chain: tuple[Path, ...]) -> list[Layer]:
     parents = [extends] if isinstance(extends, str) else extends
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
         raise RecipeError(f"{path}: extends: found {extends!r}; give a path or a list of paths")
-    layers = [layer for parent in parents for layer in _read(path.parent / parent, (*chain, path))]
+    below = [path.parent / expand_home(parent) for parent in parents]
+    layers = [layer for each in below for layer in _read(each, (*chain, path))]
     return [*layers, Layer(str(path), content)]
 
 
@@ -100,21 +95,25 @@ def _merge(low: Any, high: Any) -> Any:
     return {**low, **{key: _merge(low.get(key), value) for key, value in high.items()}}
 
 
-def _check_model(recipe: schema.Recipe, layers: list[Layer]) -> None:
-    """Build the model's config: a wrong model field is found before anything is computed."""
-    from hf_stable.model.configuration_stable_gpt import StableGPTConfig  # noqa: PLC0415 (imports torch)
-
-    known = [*StableGPTConfig.__annotations__, "preset"]
+def _check_model_fields(recipe: schema.Recipe, layers: list[Layer]) -> None:
     for key in recipe.model:
-        if key not in known:
+        if key not in model_defaults() and key != "preset":
             source = _source_of(("model", key), layers)
             raise RecipeError(
-                f"{source}: model.{key} is not a field of the model; {_nearest(key, known)}"
+                f"{source}: model.{key} is not a field of the model; {nearest_model_key(key)}"
             )
+    preset = recipe.model.get("preset", "baseline")
+    if preset not in presets():
+        source = _source_of(("model", "preset"), layers)
+        raise RecipeError(f"{source}: model.preset: found {preset!r}; {nearest(preset, presets())}")
+
+
+def _check_model(recipe: schema.Recipe, layers: list[Layer]) -> None:
+    """Build the model's config: a wrong value is found before anything is computed."""
     try:
         recipe.model_config()
-    except Exception as error:  # huggingface_hub's strict dataclasses raise classes of their own
-        problem = str(error.__cause__ or error)
+    except Exception as error:  # Transformers raises what it likes
+        problem = str(error).replace("None", "null")
         named = [key for key in recipe.model if re.search(rf"\b{key}\b", problem)]
         source = _source_of(("model", *named[:1]), layers)
         raise RecipeError(f"{source}: model: {problem}") from error
@@ -124,7 +123,7 @@ def _describe(error: ErrorDetails, layers: list[Layer]) -> str:
     location = error["loc"]
     source, key = _source_of(location, layers), ".".join(str(part) for part in location)
     if error["type"] == "unexpected_keyword_argument":
-        return f"{source}: {key} is not a recipe key; {_nearest_key(location)}"
+        return f"{source}: {key} is not a recipe key; {nearest_key(location)}"
     if error["type"] in ("missing", "missing_argument"):
         return f"{source}: {key} is missing{_meaning(location)}"
     if error["type"] == "value_error":  # one of the schema's own checks, whose text says it all
@@ -152,34 +151,8 @@ def _holds(content: dict[str, Any], location: Location) -> bool:
     return True
 
 
-def _section(location: Location) -> Location:
-    """The section that a key belongs to; the index of a source in its list does not count."""
-    return tuple(part for part in location[:-1] if isinstance(part, str))
-
-
 def _meaning(location: Location) -> str:
-    section, key = _SECTIONS.get(_section(location)), location[-1] if location else None
+    section, key = SECTIONS.get(section_of(location)), location[-1] if location else None
     if section is None or key not in section.__pydantic_fields__:
         return ""
     return f" ({section.__pydantic_fields__[key].description})"
-
-
-def _all_keys() -> Iterator[str]:
-    for prefix, section in _SECTIONS.items():
-        for field in dataclasses.fields(section):
-            yield ".".join((*[str(part) for part in prefix], field.name))
-
-
-def _nearest_key(location: Location) -> str:
-    """The remedy for an unknown key: it may be misspelt, or stand in the wrong section."""
-    key, section = str(location[-1]), _section(location)
-    elsewhere = [known for known in _all_keys() if known.split(".")[-1] == key]
-    if elsewhere:
-        return f"did you mean {elsewhere[0]}?"
-    names = [field.name for field in dataclasses.fields(_SECTIONS[section])]
-    return _nearest(key, names, prefix="".join(f"{part}." for part in section))
-
-
-def _nearest(key: str, known: Sequence[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"did you mean {prefix}{close[0]}?" if close else f"known are {', '.join(known)}"

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -18,6 +19,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from hf_stable.licenses import is_license
+from hf_stable.paths import expand_home
 from hf_stable.recipes import strict_yaml
 
 if TYPE_CHECKING:
@@ -39,18 +41,28 @@ _DEFAULT_SPLITS = {("split", "train"), ("split", None)}
 # As tensors, files and deques count.
 _LARGEST_COUNT = 2**63 - 1
 
-Count = Annotated[int, Field(ge=0, le=_LARGEST_COUNT)]
-PositiveCount = Annotated[int, Field(gt=0, le=_LARGEST_COUNT)]
+
+def _whole(value: Any) -> Any:
+    """An integer for a number such as 1e9, which YAML reads as a float."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Count = Annotated[Whole, Field(ge=0, le=_LARGEST_COUNT)]
+PositiveCount = Annotated[Whole, Field(gt=0, le=_LARGEST_COUNT)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
+# Every path of a recipe or a study's plan has one of these types.
+PathText = Annotated[str, AfterValidator(expand_home)]
+NamedPath = Annotated[PathText, Field(min_length=1)]
 
 
 @dataclass(frozen=True, config=_STRICT)
 class SourceRecipe:
     """Text to read: the fields of `hf_stable.data.Source` and two more; a string is its path."""
 
-    path: Annotated[str, Field(min_length=1)]
+    path: NamedPath
     """A file, folder or glob (text, JSON, parquet, Arrow), else the name of a `datasets` dataset.
     A folder that is a dataset is read as `datasets` reads it."""
     column: str = "text"
@@ -96,9 +108,9 @@ SourceList = list[Annotated[SourceRecipe, BeforeValidator(_source)]]
 class TokenizerRecipe:
     """The tokenizer: a finished one at `path`, else one trained on the training text."""
 
-    vocab_size: Annotated[int, Field(gt=0, le=_LARGEST_VOCABULARY)]
+    vocab_size: Annotated[Whole, Field(gt=0, le=_LARGEST_VOCABULARY)]
     """Rows of the embedding. A tokenizer at `path` may have fewer tokens, not more."""
-    path: Annotated[str, Field(min_length=1)] | None = None
+    path: NamedPath | None = None
     """Folder or Hub name of a finished tokenizer; null trains one."""
     kind: Literal["bpe", "sentencepiece"] = "bpe"
     """What to train: byte-level BPE, or SentencePiece unigram with byte fallback."""
@@ -121,7 +133,7 @@ class DataRecipe:
 
     train: Annotated[SourceList, Field(min_length=1)]
     """Training text: paths, or mappings with the keys of a source."""
-    sequence_length: Annotated[int, Field(ge=2, le=_LARGEST_COUNT)]
+    sequence_length: Annotated[Whole, Field(ge=2, le=_LARGEST_COUNT)]
     """Tokens of one training sequence."""
     validation: SourceList = Field(default_factory=list)
     """Validation text; empty holds out a part of the training text."""
@@ -129,9 +141,9 @@ class DataRecipe:
     """Fraction of the training documents held out when `validation` is empty."""
     separate_documents: bool = False
     """Whether attention and positions start afresh at each document inside a sequence."""
-    cache: str = ".cache/hf_stable"
+    cache: PathText = ".cache/hf_stable"
     """Folder for token files and trained tokenizers, which runs share."""
-    num_workers: Annotated[int, Field(ge=0, le=256)] = 0
+    num_workers: Annotated[Whole, Field(ge=0, le=256)] = 0
     """Data loader processes beside each training process."""
 
     @model_validator(mode="after")
@@ -264,7 +276,7 @@ class TrainingRecipe:
     """Sequences of one optimizer step, over all processes."""
     micro_batch_size: PositiveCount
     """Sequences that one process computes at once; it accumulates up to its share of a batch."""
-    initial_model: Annotated[str, Field(min_length=1)] | None = None
+    initial_model: NamedPath | None = None
     """Run or model folder whose trained weights the run begins with; null draws them."""
     steps: PositiveCount | None = None
     """Optimizer steps; give either this or `tokens`."""
@@ -305,7 +317,7 @@ class TrainingRecipe:
     """Write checkpoints in the background, from a copy in CPU memory."""
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = Field(default_factory=list)
     """Mirrors of metrics.jsonl."""
-    threads: Annotated[int, Field(gt=0, le=1024)] | None = None
+    threads: Annotated[Whole, Field(gt=0, le=1024)] | None = None
     """CPU threads of each process; null leaves torch's choice."""
     hang_timeout: Count = 1800
     """Seconds without a sign of life after which a process ends and names who hangs; 0 never."""
@@ -367,7 +379,7 @@ class GuardRecipe:
     actions: list[Literal["skip", "lower", "rollback"]] = Field(default_factory=list)
     """`skip` the update, `lower` the learning rate for a while, `rollback` and leave data out; with
     none of them, only updates that are not finite are refused. What is left is to give up."""
-    window: Annotated[int, Field(ge=64, le=_LARGEST_COUNT)] = 256
+    window: Annotated[Whole, Field(ge=64, le=_LARGEST_COUNT)] = 256
     """Accepted steps that say how far a number usually is from its level."""
     spike: Positive = 6.5
     """Robust deviations above its level at which a loss, or a norm's logarithm, is a spike."""
@@ -415,7 +427,7 @@ class Recipe:
     """The loop."""
     seed: Count = 0
     """Decides the initial weights and the order of the data."""
-    output: str = ""
+    output: PathText = ""
     """Folder of the run; `runs/<name>` unless given."""
     model: dict[str, Any] = Field(default_factory=dict)
     """`preset` (a technique's name) and any field of StableGPTConfig."""

@@ -22,6 +22,7 @@ from rich.text import Text
 
 from hf_stable.errors import UserError
 from hf_stable.preemption import EXIT_PREEMPTED
+from hf_stable.wording import counted
 
 from .baselines import check_baselines
 from .jobs import Jobs
@@ -156,7 +157,7 @@ class Progress:
         done = [result for result in self._results if result is not None]
         counts = Counter(result["status"] for result in done)
         diverged = sum(result["status"] != "failed" and not _is_stable(result) for result in done)
-        text = f"{len(done)} of {len(self._runs)} runs"
+        text = f"{len(done)} of {counted(len(self._runs), 'run')}"
         text += f", {diverged} diverged ({counts['stopped']} stopped early)"
         text += f", {counts['failed']} failed" if counts["failed"] else ""
         text += self._time_left(done)

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from hf_stable.errors import RecipeError, UserError
 from hf_stable.recipes import Recipe, load_recipe, strict_yaml
-from hf_stable.recipes.schema import Count
+from hf_stable.recipes.schema import Count, PathText, Whole
 from hf_stable.records import write_json
 
 from .rule import Thresholds
@@ -31,7 +31,7 @@ class ScaledRates:
     at which training breaks goes with 1 / d.
     """
 
-    reference_width: Annotated[int, Field(gt=0)]
+    reference_width: Annotated[Whole, Field(gt=0)]
     """Width of the model that the rates are of."""
     values: Rates
     """Its learning rates."""
@@ -43,9 +43,9 @@ class Plan:
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
     """Name of the study."""
-    base: Annotated[list[str], Field(min_length=1)]
+    base: Annotated[list[PathText], Field(min_length=1)]
     """Recipe files that all runs share, relative to the plan, later ones win."""
-    methods: Annotated[list[str], Field(min_length=1)]
+    methods: Annotated[list[PathText], Field(min_length=1)]
     """Recipe files of the methods, relative to the plan; a file's name is the method's."""
     learning_rates: Rates | ScaledRates
     """Peak learning rates, or those of another width to be scaled to this one."""
@@ -55,11 +55,11 @@ class Plan:
     """Further settings (key=value) by name, each combined with everything else."""
     settings: list[str] = Field(default_factory=list)
     """Settings (key=value) of all runs."""
-    output: str = ""
+    output: PathText = ""
     """Folder of the study; `runs/sweeps/<name>` unless given."""
     keep_models: bool = False
     """Whether trained weights stay; the report needs none."""
-    perplexity_documents: Annotated[int, Field(ge=0)] = 0
+    perplexity_documents: Annotated[Whole, Field(ge=0)] = 0
     """Validation documents that every finished model is scored on, for paired comparisons."""
     thresholds: dict[str, str | float | int] = Field(default_factory=dict)
     """Numbers of the divergence rule (see `rule.Thresholds`) that are not its defaults."""

@@ -12,6 +12,7 @@ from hf_stable.check import flops_per_token
 from hf_stable.model import StableGPTForCausalLM
 from hf_stable.optim import adamw, parameter_groups
 from hf_stable.recipes import Recipe
+from hf_stable.wording import counted
 
 from .plan import Plan, Planned
 
@@ -31,8 +32,8 @@ def preview(plan: Plan, runs: list[Planned], workers: int) -> RenderableType:
     rate = flops[first.method] * first.recipe.tokens_per_step / step_seconds(first.recipe)
     hours = total / rate / workers / 3600
     text = (
-        f"{len(runs)} runs into {plan.folder}, {total:.3g} FLOP; about {hours:.2g} hours with "
-        f"{workers} workers, if each is as fast as one is now ({rate:.3g} FLOP/s over "
+        f"{counted(len(runs), 'run')} into {plan.folder}, {total:.3g} FLOP; about {hours:.2g} hours with "
+        f"{counted(workers, 'worker')}, if each is as fast as one is now ({rate:.3g} FLOP/s over "
         f"{_TIMED_STEPS} steps) and without validation and telemetry"
     )
     return Group(table, Text(text))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from hf_stable.errors import UserError
 from hf_stable.telemetry.reading.figures import WORTSMAN, Drawing, LeftOut
 from hf_stable.telemetry.reading.html_kit import write_whole
+from hf_stable.wording import counted
 
 from .grid import recorded, unmarked
 from .paper import TABLE_3
@@ -104,9 +105,9 @@ def _summary(study: Study, key: str, answers: dict[str, int]) -> Section:
     planned, ended = len(results) + len(study.unfinished), len(results)
     counts = Counter(result.status for result in results)
     lines = [
-        f"{ended} of {planned} runs have ended: {len(study.methods)} methods, "
-        f"{len(study.rates)} learning rates, {len(study.seeds)} seeds, "
-        f"{len(study.variants)} variant(s).",
+        f"{ended} of {counted(planned, 'run')} {'has' if planned == 1 else 'have'} ended: "
+        f"{counted(len(study.methods), 'method')}, {counted(len(study.rates), 'learning rate')}, "
+        f"{counted(len(study.seeds), 'seed')}, {counted(len(study.variants), 'variant')}.",
         f"{sum(result.diverged for result in results)} diverged, {counts['stopped']} of them "
         f"stopped early; {counts['failed']} failed.",
         f"Validation text, nats per token: unigram {_span([run.unigram for run in results])}, "
@@ -207,12 +208,12 @@ def _cost(study: Study, key: str) -> Section:
     """What it all took."""
     results = study.results
     timed = [run.seconds for run in results if math.isfinite(run.seconds)]
-    counted = [run.flops for run in results if run.flops is not None]
+    with_flops = [run.flops for run in results if run.flops is not None]
     runs = [run.history.run for run in results if run.history is not None]
     rows = [
         ["runs ended", f"{len(results)}, retried {sum(run.attempts > 1 for run in results)}"],
-        ["hours of runs", f"{sum(timed) / 3600:.2f} over {len(timed)} runs"],
-        ["training FLOPs", f"{sum(counted):.3g} over {len(counted)} runs"],
+        ["hours of runs", f"{sum(timed) / 3600:.2f} over {counted(len(timed), 'run')}"],
+        ["training FLOPs", f"{sum(with_flops):.3g} over {counted(len(with_flops), 'run')}"],
         ["steps of a run", _span([run.steps for run in results if run.steps], ",.0f")],
         ["parameters", _span([run.parameters for run in results if run.parameters], ",.0f")],
         ["device", _tally([run.get("device") for run in runs])],
@@ -228,7 +229,10 @@ def _tally(values: Sequence[str | None]) -> str:
     counts = Counter(value or "not recorded" for value in values)
     if len(counts) == 1:
         return next(iter(counts))
-    return ", ".join(f"{value} ({number} runs)" for value, number in sorted(counts.items())) or "–"
+    return (
+        ", ".join(f"{value} ({counted(number, 'run')})" for value, number in sorted(counts.items()))
+        or "–"
+    )
 
 
 def _missing(

@@ -1,0 +1,51 @@
+"""Standard output and error of a command: printing never ends it."""
+
+import io
+import sys
+import warnings
+from typing import TextIO
+
+
+def prepare() -> None:
+    """Make the process's streams safe to print to, and warnings one plain line.
+
+    Characters that the encoding does not have are replaced. What is printed after a reader has
+    gone, such as `head`, is dropped, and the command completes its work.
+    """
+    sys.stdout = _safe(sys.stdout, "replace")
+    sys.stderr = _safe(sys.stderr, "backslashreplace")
+    warnings.formatwarning = _one_line
+
+
+def _safe(stream: TextIO, errors: str) -> TextIO:
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    stream.reconfigure(errors=errors)
+    # Unbuffered, the text layer writes to the file itself.
+    raw = stream.buffer.raw if isinstance(stream.buffer, io.BufferedWriter) else stream.buffer
+    if not isinstance(raw, io.FileIO):
+        return stream
+    stream.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Pipe(raw.fileno(), "wb", closefd=False)),
+        encoding=stream.encoding,
+        errors=errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+class _Pipe(io.FileIO):
+    """A file that takes everything once its reader has gone."""
+
+    def write(self, data: bytes, /) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return memoryview(data).nbytes
+
+
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: object = None
+) -> str:
+    return f"warning: {' '.join(str(message).split())}\n"
