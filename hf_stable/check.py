@@ -58,7 +58,8 @@ class CheckReport:
             ("warm-up", f"{self.warmup_steps:,.1f} steps"),
             (
                 "processes",
-                f"{self.world_size}, {counted(self.accumulation_steps, 'micro batch')} a step each",
+                f"{self.world_size}, each with "
+                f"{counted(self.accumulation_steps, 'micro batch', 'micro batches')} a step",
             ),
             ("compute", f"{self.flops_per_token / 1e9:.3f} GFLOP a token (causal attention)"),
             ("compute in all", f"{self.flops_per_token * tokens:.3g} FLOP"),

@@ -175,9 +175,8 @@ def _evaluate(arguments: Namespace) -> None:
     if run is not None and arguments.data is None:
         for name in ("bigram", "unigram"):
             nats = content[f"{name}_nats_per_token"] = run["data"][f"{name}_nats_per_token"]
-            lines.append(
-                f"{name + ' table per token':<22}{significant(math.exp(nats)):>12}   {nats:.4f} nats"
-            )
+            label, perplexity = f"{name} table per token", significant(math.exp(nats))
+            lines.append(f"{label:<22}{perplexity:>12}   {nats:.4f} nats")
     if arguments.output is not None:
         write_json(Path(arguments.output), content)
     print("\n".join(lines))
@@ -197,8 +196,8 @@ def _generate(arguments: Namespace) -> None:
     longest = model.config.to_dict().get("max_position_embeddings")
     if longest is not None and len(ids) + arguments.max_new_tokens > longest:
         raise UserError(
-            f"the prompt's {counted(len(ids), 'token')} and --max-new-tokens {arguments.max_new_tokens} go "
-            f"beyond the model's {longest} positions; shorten one of them"
+            f"the prompt's {counted(len(ids), 'token')} and --max-new-tokens "
+            f"{arguments.max_new_tokens} go beyond the model's {longest} positions; shorten one of them"
         )
     torch.manual_seed(arguments.seed)
     prompt = torch.tensor([ids], device=model.device)

@@ -36,13 +36,19 @@ def _safe(stream: TextIO, errors: str) -> TextIO:
 
 
 class _Pipe(io.FileIO):
-    """A file that takes everything once its reader has gone."""
+    """A file that drops what is written after its reader has gone, or after it has failed once."""
+
+    is_lost = False
 
     def write(self, data: bytes, /) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
-        try:
-            return super().write(data)
-        except BrokenPipeError:
-            return memoryview(data).nbytes
+        if not self.is_lost:
+            try:
+                return super().write(data)
+            except OSError as error:
+                self.is_lost = True
+                if not isinstance(error, BrokenPipeError):  # a full disk loses the output
+                    raise
+        return memoryview(data).nbytes
 
 
 def _one_line(

@@ -118,8 +118,8 @@ def estimates(
 def _no_interval(num_documents: int, words: float) -> str | None:
     if num_documents < MIN_DOCUMENTS:
         return (
-            f"it takes at least {counted(MIN_DOCUMENTS, 'document')} to see how much documents "
-            f"differ, and there {'is' if num_documents == 1 else 'are'} {num_documents}; pass the text in more pieces (paragraphs, lines)"
+            f"{MIN_DOCUMENTS} documents or more show how much documents differ, and this is "
+            f"{counted(num_documents, 'document')}; pass the text in more pieces (paragraphs, lines)"
         )
     return "the text has no words" if words == 0 else None
 
