@@ -197,7 +197,8 @@ def _generate(arguments: Namespace) -> None:
     if longest is not None and len(ids) + arguments.max_new_tokens > longest:
         raise UserError(
             f"the prompt's {counted(len(ids), 'token')} and --max-new-tokens "
-            f"{arguments.max_new_tokens} go beyond the model's {longest} positions; shorten one of them"
+            f"{arguments.max_new_tokens} go beyond the model's {longest} positions; shorten one of "
+            "them"
         )
     torch.manual_seed(arguments.seed)
     prompt = torch.tensor([ids], device=model.device)

@@ -119,7 +119,8 @@ def _no_interval(num_documents: int, words: float) -> str | None:
     if num_documents < MIN_DOCUMENTS:
         return (
             f"{MIN_DOCUMENTS} documents or more show how much documents differ, and this is "
-            f"{counted(num_documents, 'document')}; pass the text in more pieces (paragraphs, lines)"
+            f"{counted(num_documents, 'document')}; pass the text in more pieces "
+            "(paragraphs, lines)"
         )
     return "the text has no words" if words == 0 else None
 

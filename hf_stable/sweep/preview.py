@@ -32,9 +32,9 @@ def preview(plan: Plan, runs: list[Planned], workers: int) -> RenderableType:
     rate = flops[first.method] * first.recipe.tokens_per_step / step_seconds(first.recipe)
     hours = total / rate / workers / 3600
     text = (
-        f"{counted(len(runs), 'run')} into {plan.folder}, {total:.3g} FLOP; about {hours:.2g} hours "
-        f"with {counted(workers, 'worker')}, if each is as fast as one is now ({rate:.3g} FLOP/s over "
-        f"{_TIMED_STEPS} steps) and without validation and telemetry"
+        f"{counted(len(runs), 'run')} into {plan.folder}, {total:.3g} FLOP; about {hours:.2g} "
+        f"hours with {counted(workers, 'worker')}, if each is as fast as one is now "
+        f"({rate:.3g} FLOP/s over {_TIMED_STEPS} steps) and without validation and telemetry"
     )
     return Group(table, Text(text))
 
