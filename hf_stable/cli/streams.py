@@ -3,7 +3,7 @@
 import io
 import sys
 import warnings
-from typing import TextIO
+from typing import Any, TextIO
 
 
 def prepare() -> None:
@@ -21,13 +21,14 @@ def _safe(stream: TextIO, errors: str) -> TextIO:
     if not isinstance(stream, io.TextIOWrapper):
         return stream
     stream.reconfigure(errors=errors)
-    # Unbuffered, the text layer writes to the file itself.
-    raw = stream.buffer.raw if isinstance(stream.buffer, io.BufferedWriter) else stream.buffer
+    is_buffered = isinstance(stream.buffer, io.BufferedWriter)  # not under PYTHONUNBUFFERED
+    raw = stream.buffer.raw if is_buffered else stream.buffer
     if not isinstance(raw, io.FileIO):
         return stream
     stream.flush()
+    pipe: Any = _Pipe(raw.fileno(), "wb", closefd=False)
     return io.TextIOWrapper(
-        io.BufferedWriter(_Pipe(raw.fileno(), "wb", closefd=False)),
+        io.BufferedWriter(pipe) if is_buffered else pipe,
         encoding=stream.encoding,
         errors=errors,
         line_buffering=stream.line_buffering,

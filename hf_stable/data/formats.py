@@ -5,6 +5,7 @@ A file that as a whole cannot be used raises `DataError`; nothing is ever droppe
 
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -68,13 +69,17 @@ def read_rows(path: Path, column: str, sample_by: SampleBy) -> Iterator[Row]:
 
 
 def _decode(data: bytes) -> str:
-    """Decode UTF-8; ValueError with a short reason when it is not, or when it holds a NUL byte."""
+    """Decode UTF-8; ValueError with a short reason when it is not, or when it holds a NUL byte.
+
+    Files with a byte order mark that were joined have one at the start of a line; it is no text.
+    """
     if b"\0" in data:
         raise ValueError(f"NUL byte at byte {data.index(0) + 1}")
     try:
-        return data.decode("utf-8")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(not_utf8(error)) from error
+    return re.sub(r"^\ufeff", "", text, flags=re.MULTILINE) if "\ufeff" in text else text
 
 
 def _whole(path: Path, file: BinaryIO) -> Row:

@@ -5,6 +5,7 @@ as ids 0 and 1, and no unknown token: every byte has an id of its own.
 """
 
 import io
+import json
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -171,13 +172,17 @@ def _save(backend: Tokenizer, folder: Path) -> PreTrainedTokenizerFast:
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder (or the Hub, where there is one) through `AutoTokenizer`.
 
+    A folder with nothing but GPT-2's `vocab.json` and `merges.txt` is loaded as GPT-2's tokenizer.
+
     Raises:
         DataError: nothing that can be loaded is there, or it has no end-of-sequence token.
     """
+    # Without a config file AutoTokenizer does not know the class.
+    kind = {"tokenizer_type": "gpt2"} if _is_bare_gpt2(Path(path)) else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, **kind)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = " ".join(str(error).split())
         raise DataError(
             f"{path} holds no tokenizer that can be loaded ({reason}): train one with "
             "`hf-stable tokenizer`, or give the folder that has its tokenizer.json"
@@ -188,6 +193,19 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             "eos_token in its tokenizer_config.json"
         )
     return tokenizer
+
+
+def _is_bare_gpt2(folder: Path) -> bool:
+    """Whether a folder has GPT-2's two files only, with its end of text among the tokens."""
+    if not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
+        return False
+    if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return False
+    try:
+        vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return not (folder / "config.json").exists() and END_OF_TEXT in vocabulary
 
 
 def boundary_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
