@@ -15,7 +15,7 @@ from hf_stable.errors import RecipeError
 from hf_stable.memory import memory, shapes
 from hf_stable.planning import Plan, plan
 from hf_stable.recipes import Recipe, load_recipe
-from hf_stable.roofline import Device, seconds_exchanging, tokens_per_second
+from hf_stable.roofline import DEVICES, Device, seconds_exchanging, tokens_per_second
 from hf_stable.sharding import Sharding
 
 from .training import RECIPES
@@ -149,6 +149,20 @@ def test_numbers_of_gpus_that_cannot_work_are_refused(
 ) -> None:
     with pytest.raises(RecipeError, match=reason):
         plan(recipe(), gpus, 80, per_node)
+
+
+def test_a_gpu_brings_its_memory_and_rates() -> None:
+    """Bandwidth alone differs: an H100 is slower, but not by more than its bandwidth is."""
+    small = load_recipe(RECIPES / "base" / "tiny.yaml", SMALL)
+    plans = {name: plan(small, 1, device=device) for name, device in DEVICES.items()}
+    assert {name: each.gpu_memory for name, each in plans.items()} == {"h200": 141, "h100": 80}
+    assert plan(small, 1, 20, device=DEVICES["h100"]).gpu_memory == 20
+    speeds = {name: each.ways[0].tokens_per_second or 0 for name, each in plans.items()}
+    ratio = DEVICES["h100"].memory / DEVICES["h200"].memory
+    assert ratio * speeds["h200"] < speeds["h100"] < speeds["h200"]
+    console = Console(file=io.StringIO(), width=200)
+    print_plans([plans["h100"]], None, console)
+    assert "rates of an H100" in console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_the_table_has_every_way_and_its_cost() -> None:

@@ -1,5 +1,6 @@
 """Laws of recipes: what is read is what was written, and everything else is refused by name."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -9,20 +10,25 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
 
 from hf_stable.data import Source
 from hf_stable.errors import RecipeError
-from hf_stable.model.configuration_stable_gpt import PRESETS
+from hf_stable.model.configuration_stable_gpt import PRESETS, StableGPTConfig
 from hf_stable.recipes import (
     Recipe,
     SourceRecipe,
     dump,
     from_dict,
-    layers,
     load_recipe,
+    resolved,
     strict_yaml,
+    suggestions,
     to_dict,
 )
+from hf_stable.recipes.model_fields import model_defaults, other_names, presets
+from hf_stable.recipes.sections import SECTIONS
+from hf_stable.recipes.suggestions import all_keys
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 BASES = sorted(RECIPES.glob("base/*.yaml"))
@@ -160,7 +166,7 @@ def test_missing_files_and_keys_are_refused(tmp_path: Path) -> None:
 
 
 def test_every_key_refuses_another_type_by_name() -> None:
-    keys = [key for key in layers._all_keys() if key.count(".") == 1]
+    keys = [key for key in all_keys() if key.count(".") == 1]
     assert len(keys) > 40
     for key in (*keys, "name", "seed", "output"):
         assert f"{key}: found {{'no': 'thing'}}" in refusal(TINY, f"{key}={{no: thing}}")
@@ -169,6 +175,130 @@ def test_every_key_refuses_another_type_by_name() -> None:
 @pytest.mark.parametrize("override", ["", "seed", "=3", "a..b=1", ".a=1"])
 def test_an_override_without_key_or_value_is_refused(override: str) -> None:
     assert "expected key=value" in refusal(TINY, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("optimizer.lr=1", "optimizer.learning_rate"),
+        ("lr=1", "optimizer.learning_rate"),
+        ("optimizer.betas=[1]", "optimizer.beta1"),
+        ("training.max_steps=1", "training.steps"),
+        ("training.warmup_steps=1", "schedule.warmup"),
+        ("training.n_layer=1", "model.num_hidden_layers"),
+        ("hidden_size=1", "model.hidden_size"),
+        ("data.block_size=1", "data.sequence_length"),
+        ("model.n_layer=1", "num_hidden_layers"),
+        ("model.n_head=1", "num_attention_heads"),
+        ("model.d_model=1", "hidden_size"),
+        ("model.n_embd=1", "hidden_size"),
+        ("model.n_vocab=1", "tokenizer.vocab_size"),
+        ("model.learning_rate=1", "optimizer.learning_rate"),
+    ],
+)
+def test_names_of_other_frameworks_are_understood(override: str, meant: str) -> None:
+    assert f"did you mean {meant}?" in refusal(TINY, override)
+
+
+def test_other_names_mean_keys_that_exist() -> None:
+    known = {*all_keys(), *(f"model.{field}" for field in model_defaults())}
+    others = [other for names in suggestions._OTHER_NAMES.values() for other in names]
+    assert suggestions._OTHER_NAMES.keys() <= known
+    assert {f"model.{field}" for field in other_names().values()} <= known
+    assert len(others) == len(set(others)) > 50
+    assert not {*others, *other_names()} & {key.split(".")[-1] for key in known}
+
+
+def test_model_fields_are_read_as_the_config_has_them() -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(StableGPTConfig)}
+    assert list(model_defaults()) == list(StableGPTConfig.__annotations__)
+    assert all(defaults[name] == value for name, value in model_defaults().items())
+    assert presets() == PRESETS
+
+
+@pytest.mark.parametrize("preset", ["baseline", "soft_clip"])
+def test_a_printed_recipe_shows_the_models_other_fields(preset: str) -> None:
+    recipe = load_recipe(TINY, [f"model.preset={preset}"], builds_model=False)
+    text = resolved(recipe)
+    assert strict_yaml.parse(text, "test") == to_dict(recipe)
+    shown = text.replace("  # by the preset", "").replace("\n  # ", "\n  ")
+    section = strict_yaml.parse("\n".join(
+        line for line in shown.split("\n") if "other fields" not in line
+    ), "test")["model"]  # fmt: skip
+    assert {*section, "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"} == {
+        *model_defaults(),
+        "preset",
+    }
+    assert (
+        recipe.model_config().to_diff_dict()
+        == dataclasses.replace(recipe, model=section).model_config().to_diff_dict()
+    )
+
+
+@pytest.mark.parametrize("override", ["model.preset=qknorm", "model.qk_nrom=head"])
+def test_names_of_the_model_are_checked_without_building_it(override: str) -> None:
+    with pytest.raises(RecipeError, match="did you mean qk_norm"):
+        load_recipe(TINY, [override], builds_model=False)
+
+
+def test_allowed_values_of_the_model_are_named() -> None:
+    message = refusal(TINY, "model.qk_norm=true")
+    assert "--set model.qk_norm=true: model: qk_norm=True must be 'head', 'full' or null" in message
+
+
+def test_integral_numbers_are_counts_however_they_are_written() -> None:
+    recipe = load_recipe(TINY, ["training.steps=1e3", "tokenizer.vocab_size=1.024e3", "seed=2.0"])
+    assert (recipe.training.steps, recipe.tokenizer.vocab_size, recipe.seed) == (1000, 1024, 2)
+    assert all(isinstance(value, int) for value in (recipe.training.steps, recipe.seed))
+    tokens = load_recipe(TINY, ["training.steps=null", "training.tokens=1e9"]).training.tokens
+    assert tokens == 10**9
+    assert "training.steps: found 1.5" in refusal(TINY, "training.steps=1.5")
+    assert "training.steps: found '1e3'" in refusal(TINY, "training.steps='1e3'")
+
+
+# Text of other kinds; a new key that holds text is classified here.
+NO_PATHS = {
+    *("name", "data.train.column", "data.train.name", "data.train.split", "data.train.license"),
+    *("training.attn_implementation",),
+}
+
+
+def text_keys() -> list[str]:
+    """Keys that accept a text of any kind."""
+    keys = []
+    for section, fields in SECTIONS.items():
+        for name, field in fields.__pydantic_fields__.items():
+            adapter = TypeAdapter(field.annotation)
+            with contextlib.suppress(ValidationError):
+                adapter.validate_python("any text")
+                keys.append(".".join([*map(str, section), name]))
+    return [key for key in keys if not key.startswith("data.validation.")]
+
+
+def test_every_path_of_a_recipe_expands_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = sorted({*text_keys()} - NO_PATHS)
+    assert {"output", "data.cache", "tokenizer.path", "data.train.path"} < {*paths}
+    for key in [*paths, "data.validation.path", "data.train", "data.validation"]:
+        name, written = key, "~/x"
+        if key.startswith(("data.train", "data.validation")):
+            name = ".".join(key.split(".")[:2])
+            written = "[{path: ~/x}]" if key.endswith(".path") else "[~/x]"
+        recipe = to_dict(load_recipe(TINY, [f"{name}={written}"], builds_model=False))
+        assert str(tmp_path / "x") in json.dumps(recipe), key
+        assert "~" not in json.dumps(recipe), key
+        assert "no known home" in refusal(TINY, f"{name}={written.replace('~', '~nobody-here')}")
+
+
+def test_extended_files_and_recipes_expand_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, "low.yaml", GOOD)
+    write(tmp_path, "own.yaml", "extends: ~/low.yaml\nname: own")
+    assert load_recipe("~/own.yaml").name == "own"
 
 
 def test_overrides_are_validated_and_named_like_files() -> None:
@@ -291,7 +421,7 @@ def test_a_source_has_the_fields_and_defaults_of_data() -> None:
 
 
 def test_every_field_says_what_it_means() -> None:
-    for section in layers._SECTIONS.values():
+    for section in SECTIONS.values():
         for name, field in section.__pydantic_fields__.items():
             assert field.description, f"{section.__name__}.{name}"
 

@@ -73,7 +73,7 @@ class Destination:
             raise UserError(f"{self.repo!r} names no owner: write OWNER/{self.repo}")
         if self.create_pr and (self.tag is not None or self.branch != _MAIN):
             raise UserError(
-                "a pull request goes to main and has no tag: leave --tag and --branch out"
+                "a pull request goes to main and has no tag: leave --tag and --revision out"
             )
         if not self.message.strip():
             raise UserError("the commit message is empty: write one, or leave it out")

@@ -161,7 +161,9 @@ class Progress:
         text += f", {diverged} diverged ({counts['stopped']} stopped early)"
         text += f", {counts['failed']} failed" if counts["failed"] else ""
         text += self._time_left(done)
-        bar = ProgressBar(total=len(self._runs), completed=len(done))
+        # A bar does not end its line; the table's head would be cut off behind it.
+        bar = Table.grid(expand=True)
+        bar.add_row(ProgressBar(total=len(self._runs), completed=len(done)))
         return Group(Text(text), bar, self._grid())
 
     def _time_left(self, done: list[dict[str, Any]]) -> str:

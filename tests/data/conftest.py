@@ -82,3 +82,13 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no folder of real texts beside the repository")
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained_bpe_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, int], str]:
+    """Vocabulary and merges of a byte-level BPE tokenizer, as GPT-2 stores them."""
+    folder = tmp_path_factory.mktemp("bpe")
+    train_tokenizer(make_texts(50), kind="bpe", vocab_size=300, folder=folder)
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    merges = "\n".join(" ".join(pair) for pair in model["merges"])
+    return model["vocab"], f"#version: 0.2\n{merges}\n"

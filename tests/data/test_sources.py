@@ -123,6 +123,18 @@ def test_bad_json_lines_are_counted_with_their_place_and_reason(tmp_path):
     assert f"{path}: 8 bad (line 2" in "\n".join(report.lines())
 
 
+@pytest.mark.parametrize("sample_by", ["document", "line", "paragraph"])
+def test_byte_order_marks_of_joined_files_are_no_text(sample_by, tmp_path):
+    mark, texts = b"\xef\xbb\xbf", ["one\ufeff two\n", "three\n"]
+    lines = [mark + json.dumps({"text": text}).encode() + b"\n" for text in texts]
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
+    documents, report = read(Source(str(tmp_path / "a.jsonl")))
+    assert documents == texts and not report.bad
+    (tmp_path / "a.txt").write_bytes(b"".join(mark + text.encode() for text in texts))
+    documents, _ = read(Source(str(tmp_path / "a.txt"), sample_by=sample_by))
+    assert "\n".join(documents).strip() == "one\ufeff two\nthree"
+
+
 def test_bad_parquet_rows_are_counted(tmp_path):
     path = tmp_path / "a.parquet"
     not_utf8 = pa.Array.from_buffers(

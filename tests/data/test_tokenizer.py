@@ -174,3 +174,18 @@ def test_boundaries(tmp_path, bpe_folder):
     shared.eos_token = None
     with pytest.raises(DataError, match="eos_token"):
         boundary_ids(shared)
+
+
+def test_gpt2s_two_files_are_a_tokenizer(tmp_path, trained_bpe_files):
+    vocabulary, merges = trained_bpe_files
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (tmp_path / "merges.txt").write_text(merges, encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path)
+    assert len(tokenizer) == len(vocabulary)
+    assert tokenizer.eos_token_id == vocabulary["<|endoftext|>"]
+    for text in PECULIAR:
+        assert tokenizer.decode(tokenizer(text, split_special_tokens=True).input_ids) == text
+    del vocabulary["<|endoftext|>"]  # then nobody says which token ends a text
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    with pytest.raises(DataError, match=r"serialization file.*slow tokenizer"):
+        load_tokenizer(tmp_path)

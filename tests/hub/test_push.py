@@ -89,7 +89,7 @@ def test_work_that_was_done_on_the_hub_stays(
     pushed = repo.commits[repo.refs["main"]]
     edited = {**pushed, **added, "README.md": pushed["README.md"] + b"\nBy hand.\n"}
     repo.commit(edited, "main")
-    command = ["push", str(checked.folder), "--to", REPO]
+    command = ["push", str(checked.folder), "--output", REPO]
     assert cli.main(command) == 0
     assert "differs (--overwrite-card): README.md" in capsys.readouterr().out
     assert repo.commits[repo.refs["main"]] == edited and commits(hub) == 3
@@ -124,7 +124,7 @@ def test_a_dry_run_lists_exactly_what_would_go_and_writes_nothing(
     hub: Hub, checked: ExportCheck, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr("hf_stable.hub.check_export", lambda _: checked)
-    dry = ["push", str(checked.folder), "--to", REPO, "--dry-run"]
+    dry = ["push", str(checked.folder), "--output", REPO, "--dry-run"]
 
     def shown() -> dict[str, list[str]]:
         assert cli.main(dry) == 0
@@ -145,7 +145,9 @@ def test_a_dry_run_lists_exactly_what_would_go_and_writes_nothing(
     assert [name for name, row in changed.items() if row[0] != "same"] == ["README.md"]
     assert changed["README.md"][0] == "changed" and commits(hub) == 2
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert {row[0] for row in shown().values()} == {"unknown"}
+    assert shown() == {name: row[1:] for name, row in new.items()} | {
+        "README.md": [f"{card.stat().st_size:,}", checked.files["README.md"]]
+    }
     writes = [each for each in hub.asked if not each.startswith(("GET", "HEAD"))]
     hub.asked.clear()
     assert shown() and hub.asked == [] and any("commit" in each for each in writes)
@@ -305,7 +307,7 @@ def test_tampering_is_found_before_anything_runs(checked: ExportCheck, capsys: A
     code = checked.folder / "modeling_stable_gpt.py"
     good = code.read_text()
     code.write_text("raise SystemExit('ran')\n" + good)
-    assert cli.main(["push", str(checked.folder), "--to", REPO, "--dry-run"]) == 2
+    assert cli.main(["push", str(checked.folder), "--output", REPO, "--dry-run"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {code}: its SHA-256 is not the one") and error.count("\n") == 1
     code.write_text(good)
@@ -388,7 +390,7 @@ def test_each_fault_is_one_sentence_and_the_next_try_succeeds(
     pattern, act, times, reason = FAULTS[name]
     monkeypatch.setattr("hf_stable.hub.check_export", lambda _: checked)
     hub.fault(pattern, act, times)
-    command = ["push", str(checked.folder), "--to", REPO, "--tag", "v1"]
+    command = ["push", str(checked.folder), "--output", REPO, "--tag", "v1"]
     assert cli.main(command) == 2
     printed = capfd.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1 and reason in printed.err
@@ -432,7 +434,7 @@ def test_tokens(
 ) -> None:
     """None, unknown, without rights: an error each; one from the login file: as from HF_TOKEN."""
     monkeypatch.setattr("hf_stable.hub.check_export", lambda _: checked)
-    command = ["push", str(checked.folder), "--to", REPO]
+    command = ["push", str(checked.folder), "--output", REPO]
     wrong = "hf_" + "wrongWrong" * 4
     for token, reason in (
         (None, "no token for the Hub: run `hf auth login`, or set HF_TOKEN"),

@@ -271,3 +271,6 @@ def test_progress_counts_what_is_there(undisturbed: Plan) -> None:
     text = console.export_text()
     assert "4 of 4 runs" in text
     assert "baseline" in text
+    assert [line.split() for line in text.splitlines() if "method" in line] == [
+        ["method", "0.01", "0.1"]
+    ]
