@@ -193,4 +193,4 @@ def test_printing_a_recipe_imports_no_torch() -> None:
         "assert main(['check', 'recipes/base/830m.yaml', '--print-config']) == 0\n"
         "assert not {'torch', 'transformers'} & sys.modules.keys()"
     )
-    assert "# hidden_act: relu2" in run(sys.executable, "-c", program)
+    assert "# sigma_reparam: false" in run(sys.executable, "-c", program)

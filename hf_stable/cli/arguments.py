@@ -5,7 +5,7 @@ import difflib
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from hf_stable.errors import UserError
 from hf_stable.paths import check_file_to_write, check_folder_to_write, expand_home
@@ -27,14 +27,9 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are `UserError`s in words for users."""
 
-    def __init__(self, *, description: str | None = None, epilog: str | None = None, prog: str):
-        super().__init__(
-            prog=prog,
-            description=description,
-            epilog=epilog,
-            formatter_class=Formatter,
-            allow_abbrev=False,  # an abbreviation would freeze all letters of an option
-        )
+    def __init__(self, **settings: Any) -> None:
+        # An abbreviation would freeze all letters of an option.
+        super().__init__(formatter_class=Formatter, allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError with what argparse found wrong."""
