@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,8 +27,10 @@ from .data import (
     load_tokenizer,
     read_documents,
     refuse_unusable,
+    shortage,
     train_tokenizer,
 )
+from .data.holdout import empty_part, hold_out
 from .data.identity import identify
 from .errors import DataError
 from .recipes import Recipe, SourceRecipe
@@ -76,21 +79,22 @@ class SourceUse:
 
 
 def sources_of(recipe: Recipe) -> tuple[list[Source], list[Source]]:
-    """Training and validation sources; without validation text, a part of each training source."""
+    """Training and validation sources; without validation text, a part of each training source.
 
-    def convert(source: SourceRecipe, **changes: object) -> Source:
+    Raises:
+        DataError: without validation text, files that cannot be used.
+    """
+
+    def convert(source: SourceRecipe) -> Source:
         fields = asdict(source)
         del fields["weight"], fields["license"]
-        return Source(**{**fields, **changes})
+        return Source(**fields)
 
     data = recipe.data
+    train = [convert(item) for item in data.train]
     if data.validation:
-        return [convert(item) for item in data.train], [convert(item) for item in data.validation]
-    held_out = {"holdout": data.holdout}
-    return (
-        [convert(item, part="train", **held_out) for item in data.train],
-        [convert(item, part="validation", **held_out) for item in data.train],
-    )
+        return train, [convert(item) for item in data.validation]
+    return hold_out(train, data.holdout, each=data.weights is not None)
 
 
 def describe_data(recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
@@ -124,13 +128,15 @@ def _licensed(
 
 def _first_bytes(sources: Sequence[Source], limit: int) -> Iterator[str]:
     """Documents of the sources in order, up to `limit` bytes of UTF-8."""
-    seen = 0
+    seen, report = 0, ReadReport()
     for source in expand(sources):
-        for text in read_documents(source, ReadReport()):
+        for text in read_documents(source, report):
             yield text
             seen += len(text.encode())
             if seen >= limit:
                 return
+    if not seen:
+        raise DataError(empty_part(sources, report.other_part_documents))
 
 
 def _tokenizer_text(
@@ -144,7 +150,7 @@ def _tokenizer_text(
         yield from _first_bytes([source], part)
 
 
-def _tokenizer(recipe: Recipe, sources: list[Source]) -> PreTrainedTokenizerBase:
+def _tokenizer(recipe: Recipe, sources: list[Source], *, progress: bool) -> PreTrainedTokenizerBase:
     """The recipe's tokenizer, trained on the training text where no finished one is named."""
     wanted = recipe.tokenizer
     if wanted.path is not None:
@@ -161,7 +167,9 @@ def _tokenizer(recipe: Recipe, sources: list[Source]) -> PreTrainedTokenizerBase
     if (folder / "tokenizer.json").is_file():
         return load_tokenizer(folder)
     texts = _tokenizer_text(sources, weights, wanted.training_bytes)
-    return train_tokenizer(texts, kind=wanted.kind, vocab_size=wanted.vocab_size, folder=folder)
+    return train_tokenizer(
+        texts, kind=wanted.kind, vocab_size=wanted.vocab_size, folder=folder, progress=progress
+    )
 
 
 def prepare_corpus(recipe: Recipe, *, progress: bool) -> tuple[PreTrainedTokenizerBase, Corpus]:
@@ -172,7 +180,14 @@ def prepare_corpus(recipe: Recipe, *, progress: bool) -> tuple[PreTrainedTokeniz
     """
     train, validation = sources_of(recipe)
     refuse_unusable(expand([*train, *validation]))
-    tokenizer = _tokenizer(recipe, train)
+    if progress and validation[0].holdout_by == "tail":
+        _say(
+            "data: too few documents to hold out whole ones; the end of each is validation text "
+            f"(data.holdout {recipe.data.holdout:g}, unless data.validation names other text)"
+        )
+    tokenizer = _tokenizer(recipe, train, progress=progress)
+    if progress and recipe.tokenizer.path is None:
+        _say(shortage(tokenizer, recipe.tokenizer.vocab_size))
     if len(tokenizer) > recipe.tokenizer.vocab_size:
         raise DataError(
             f"tokenizer.vocab_size is {recipe.tokenizer.vocab_size}, but the tokenizer has "
@@ -186,7 +201,11 @@ def prepare_corpus(recipe: Recipe, *, progress: bool) -> tuple[PreTrainedTokeniz
         try:
             return BlockDataset(file, recipe.data.sequence_length, separate_documents=separate)
         except DataError as error:
-            raise DataError(f"{', '.join(source.path for source in sources)}: {error}") from error
+            is_held_out = sources is validation and not recipe.data.validation
+            part = "the validation part of " if is_held_out else ""
+            hint = f"; data.holdout is {recipe.data.holdout:g}" if is_held_out else ""
+            paths = ", ".join(source.path for source in sources)
+            raise DataError(f"{part}{paths}: {error}{hint}") from error
 
     if weights is None:
         whole, held_out = blocks(train), blocks(validation)
@@ -199,6 +218,11 @@ def prepare_corpus(recipe: Recipe, *, progress: bool) -> tuple[PreTrainedTokeniz
     return tokenizer, Corpus(
         tokens, held_out.token_file, ConcatDataset(each), Subset(held_out, shuffled)
     )
+
+
+def _say(line: str | None) -> None:
+    if line:
+        print(line, file=sys.stderr, flush=True)
 
 
 def _check_batch(recipe: Recipe, blocks: int) -> None:

@@ -101,7 +101,13 @@ def _print_recipe(recipe: "Recipe") -> None:
 
 
 def _tokenizer(arguments: Namespace) -> None:
-    from hf_stable.data import ReadReport, read_documents, refuse_unusable, train_tokenizer
+    from hf_stable.data import (
+        ReadReport,
+        read_documents,
+        refuse_unusable,
+        shortage,
+        train_tokenizer,
+    )
 
     report = ReadReport()
     sources = _sources_of(arguments.input, arguments, report)
@@ -112,7 +118,10 @@ def _tokenizer(arguments: Namespace) -> None:
         kind=arguments.kind,
         vocab_size=arguments.vocab_size,
         folder=Path(arguments.output),
+        progress=True,
     )
+    if line := shortage(tokenizer, arguments.vocab_size):
+        print(line, file=sys.stderr)
     print("\n".join(report.lines()))
     print(f"{arguments.kind} tokenizer of {len(tokenizer):,} tokens in {arguments.output}")
 
