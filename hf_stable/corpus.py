@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ from .data import (
 )
 from .data.holdout import empty_part, hold_out
 from .data.identity import identify
+from .data.opening import is_pipe
+from .data.overlap import repeated_lines, shared_line, shared_text
 from .errors import DataError
 from .recipes import Recipe, SourceRecipe
 
@@ -98,14 +101,48 @@ def sources_of(recipe: Recipe) -> tuple[list[Source], list[Source]]:
 
 
 def describe_data(recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
-    """What run.json says of the text, by "train" and "validation", with the recipe's licences."""
+    """What run.json says of the text, by "train" and "validation", with the recipe's licences.
+
+    Validation text that is training text too is told by "share_in_training".
+    """
     train, validation = sources_of(recipe)
     named = [source.license for source in recipe.data.train]
     held_out = [source.license for source in recipe.data.validation] or named
-    return {
+    about = {
         "train": _licensed(corpus.train_tokens.meta, train, named),
         "validation": _licensed(corpus.validation_tokens.meta, validation, held_out),
     }
+    share, _ = shared_text(identities_of(about["train"]), identities_of(about["validation"]))
+    if share:
+        about["validation"] = {**about["validation"], "share_in_training": share}
+    return about
+
+
+def identities_of(meta: dict[str, Any]) -> list[dict[str, Any]]:
+    """The identities of the files and datasets that a token file or a mixture was made of."""
+    return [source for part in meta.get("mixture", [meta]) for source in part.get("sources", [])]
+
+
+def training_text_line(sources: list[Source], data: dict[str, Any]) -> str | None:
+    """Return a line on what of expanded sources is training text of a run, None for nothing.
+
+    Args:
+        data: what run.json says of the run's text. Files as large as one of these are compared.
+    """
+    train = identities_of(data.get("train") or {})
+    sizes = {identity.get("bytes") for identity in train}
+    files = [Path(source.path) for source in sources]
+    alike = [
+        source
+        for source, file in zip(sources, files, strict=True)
+        if file.is_file() and not is_pipe(file) and file.stat().st_size in sizes
+    ]
+    with TemporaryDirectory() as folder:
+        found = identify(alike, Path(folder) / "hashes.json")
+    _, paths = shared_text(train, found)
+    if not paths:
+        return None
+    return f"data: training text of this run is evaluated: {', '.join(paths)}"
 
 
 def _licensed(
@@ -180,11 +217,8 @@ def prepare_corpus(recipe: Recipe, *, progress: bool) -> tuple[PreTrainedTokeniz
     """
     train, validation = sources_of(recipe)
     refuse_unusable(expand([*train, *validation]))
-    if progress and validation[0].holdout_by == "tail":
-        _say(
-            "data: too few documents to hold out whole ones; the end of each is validation text "
-            f"(data.holdout {recipe.data.holdout:g}, unless data.validation names other text)"
-        )
+    if progress:
+        _tell_of_text(recipe, train, validation)
     tokenizer = _tokenizer(recipe, train, progress=progress)
     if progress and recipe.tokenizer.path is None:
         _say(shortage(tokenizer, recipe.tokenizer.vocab_size))
@@ -218,6 +252,25 @@ def prepare_corpus(recipe: Recipe, *, progress: bool) -> tuple[PreTrainedTokeniz
     return tokenizer, Corpus(
         tokens, held_out.token_file, ConcatDataset(each), Subset(held_out, shuffled)
     )
+
+
+def _tell_of_text(recipe: Recipe, train: list[Source], validation: list[Source]) -> None:
+    """Say what of the text may not be what was meant: how it is held out, and what is repeated."""
+    if validation[0].holdout_by == "tail":
+        _say(
+            "data: too few documents to hold out whole ones; the end of each is validation text "
+            f"(data.holdout {recipe.data.holdout:g}, unless data.validation names other text)"
+        )
+    memory = Path(recipe.data.cache) / "hashes.json"
+    parts = [identify(expand(sources), memory) for sources in (train, validation)]
+    lines = repeated_lines(parts[0], "data.train")
+    if recipe.data.validation:
+        lines += repeated_lines(parts[1], "data.validation")
+    for line in lines:
+        _say(line)
+    share, paths = shared_text(*parts)
+    if share:
+        _say(shared_line(share, paths, "name other files in data.validation"))
 
 
 def _say(line: str | None) -> None:

@@ -163,6 +163,8 @@ def _data(facts: Facts, part: str) -> Made:
         licences.append(f"{stated} (stated in the recipe)" if stated else known)
     rows = [("text", _names(facts, part)), ("licence", "; ".join(dict.fromkeys(licences)))]
     rows += [("held out", share) for share in _tails(facts, part)]
+    if found.get("share_in_training"):
+        rows.append(("of it in the training text too", f"{found['share_in_training']:.0%}"))
     report = found.get("report") or {}
     counts = [
         ("documents", found.get("documents")),

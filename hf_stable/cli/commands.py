@@ -139,7 +139,7 @@ def _evaluated(arguments: Namespace, report: "ReadReport") -> "list[Source]":
 def _evaluate(arguments: Namespace) -> None:
     from itertools import islice
 
-    from hf_stable.corpus import sources_of
+    from hf_stable.corpus import sources_of, training_text_line
     from hf_stable.data import ReadReport, expand, read_documents, refuse_unusable
     from hf_stable.evaluation import load_model, model_place, perplexity
     from hf_stable.recipes import from_dict
@@ -155,6 +155,8 @@ def _evaluate(arguments: Namespace) -> None:
     else:
         raise UserError(f"{folder} is no run, so what to evaluate it on is needed: give --data")
     refuse_unusable(sources)
+    if run is not None and (line := training_text_line(sources, run["data"])):
+        print(line, file=sys.stderr)
     documents = (text for source in sources for text in read_documents(source, report))
     model, tokenizer = load_model(
         model_place(arguments.model),
