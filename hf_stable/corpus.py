@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -26,9 +28,13 @@ from .data import (
     load_tokenizer,
     read_documents,
     refuse_unusable,
+    shortage,
     train_tokenizer,
 )
+from .data.holdout import empty_part, hold_out
 from .data.identity import identify
+from .data.opening import is_pipe
+from .data.overlap import repeated_lines, shared_line, shared_text
 from .errors import DataError
 from .recipes import Recipe, SourceRecipe
 
@@ -76,32 +82,67 @@ class SourceUse:
 
 
 def sources_of(recipe: Recipe) -> tuple[list[Source], list[Source]]:
-    """Training and validation sources; without validation text, a part of each training source."""
+    """Training and validation sources; without validation text, a part of each training source.
 
-    def convert(source: SourceRecipe, **changes: object) -> Source:
+    Raises:
+        DataError: without validation text, files that cannot be used.
+    """
+
+    def convert(source: SourceRecipe) -> Source:
         fields = asdict(source)
         del fields["weight"], fields["license"]
-        return Source(**{**fields, **changes})
+        return Source(**fields)
 
     data = recipe.data
+    train = [convert(item) for item in data.train]
     if data.validation:
-        return [convert(item) for item in data.train], [convert(item) for item in data.validation]
-    held_out = {"holdout": data.holdout}
-    return (
-        [convert(item, part="train", **held_out) for item in data.train],
-        [convert(item, part="validation", **held_out) for item in data.train],
-    )
+        return train, [convert(item) for item in data.validation]
+    return hold_out(train, data.holdout, each=data.weights is not None)
 
 
 def describe_data(recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
-    """What run.json says of the text, by "train" and "validation", with the recipe's licences."""
+    """What run.json says of the text, by "train" and "validation", with the recipe's licences.
+
+    Validation text that is training text too is told by "share_in_training".
+    """
     train, validation = sources_of(recipe)
     named = [source.license for source in recipe.data.train]
     held_out = [source.license for source in recipe.data.validation] or named
-    return {
+    about = {
         "train": _licensed(corpus.train_tokens.meta, train, named),
         "validation": _licensed(corpus.validation_tokens.meta, validation, held_out),
     }
+    share, _ = shared_text(identities_of(about["train"]), identities_of(about["validation"]))
+    if share:
+        about["validation"] = {**about["validation"], "share_in_training": share}
+    return about
+
+
+def identities_of(meta: dict[str, Any]) -> list[dict[str, Any]]:
+    """The identities of the files and datasets that a token file or a mixture was made of."""
+    return [source for part in meta.get("mixture", [meta]) for source in part.get("sources", [])]
+
+
+def training_text_line(sources: list[Source], data: dict[str, Any]) -> str | None:
+    """Return a line on what of expanded sources is training text of a run, None for nothing.
+
+    Args:
+        data: what run.json says of the run's text. Files as large as one of these are compared.
+    """
+    train = identities_of(data.get("train") or {})
+    sizes = {identity.get("bytes") for identity in train}
+    files = [Path(source.path) for source in sources]
+    alike = [
+        source
+        for source, file in zip(sources, files, strict=True)
+        if file.is_file() and not is_pipe(file) and file.stat().st_size in sizes
+    ]
+    with TemporaryDirectory() as folder:
+        found = identify(alike, Path(folder) / "hashes.json")
+    _, paths = shared_text(train, found)
+    if not paths:
+        return None
+    return f"data: training text of this run is evaluated: {', '.join(paths)}"
 
 
 def _licensed(
@@ -124,13 +165,15 @@ def _licensed(
 
 def _first_bytes(sources: Sequence[Source], limit: int) -> Iterator[str]:
     """Documents of the sources in order, up to `limit` bytes of UTF-8."""
-    seen = 0
+    seen, report = 0, ReadReport()
     for source in expand(sources):
-        for text in read_documents(source, ReadReport()):
+        for text in read_documents(source, report):
             yield text
             seen += len(text.encode())
             if seen >= limit:
                 return
+    if not seen:
+        raise DataError(empty_part(sources, report.other_part_documents))
 
 
 def _tokenizer_text(
@@ -144,7 +187,7 @@ def _tokenizer_text(
         yield from _first_bytes([source], part)
 
 
-def _tokenizer(recipe: Recipe, sources: list[Source]) -> PreTrainedTokenizerBase:
+def _tokenizer(recipe: Recipe, sources: list[Source], *, progress: bool) -> PreTrainedTokenizerBase:
     """The recipe's tokenizer, trained on the training text where no finished one is named."""
     wanted = recipe.tokenizer
     if wanted.path is not None:
@@ -161,7 +204,9 @@ def _tokenizer(recipe: Recipe, sources: list[Source]) -> PreTrainedTokenizerBase
     if (folder / "tokenizer.json").is_file():
         return load_tokenizer(folder)
     texts = _tokenizer_text(sources, weights, wanted.training_bytes)
-    return train_tokenizer(texts, kind=wanted.kind, vocab_size=wanted.vocab_size, folder=folder)
+    return train_tokenizer(
+        texts, kind=wanted.kind, vocab_size=wanted.vocab_size, folder=folder, progress=progress
+    )
 
 
 def prepare_corpus(recipe: Recipe, *, progress: bool) -> tuple[PreTrainedTokenizerBase, Corpus]:
@@ -172,7 +217,11 @@ def prepare_corpus(recipe: Recipe, *, progress: bool) -> tuple[PreTrainedTokeniz
     """
     train, validation = sources_of(recipe)
     refuse_unusable(expand([*train, *validation]))
-    tokenizer = _tokenizer(recipe, train)
+    if progress:
+        _tell_of_text(recipe, train, validation)
+    tokenizer = _tokenizer(recipe, train, progress=progress)
+    if progress and recipe.tokenizer.path is None:
+        _say(shortage(tokenizer, recipe.tokenizer.vocab_size))
     if len(tokenizer) > recipe.tokenizer.vocab_size:
         raise DataError(
             f"tokenizer.vocab_size is {recipe.tokenizer.vocab_size}, but the tokenizer has "
@@ -186,7 +235,11 @@ def prepare_corpus(recipe: Recipe, *, progress: bool) -> tuple[PreTrainedTokeniz
         try:
             return BlockDataset(file, recipe.data.sequence_length, separate_documents=separate)
         except DataError as error:
-            raise DataError(f"{', '.join(source.path for source in sources)}: {error}") from error
+            is_held_out = sources is validation and not recipe.data.validation
+            part = "the validation part of " if is_held_out else ""
+            hint = f"; data.holdout is {recipe.data.holdout:g}" if is_held_out else ""
+            paths = ", ".join(source.path for source in sources)
+            raise DataError(f"{part}{paths}: {error}{hint}") from error
 
     if weights is None:
         whole, held_out = blocks(train), blocks(validation)
@@ -199,6 +252,30 @@ def prepare_corpus(recipe: Recipe, *, progress: bool) -> tuple[PreTrainedTokeniz
     return tokenizer, Corpus(
         tokens, held_out.token_file, ConcatDataset(each), Subset(held_out, shuffled)
     )
+
+
+def _tell_of_text(recipe: Recipe, train: list[Source], validation: list[Source]) -> None:
+    """Say what of the text may not be what was meant: how it is held out, and what is repeated."""
+    if validation[0].holdout_by == "tail":
+        _say(
+            "data: too few documents to hold out whole ones; the end of each is validation text "
+            f"(data.holdout {recipe.data.holdout:g}, unless data.validation names other text)"
+        )
+    memory = Path(recipe.data.cache) / "hashes.json"
+    parts = [identify(expand(sources), memory) for sources in (train, validation)]
+    lines = repeated_lines(parts[0], "data.train")
+    if recipe.data.validation:
+        lines += repeated_lines(parts[1], "data.validation")
+    for line in lines:
+        _say(line)
+    share, paths = shared_text(*parts)
+    if share:
+        _say(shared_line(share, paths, "name other files in data.validation"))
+
+
+def _say(line: str | None) -> None:
+    if line:
+        print(line, file=sys.stderr, flush=True)
 
 
 def _check_batch(recipe: Recipe, blocks: int) -> None:

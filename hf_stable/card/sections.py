@@ -162,6 +162,9 @@ def _data(facts: Facts, part: str) -> Made:
         known = unknown if text is None else f"{text.licence} ({text.origin})"
         licences.append(f"{stated} (stated in the recipe)" if stated else known)
     rows = [("text", _names(facts, part)), ("licence", "; ".join(dict.fromkeys(licences)))]
+    rows += [("held out", share) for share in _tails(facts, part)]
+    if found.get("share_in_training"):
+        rows.append(("of it in the training text too", f"{found['share_in_training']:.0%}"))
     report = found.get("report") or {}
     counts = [
         ("documents", found.get("documents")),
@@ -173,6 +176,13 @@ def _data(facts: Facts, part: str) -> Made:
     title = "training" if part == "train" else part
     lines = [f"| {title} | |", "| --- | --- |"]
     return Made("\n".join([*lines, *(f"| {name} | {escape(value)} |" for name, value in rows)]))
+
+
+def _tails(facts: Facts, part: str) -> list[str]:
+    """How documents are divided, where they are too few to hold out whole ones."""
+    contents = [source.get("content") or {} for source in facts.sources(part)]
+    shares = {each["holdout"] for each in contents if each.get("holdout_by") == "tail"}
+    return [f"the end of each document, {share:.2%} of it" for share in sorted(shares)]
 
 
 def recipe(facts: Facts) -> Made | None:

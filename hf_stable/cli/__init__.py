@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from hf_stable import __version__
+from hf_stable.background import is_work_left
 from hf_stable.cli import streams
 from hf_stable.cli.commands import COMMANDS
 from hf_stable.cli.parsers import parse
@@ -47,5 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         more = "; the same command goes on from the newest checkpoint"
         print("interrupted" + (more if "train" in arguments[:1] else ""), file=sys.stderr)
+        if is_work_left():
+            sys.stdout.flush()
+            os._exit(130)
         return 130
     return status or 0

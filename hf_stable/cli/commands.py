@@ -109,7 +109,13 @@ def _print_recipe(recipe: "Recipe") -> None:
 
 
 def _tokenizer(arguments: Namespace) -> None:
-    from hf_stable.data import ReadReport, read_documents, refuse_unusable, train_tokenizer
+    from hf_stable.data import (
+        ReadReport,
+        read_documents,
+        refuse_unusable,
+        shortage,
+        train_tokenizer,
+    )
 
     report = ReadReport()
     sources = _sources_of(arguments.input, arguments, report)
@@ -120,7 +126,10 @@ def _tokenizer(arguments: Namespace) -> None:
         kind=arguments.kind,
         vocab_size=arguments.vocab_size,
         folder=Path(arguments.output),
+        progress=True,
     )
+    if line := shortage(tokenizer, arguments.vocab_size):
+        print(line, file=sys.stderr)
     print("\n".join(report.lines()))
     print(f"{arguments.kind} tokenizer of {len(tokenizer):,} tokens in {arguments.output}")
 
@@ -138,7 +147,7 @@ def _evaluated(arguments: Namespace, report: "ReadReport") -> "list[Source]":
 def _evaluate(arguments: Namespace) -> None:
     from itertools import islice
 
-    from hf_stable.corpus import sources_of
+    from hf_stable.corpus import sources_of, training_text_line
     from hf_stable.data import ReadReport, expand, read_documents, refuse_unusable
     from hf_stable.evaluation import load_model, model_place, perplexity
     from hf_stable.recipes import from_dict
@@ -154,6 +163,8 @@ def _evaluate(arguments: Namespace) -> None:
     else:
         raise UserError(f"{folder} is no run, so what to evaluate it on is needed: give --data")
     refuse_unusable(sources)
+    if run is not None and (line := training_text_line(sources, run["data"])):
+        print(line, file=sys.stderr)
     documents = (text for source in sources for text in read_documents(source, report))
     model, tokenizer = load_model(
         model_place(arguments.model),

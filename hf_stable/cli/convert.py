@@ -42,6 +42,8 @@ def run(arguments: Namespace) -> None:
     )
     if done.saved_difference > done.difference:
         print(f"by {done.saved_difference:.1e} with the weights rounded to {done.dtype}")
+    if done.notes:
+        print(f"fields that change nothing (see conversion.json): {', '.join(done.notes)}")
     print(f"written: {arguments.output}")
     print(f"next: hf-stable evaluate {arguments.output} --data TEXT")
     print(f"      hf-stable export {arguments.output} --output FOLDER")

@@ -22,8 +22,9 @@ from hf_stable.records import CONVERSION, versions, write_json
 
 from .exact import exact_logits
 from .families import FAMILIES, WHY_NOT, Family
-from .rules import map_fields
+from .rules import EVERYWHERE, Mapped, map_fields
 from .tensors import map_tensors
+from .unread import UNREAD
 
 # Largest difference of a logit over the largest logit. Rounding of float64 is 1.1e-16; norms and
 # softmax of many blocks add some digits to it.
@@ -41,6 +42,7 @@ class Conversion:
         source: Hub id, or the name of the folder. revision: the Hub's commit; None for a folder.
         weights_sha256: of the source's weight files by name.
         fields: of StableGPTConfig, as they came from the source's.
+        notes: fields of the source that change nothing, with their values and the reasons.
         difference: largest difference of a logit over the largest logit, in float64, on
             `tokens` random tokens at the first and the last positions.
         saved_difference: the same with the weights as they were written, in `dtype`.
@@ -51,6 +53,7 @@ class Conversion:
     weights_sha256: dict[str, str]
     model_type: str
     fields: dict[str, Any]
+    notes: dict[str, dict[str, Any]]
     tokens: int
     difference: float
     dtype: str
@@ -83,7 +86,7 @@ def convert(
     source, output = str(source), Path(output).resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output}: exists already; name a folder that does not")
-    family, fields, config = _plan(source, revision)
+    family, mapped, config = _plan(source, revision)
     loaded, tokenizer = load_model(source, revision=revision, device="cpu", refuse_unknown=True)
     check_vocabulary(source, config, tokenizer)
     target: torch.dtype = loaded.dtype if dtype is None else _DTYPES[dtype]
@@ -103,7 +106,8 @@ def convert(
         revision=_commit(source, revision),
         weights_sha256=_digests(source, revision),
         model_type=str(loaded.config.model_type),
-        fields=fields,
+        fields=mapped.fields,
+        notes=mapped.notes,
         tokens=places[0].numel(),
         difference=difference,
         dtype=str(target).removeprefix("torch."),
@@ -114,8 +118,8 @@ def convert(
     return conversion
 
 
-def _plan(source: str, revision: str | None) -> tuple[Family, dict[str, Any], StableGPTConfig]:
-    """The family and our config, from the source's config alone."""
+def _plan(source: str, revision: str | None) -> tuple[Family, Mapped, StableGPTConfig]:
+    """The family, what became of each field, and our config, from the source's config alone."""
     found = load_config(source, revision=revision)
     kind = str(found.model_type)
     if kind not in FAMILIES:
@@ -127,15 +131,16 @@ def _plan(source: str, revision: str | None) -> tuple[Family, dict[str, Any], St
             f"Known are {', '.join(FAMILIES)}."
         )
     family = FAMILIES[kind]
-    mapped, reasons = map_fields(family.rules, found.to_dict())
-    if reasons:
+    rules = {**UNREAD, **EVERYWHERE, **family.rules}
+    mapped = map_fields(rules, found.to_dict())
+    if mapped.reasons:
         raise CheckpointError(
             f"{source}: this {kind} cannot be converted:\n"
-            + "\n".join(f"  {reason}" for reason in reasons)
+            + "\n".join(f"  {reason}" for reason in mapped.reasons)
         )
-    fields = {**mapped, **family.fields}
+    mapped.fields |= family.fields
     try:
-        return family, fields, StableGPTConfig(**fields)
+        return family, mapped, StableGPTConfig(**mapped.fields)
     except (ValueError, StrictDataclassError) as error:
         raise CheckpointError(
             f"{source}: this {kind} cannot be converted: {error.__cause__ or error}"

@@ -9,7 +9,19 @@ from typing import Any
 
 from torch import Tensor
 
-from .rules import Rule, biases, neutral, only, query_scale, rope, same, to, window
+from .rules import (
+    Rule,
+    alias,
+    biases,
+    neutral,
+    only,
+    query_scale,
+    rope,
+    rope_alias,
+    same,
+    to,
+    window,
+)
 
 Join = Callable[[Tensor, int], Tensor]
 
@@ -72,7 +84,6 @@ _QWEN_RULES = {
     **_WINDOW_RULES,
     # They say which layers have windows, as layer_types does.
     **neutral("use_sliding_window", "max_window_layers"),
-    "use_mrope": only(False, why="ours rotates by one position a token"),
 }
 _GEMMA_RULES = {
     **_RMS_RULES,
@@ -105,6 +116,9 @@ _NEOX = Family(
         "use_parallel_residual": to("parallel_residual"),
         "attention_bias": only(True, why="biases of the MLP alone: ours has no such choice"),
         "hidden_dropout": only(0, why=_DROPOUT),
+        "rope_theta": rope_alias,
+        "partial_rotary_factor": rope_alias,
+        # Transformers' class declares it, and its causal model does not read it.
         **neutral("classifier_dropout", "is_decoder"),
     },
     fields={"norm_bias": True, "linear_bias": "all"},
@@ -133,19 +147,17 @@ FAMILIES: dict[str, Family] = {
             "attention_bias": biases,
             "mlp_bias": biases,
             **neutral("kv_channels"),  # another name of head_dim, which Transformers reads
+            "layer_norm_eps": alias("norm_eps"),
         },
         {"norm_bias": True, "zero_centered_norm": True},
         mlp=_MLP,
     ),
     "gpt_neox": _NEOX,
     "llama": _llama_like(
-        # pretraining_tp cut a product into sums that are equal but for rounding.
         {
             **_RMS_RULES,
             "attention_bias": biases,
             "mlp_bias": biases,
-            **neutral("pretraining_tp", "is_llama_config"),
-            "rope_interleaved": only(False, why="it rotates neighbouring channels of a head"),
         }
     ),
     "mistral": _llama_like({**_RMS_RULES, **_WINDOW_RULES}),
@@ -165,13 +177,15 @@ FAMILIES: dict[str, Family] = {
         },
         {**_POST_NORMS, **_QK_NORMS},
     ),
-    "gemma": _llama_like(_GEMMA_RULES, _GEMMA_FIELDS),
+    "gemma": _llama_like({**_GEMMA_RULES, "hidden_activation": alias("hidden_act")}, _GEMMA_FIELDS),
     "gemma2": _llama_like(
         {
             **_GEMMA_RULES,
             **_WINDOW_RULES,
             **same("final_logit_softcapping", "attn_logit_softcapping"),
             "hidden_activation": to("hidden_act"),
+            "hidden_act": alias("hidden_activation"),
+            "sliding_window_size": alias("sliding_window"),
             "query_pre_attn_scalar": query_scale,
         },
         {**_GEMMA_FIELDS, "attention_post_norm": True, "mlp_post_norm": True},

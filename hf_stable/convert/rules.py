@@ -4,13 +4,23 @@ Law of this file: no field of the source is passed over, known or not.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 Config = Mapping[str, Any]
 """A source config as a dictionary, every default filled in."""
 
-Rule = Callable[[str, Config], dict[str, Any] | str]
-"""Told the name of a field and the whole config: our fields, or why it cannot be converted."""
+
+@dataclass(frozen=True)
+class Note:
+    """A field that changes nothing, and why."""
+
+    why: str
+
+
+Rule = Callable[[str, Config], dict[str, Any] | Note | str]
+"""Told the name of a field and the whole config: our fields, a note, or why it cannot be converted.
+"""
 
 
 def to(field: str) -> Rule:
@@ -26,6 +36,47 @@ def same(*names: str) -> dict[str, Rule]:
 def neutral(*names: str) -> dict[str, Rule]:
     """Fields that change no output."""
     return {name: lambda name, config: {} for name in names}
+
+
+def noted(*names: str, why: str) -> dict[str, Rule]:
+    """Fields that no model reads, whatever their value."""
+    return {name: lambda name, config: Note(why) for name in names}
+
+
+def off(*names: str, values: tuple[Any, ...], why: str) -> dict[str, Rule]:
+    """Fields that Transformers' class does not read, and that mean nothing at one of these values.
+
+    None is the same as no field.
+    """
+    known = " or ".join(map(repr, values))
+    refused = (
+        f"Transformers passes over it, so convert takes only {known}: remove it from a copy if its "
+        "model computes nothing else"
+    )
+
+    def rule(name: str, config: Config) -> Note | str:
+        return Note(why) if config[name] in (None, *values) else refused
+
+    return dict.fromkeys(names, rule)
+
+
+def alias(other: str) -> Rule:
+    """Another name of a field that is read, with the same value."""
+
+    def rule(name: str, config: Config) -> Note | str:
+        if config[name] in (None, config[other]):
+            return Note(f"another name of {other}, with the same value")
+        return f"Transformers reads {other}, which is {config[other]!r}: remove one from a copy"
+
+    return rule
+
+
+def rope_alias(name: str, config: Config) -> Note | str:
+    """A rotary parameter that versions before 5 wrote beside its older name."""
+    read = (config["rope_parameters"] or {}).get(name)
+    if config[name] in (None, read):
+        return Note(f"another name of rope_parameters.{name}, with the same value")
+    return f"Transformers reads {read!r} in rope_parameters: remove one from a copy"
 
 
 def only(*values: Any, why: str) -> Rule:
@@ -81,13 +132,12 @@ def padding(name: str, config: Config) -> dict[str, Any] | str:
     return {name: None if isinstance(value, int) and value < 0 else value}
 
 
-# What every config of Transformers has, and what tools leave in some.
+# What every config of Transformers has.
 EVERYWHERE: dict[str, Rule] = {
     **neutral(
         *("architectures", "dtype", "model_type", "transformers_version", "_name_or_path"),
         *("output_attentions", "output_hidden_states", "return_dict", "use_return_dict"),
         *("id2label", "label2id", "num_labels", "problem_type"),
-        *("max_sequence_length", "transformers.js_config", "unsloth_fixed", "unsloth_version"),
     ),
     "chunk_size_feed_forward": only(0, why="the MLP is computed in pieces"),
     **dict.fromkeys(
@@ -110,13 +160,24 @@ EVERYWHERE: dict[str, Rule] = {
 }
 
 
-def map_fields(rules: Mapping[str, Rule], config: Config) -> tuple[dict[str, Any], list[str]]:
-    """Our fields, and a line for every field of the source that stands in the way.
+@dataclass
+class Mapped:
+    """What became of the fields of a source.
 
     Args:
-        rules: of the family, beyond `EVERYWHERE`.
+        fields: ours.
+        notes: of fields that change nothing: their values, and why.
+        reasons: a line for every field that stands in the way.
     """
-    rules, fields, reasons = {**EVERYWHERE, **rules}, {}, []
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+
+
+def map_fields(rules: Mapping[str, Rule], config: Config) -> Mapped:
+    """Map every field of the source by its rule; one that has a value but no rule is a reason."""
+    mapped = Mapped()
     for name, value in config.items():
         if name in rules:
             answer = rules[name](name, config)
@@ -125,7 +186,9 @@ def map_fields(rules: Mapping[str, Rule], config: Config) -> tuple[dict[str, Any
         else:
             answer = "convert knows no such field here: remove it from config.json if it is not one"
         if isinstance(answer, str):
-            reasons.append(f"{name}={value!r}: {answer}")
+            mapped.reasons.append(f"{name}={value!r}: {answer}")
+        elif isinstance(answer, Note):
+            mapped.notes[name] = {"value": value, "why": answer.why}
         else:
-            fields.update(answer)
-    return fields, reasons
+            mapped.fields.update(answer)
+    return mapped

@@ -12,7 +12,7 @@ from hf_stable.data.report import ReadReport
 from hf_stable.data.sample import SampleText, write_sample_text
 from hf_stable.data.sources import Source, read_documents
 from hf_stable.data.token_file import TokenFile
-from hf_stable.data.tokenizer import boundary_ids, load_tokenizer, train_tokenizer
+from hf_stable.data.tokenizer import boundary_ids, load_tokenizer, shortage, train_tokenizer
 
 __all__ = [
     "BlockDataset",
@@ -36,6 +36,7 @@ __all__ = [
     "ngram_cross_entropy",
     "read_documents",
     "refuse_unusable",
+    "shortage",
     "train_tokenizer",
     "write_sample_text",
 ]

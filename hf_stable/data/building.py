@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_stable.data.checking import refuse_unusable
 from hf_stable.data.expanding import expand
+from hf_stable.data.holdout import empty_part
 from hf_stable.data.identity import estimated_bytes, identify
 from hf_stable.data.progress import Progress
 from hf_stable.data.report import ReadReport
@@ -280,13 +281,7 @@ def _finish(
 ) -> None:
     """Write the index and, last, meta.json, which makes the folder a finished token file."""
     if not state.documents:
-        hint = ""
-        if report.other_part_documents:
-            hint = (
-                f"; all {report.other_part_documents} documents belong to the other part: change "
-                "`holdout` or give validation data of its own"
-            )
-        raise DataError(f"{[source.path for source in plan.sources]} give no document{hint}")
+        raise DataError(empty_part(plan.sources, report.other_part_documents))
     _write_starts(place, state.documents)
     vocabulary = plan.backend.get_vocab(with_added_tokens=True)
     meta = {

@@ -45,7 +45,9 @@ def _load(memory: Path) -> dict[str, Any]:
 
 def _identify_one(source: Source, known: dict[str, Any]) -> dict[str, Any]:
     path = Path(source.path)
-    choice = {"part": source.part, "holdout": source.holdout}
+    choice: dict[str, Any] = {"part": source.part, "holdout": source.holdout}
+    if source.holdout_by != "document":
+        choice["holdout_by"] = source.holdout_by
     if is_pipe(path):
         raise DataError(
             f"{path} is a pipe, which can be read only once, and training reads its text several "

@@ -16,7 +16,7 @@ class Progress:
     `tokens` is how many there are at the begin, from an earlier run that was killed.
     """
 
-    def __init__(self, title: str, total: int | None, tokens: int, *, shown: bool) -> None:
+    def __init__(self, title: str, total: int | None, tokens: int = 0, *, shown: bool) -> None:
         self._title = title
         self._total = total
         self._shown = shown
@@ -39,9 +39,16 @@ class Progress:
 
     def update(self, done: int, tokens: int) -> None:
         """Show that `done` bytes have become `tokens` tokens, those of earlier runs included."""
-        now = time.monotonic()
-        speed = (tokens - self._tokens) / max(now - self._begin, 1e-9)
-        state = f"{self._title} {done / 1e6:,.1f} MB, {tokens:,} tokens, {speed:,.0f} tokens/s"
+        speed = (tokens - self._tokens) / max(time.monotonic() - self._begin, 1e-9)
+        self._show(done, f"{done / 1e6:,.1f} MB, {tokens:,} tokens, {speed:,.0f} tokens/s")
+
+    def update_time(self, done: int) -> None:
+        """Show for how long `done` bytes of text have been worked on."""
+        seconds = time.monotonic() - self._begin
+        self._show(done, f"{done / 1e6:,.1f} MB, {seconds:,.0f} s")
+
+    def _show(self, done: int, state: str) -> None:
+        now, state = time.monotonic(), f"{self._title} {state}"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, description=state)
         elif self._shown and now - self._last_line >= _SECONDS_BETWEEN_LINES:

@@ -25,6 +25,7 @@ from hf_stable.data.tables import read_table
 from hf_stable.errors import DataError
 
 Part = Literal["all", "train", "validation"]
+HoldoutBy = Literal["document", "tail"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Source:
         part: which side of the holdout split to hand on.
         holdout: fraction of the documents, chosen by a hash of their text, that are "validation".
             The choice depends on the document alone, so both parts never share a text.
+        holdout_by: "tail" holds out the end of each document instead, for texts of so few documents
+            that whole ones leave a part empty (`data.holdout`).
         max_bad_share: share of a file's documents, the empty ones aside, that may be unusable and
             left out; a file with more is refused.
 
@@ -59,6 +62,7 @@ class Source:
     streaming: bool = True
     part: Part = "all"
     holdout: float = 0.0
+    holdout_by: HoldoutBy = "document"
     max_bad_share: float = 0.5
 
     def __post_init__(self) -> None:
@@ -67,6 +71,7 @@ class Source:
         for key, value, allowed in (
             ("sample_by", self.sample_by, get_args(SampleBy)),
             ("part", self.part, get_args(Part)),
+            ("holdout_by", self.holdout_by, get_args(HoldoutBy)),
         ):
             if value not in allowed:
                 raise DataError(f"source {self.path}: {key} is {value!r}, must be one of {allowed}")
@@ -119,15 +124,17 @@ def read_documents(
         if data is None:
             continue
         tally.good += 1
-        if not _in_part(source, data):
+        text = part_of_document(source, row.text, data)
+        size = len(data) if text == row.text else len(text.encode("utf-8"))
+        report.other_part_bytes += len(data) - size
+        if not text.strip():
             report.other_part_documents += 1
-            report.other_part_bytes += len(data)
             continue
         report.documents += 1
-        report.text_bytes += len(data)
+        report.text_bytes += size
         handed_on += 1
         if handed_on > skip:
-            yield row.text
+            yield text
     if not tally.rows:
         report.add_empty(source.path, "nothing in it")
     _refuse_mostly_bad(source, report, tally)
@@ -173,11 +180,25 @@ def _refuse_mostly_bad(source: Source, report: ReadReport, tally: Tally) -> None
     )
 
 
-def _in_part(source: Source, data: bytes) -> bool:
+def part_of_document(source: Source, text: str, data: bytes) -> str:
+    """Return what of a document belongs to the source's part; `data` is its text as UTF-8."""
     if source.part == "all":
-        return True
+        return text
+    if source.holdout_by == "tail":
+        at = _tail_start(text, source.holdout)
+        return text[at:] if source.part == "validation" else text[:at]
     value = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
-    return (value < source.holdout * 2.0**64) == (source.part == "validation")
+    return text if (value < source.holdout * 2.0**64) == (source.part == "validation") else ""
+
+
+def _tail_start(text: str, holdout: float) -> int:
+    """Return where the last `holdout` of a text begins, at the next line or word if one is near."""
+    at = round(len(text) * (1 - holdout))
+    near = (at + len(text)) // 2
+    for mark in ("\n", " "):
+        if (found := text.find(mark, at, near)) >= 0:
+            return found + 1
+    return at
 
 
 def _rows(source: Source) -> Iterator[Row]:

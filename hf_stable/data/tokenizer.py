@@ -7,6 +7,7 @@ as ids 0 and 1, and no unknown token: every byte has an id of its own.
 import io
 import json
 import shutil
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, cast
@@ -15,6 +16,8 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from hf_stable.background import run_in_background
+from hf_stable.data.progress import Progress
 from hf_stable.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -26,6 +29,8 @@ _RESERVED = str.maketrans({"\u2581": "\n", "\u2585": "\n", "\0": "\n"})
 # SentencePiece leaves out longer lines (its limit is 4192 bytes) with a mere log line, so they are
 # cut.
 _MAX_LINE = 1000
+# The time of BPE's training grows with the square of a word's length, so longer ones are cut, too.
+_MAX_WORD = 1000
 # The trained file depends on the number of threads (sums of floats), so it must not be the
 # machine's.
 _THREADS = 8
@@ -35,27 +40,57 @@ _NEVER = -1e6
 
 
 def train_tokenizer(
-    texts: Iterable[str], *, kind: Literal["bpe", "sentencepiece"], vocab_size: int, folder: Path
+    texts: Iterable[str],
+    *,
+    kind: Literal["bpe", "sentencepiece"],
+    vocab_size: int,
+    folder: Path,
+    progress: bool = False,
 ) -> PreTrainedTokenizerFast:
     """Train a tokenizer and save it as `folder/tokenizer.json` with its configuration.
 
-    Equal texts give equal files, whatever the machine's number of cores.
+    Equal texts give equal files, whatever the machine's number of cores. Ctrl-C ends the training,
+    which runs in a thread for that.
 
     Args:
         kind: "bpe" is GPT-2's byte-level BPE; "sentencepiece" is a SentencePiece unigram model with
             byte fallback, its space mark stored as a plain space so that a real U+2581 survives.
-        vocab_size: number of ids, the special tokens included.
+        vocab_size: most ids, the special tokens included; little text gives fewer.
 
     Raises:
-        DataError: no text, an unknown kind, or a vocabulary that this much text cannot fill.
+        DataError: no text, an unknown kind, or a vocabulary too small for single characters.
     """
-    if kind == "bpe":
-        backend = _train_bpe(texts, vocab_size)
-    elif kind == "sentencepiece":
-        backend = _train_sentencepiece(texts, vocab_size)
-    else:
+    train = {"bpe": _train_bpe, "sentencepiece": _train_sentencepiece}.get(kind)
+    if train is None:
         raise DataError(f"tokenizer kind is {kind!r}, must be 'bpe' or 'sentencepiece'")
+    text_bytes = 0
+
+    def counted(is_left: threading.Event) -> Iterator[str]:
+        nonlocal text_bytes
+        for text in texts:
+            if is_left.is_set():
+                raise KeyboardInterrupt
+            text_bytes += len(text.encode("utf-8"))
+            yield text
+
+    with Progress("training the tokenizer", None, shown=progress) as shown:
+        backend = run_in_background(
+            lambda is_left: train(counted(is_left), vocab_size),
+            lambda: shown.update_time(text_bytes),
+        )
+    if not text_bytes:
+        raise DataError("no text to train a tokenizer on: all documents are empty")
     return _save(backend, Path(folder))
+
+
+def shortage(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> str | None:
+    """Return a line that says that a trained tokenizer has fewer tokens than asked for, or None."""
+    if len(tokenizer) >= vocab_size:
+        return None
+    return (
+        f"tokenizer: this text gives {len(tokenizer):,} tokens of vocab_size {vocab_size:,}; more "
+        "text gives more"
+    )
 
 
 def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -64,7 +99,9 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if vocab_size < smallest:
         raise DataError(f"vocab_size is {vocab_size}, byte-level BPE needs at least {smallest}")
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    cut = pre_tokenizers.FixedLength(length=_MAX_WORD)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, cut])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -73,11 +110,7 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    if backend.get_vocab_size() < vocab_size:
-        raise DataError(
-            f"vocab_size is {vocab_size}, but the text gives only {backend.get_vocab_size()}: "
-            "train on more text or set a smaller vocab_size"
-        )
+    backend.pre_tokenizer = words
     return backend
 
 
@@ -92,6 +125,7 @@ def _train_sentencepiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             model_writer=model,
             model_type="unigram",
             vocab_size=vocab_size,
+            hard_vocab_limit=False,
             byte_fallback=True,
             # No rewriting of text of any kind, so that ids stand for exactly what was written.
             normalization_rule_name="identity",
@@ -113,8 +147,8 @@ def _train_sentencepiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         )
     except RuntimeError as error:
         raise DataError(
-            f"vocab_size is {vocab_size}, which the text that training_bytes leaves does not "
-            f"allow: SentencePiece: {error}"
+            f"vocab_size is {vocab_size}, with which SentencePiece cannot train on this text: "
+            f"{error}; raise it, or give more text"
         ) from error
     return _convert(SentencePieceProcessor(model_proto=model.getvalue()))
 

@@ -109,7 +109,7 @@ class TokenizerRecipe:
     """The tokenizer: a finished one at `path`, else one trained on the training text."""
 
     vocab_size: Annotated[Whole, Field(gt=0, le=_LARGEST_VOCABULARY)]
-    """Rows of the embedding. A tokenizer at `path` may have fewer tokens, not more."""
+    """Rows of the embedding. The tokenizer may have fewer tokens, not more."""
     path: NamedPath | None = None
     """Folder or Hub name of a finished tokenizer; null trains one."""
     kind: Literal["bpe", "sentencepiece"] = "bpe"
@@ -138,7 +138,8 @@ class DataRecipe:
     validation: SourceList = Field(default_factory=list)
     """Validation text; empty holds out a part of the training text."""
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    """Fraction of the training documents held out when `validation` is empty."""
+    """Fraction of the training documents held out when `validation` is empty; of each document the
+    end, where they are too few to hold out whole ones."""
     separate_documents: bool = False
     """Whether attention and positions start afresh at each document inside a sequence."""
     cache: PathText = ".cache/hf_stable"

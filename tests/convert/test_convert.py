@@ -18,13 +18,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_stable import StableGPTConfig, StableGPTForCausalLM, cli
 from hf_stable.convert import FAMILIES, WHY_NOT, convert, converting
 from hf_stable.convert.exact import exact_logits
-from hf_stable.convert.rules import EVERYWHERE
+from hf_stable.convert.rules import EVERYWHERE, map_fields
+from hf_stable.convert.unread import UNREAD
 from hf_stable.errors import CheckpointError
 from hf_stable.hub import check_export, export
 from hf_stable.records import CONVERSION
 
 from ..tiny import byte_tokenizer
-from .real import CONFIGS
+from .real import CONFIGS, NOTED
 from .sources import CASES, SIZES, build, save, save_as_written
 
 ROOT = Path(__file__).parents[2]
@@ -58,8 +59,31 @@ def test_what_authors_and_tools_leave_in_config_json_is_no_hindrance(
 ) -> None:
     source = save_as_written(tmp_path / "source", CONFIGS[name])
     assert convert(source, tmp_path / "ours").difference < EXACT
-    pad = StableGPTConfig.from_pretrained(tmp_path / "ours").pad_token_id
-    assert pad == (4 if "Unsloth" in name else None)
+    pad = CONFIGS[name].get("pad_token_id", -1)
+    ours = StableGPTConfig.from_pretrained(tmp_path / "ours")
+    assert ours.pad_token_id == (None if pad == -1 else pad)
+    notes = json.loads((tmp_path / "ours" / CONVERSION).read_text())["notes"]
+    for field in NOTED.get(name, []):
+        assert notes.pop(field)["value"] == CONFIGS[name][field]
+    assert all(about["why"] for about in notes.values())
+
+
+def test_configs_of_every_family_are_read() -> None:
+    assert {config["model_type"] for config in CONFIGS.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_an_unread_field_is_noted_with_its_reason_or_refused(name: str) -> None:
+    """Off, or any value: noted. A switch that is on: refused by its name."""
+    values = [None, False, True, 0, 1, 3, {"a": 1}]
+    answers = [map_fields(UNREAD, {name: value}) for value in values]
+    assert all(not answer.fields for answer in answers)
+    assert answers[0].notes == {name: {"value": None, "why": answers[0].notes[name]["why"]}}
+    noted = [answer for answer in answers if answer.notes]
+    assert all(answer.notes[name]["why"] and not answer.reasons for answer in noted)
+    refused = [answer for answer in answers if not answer.notes]
+    assert len(refused) == 0 or len(refused) >= 4
+    assert all(answer.reasons[0].startswith(f"{name}=") for answer in refused)
 
 
 def test_every_family_is_tested() -> None:
@@ -98,10 +122,17 @@ def refused(source: Path, output: Path) -> str:
         ("gpt_neox", {"attention_bias": False}, ["attention_bias=False"]),
         ("gpt_neox", {"hidden_dropout": 0.1}, ["hidden_dropout=0.1", "dropout"]),
         ("gpt_neox", {"hidden_dropout_prob": 0.1}, ["hidden_dropout_prob=0.1", "passes over"]),
-        ("qwen2", {"use_mrope": True}, ["use_mrope=True", "one position a token"]),
-        ("llama", {"rope_interleaved": True}, ["rope_interleaved=True", "neighbouring"]),
+        ("qwen2", {"use_mrope": True}, ["use_mrope=True", "takes only False"]),
+        ("llama", {"rope_interleaved": True}, ["rope_interleaved=True", "takes only False"]),
         ("llama", {"chunk_size_feed_forward": 2}, ["chunk_size_feed_forward=2"]),
-        ("llama", {"logit_scale": 0.5}, ["logit_scale=0.5", "no such field"]),
+        ("llama", {"logit_scale": 0.5}, ["logit_scale=0.5", "takes only 1"]),
+        ("llama", {"attention_chunk": 5}, ["attention_chunk=5", "no such field"]),
+        ("llama", {"use_sliding_window": True}, ["use_sliding_window=True", "only False"]),
+        ("mistral", {"attention_bias": True}, ["attention_bias=True", "only False"]),
+        ("gemma", {"hidden_activation": "relu"}, ["hidden_activation=", "reads hidden_act"]),
+        ("gemma2", {"hidden_act": "relu"}, ["hidden_act=", "reads hidden_activation"]),
+        ("nemotron", {"layer_norm_eps": 1e-3}, ["layer_norm_eps=0.001", "reads norm_eps"]),
+        ("gpt_neox", {"rope_theta": 5.0, "rotary_emb_base": 7}, ["rope_theta=5.0", "reads 7"]),
         ("llama", {"pad_token_id": 300}, ["pad_token_id=300", "an id or None"]),
         (
             "llama",
@@ -141,7 +172,7 @@ def test_every_reason_is_told_at_once(tmp_path: Path) -> None:
 def test_every_field_of_every_family_has_a_rule(kind: str) -> None:
     """Nothing of what Transformers declares is left to the refusal of unknown fields."""
     config = build(kind, num_hidden_layers=1).config.to_dict()
-    known = {*EVERYWHERE, *FAMILIES[kind].rules}
+    known = {*UNREAD, *EVERYWHERE, *FAMILIES[kind].rules}
     assert config.keys() <= known
 
 

@@ -124,7 +124,8 @@ def test_only_empty_files_are_refused_with_their_names(bpe, tmp_path):
 
 
 def test_split_train_of_older_runs_is_no_stated_option(tmp_path):
-    recipe = recipe_of(tmp_path, ["a.txt"])
+    (tmp_path / "a.txt").write_text("text")
+    recipe = recipe_of(tmp_path, [str(tmp_path / "a.txt")])
     content = to_dict(recipe)
     content["data"]["train"][0]["split"] = "train"
     assert from_dict(content).data.train[0].split == "train"

@@ -2,16 +2,22 @@
 
 import json
 import os
+import random
+import re
+import signal
 import subprocess
 import sys
+import time
 
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from hf_stable.data import boundary_ids, load_tokenizer, train_tokenizer
+from hf_stable.background import is_work_left, run_in_background
+from hf_stable.data import boundary_ids, load_tokenizer, shortage, train_tokenizer
 from hf_stable.errors import DataError
 from tests.data.conftest import make_texts
 
@@ -123,9 +129,7 @@ def test_training_text_cannot_teach_reserved_pieces(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "vocab_size", "texts"),
     [
-        ("bpe", 100_000, ["too little text"]),
         ("bpe", 100, ["text"]),
-        ("sentencepiece", 100_000, ["too little text"]),
         ("sentencepiece", 100, ["text"]),
         ("sentencepiece", 400, []),
         ("bpe", 400, []),
@@ -136,6 +140,101 @@ def test_impossible_training_is_one_clear_error(kind, vocab_size, texts, tmp_pat
     with pytest.raises(DataError, match=r"vocab_size|no text|kind"):
         train_tokenizer(texts, kind=kind, vocab_size=vocab_size, folder=tmp_path / "t")
     assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
+def test_little_text_gives_a_smaller_vocabulary(kind, tmp_path):
+    folder = tmp_path / kind
+    tokenizer = train_tokenizer(["too little text"], kind=kind, vocab_size=100_000, folder=folder)
+    assert 258 <= len(tokenizer) < 400
+    assert max(tokenizer.get_vocab().values()) + 1 == len(tokenizer)
+    assert re.search(rf"gives {len(tokenizer)} .* 100,000", str(shortage(tokenizer, 100_000)))
+    assert shortage(tokenizer, len(tokenizer)) is None
+    for text in PECULIAR:
+        ids = tokenizer(text, split_special_tokens=True).input_ids
+        assert tokenizer.decode(ids) == text
+
+
+def long_word(length):
+    return "".join(random.Random(length).choices("ACGT", k=length))
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("text", [long_word(1_000_000), "x" + " " * 4_000_000 + "y"])
+def test_bpe_training_cuts_long_words(text, tmp_path):
+    """Whole, the first takes minutes and the second an hour."""
+    tokenizer = train_tokenizer([text], kind="bpe", vocab_size=300, folder=tmp_path / "bpe")
+    part = text[:5000]
+    assert tokenizer.decode(tokenizer(part).input_ids) == part
+    assert len(tokenizer(part).input_ids) < len(part) / 1.5
+
+
+def test_words_up_to_the_limit_are_trained_on_whole(tmp_path):
+    texts = [long_word(1000), *make_texts(50)]
+    ours = train_tokenizer(texts, kind="bpe", vocab_size=400, folder=tmp_path / "bpe")
+    whole = Tokenizer(models.BPE())
+    whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|endoftext|>", "<|padding|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    whole.train_from_iterator(texts, trainer)
+    assert ours.get_vocab() == whole.get_vocab()
+    assert ours.backend_tokenizer.pre_tokenizer.pre_tokenize_str(long_word(3000)) == (
+        whole.pre_tokenizer.pre_tokenize_str(long_word(3000))
+    )
+
+
+INTERRUPTED = """
+import sys
+from hf_stable.cli import main
+from hf_stable.data.progress import Progress
+
+Progress.update_time = lambda self, done: print(done, flush=True)
+sys.exit(main(["tokenizer", sys.argv[1], "--kind", sys.argv[2], "--output", sys.argv[3],
+               "--vocab-size", "2000"]))
+"""
+
+
+def test_an_interrupt_ends_training_at_once(tokenizer_kind, tmp_path):
+    """That of BPE takes 10 s here, that of SentencePiece minutes."""
+    words = [long_word(4000 + number) for number in range(1000)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": word}) for word in words))
+    folder = tmp_path / "t"
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "a.jsonl"), tokenizer_kind, folder]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        assert process.stdout is not None and process.stderr is not None
+        looks = 0
+        for line in process.stdout:
+            looks += int(line) == sum(map(len, words))
+            if looks == 4:  # native code computes, and does not read any more
+                break
+        process.send_signal(signal.SIGINT)
+        sent = time.monotonic()
+        assert process.stderr.readline() == "interrupted\n"
+        assert time.monotonic() - sent < 5
+        assert process.wait(60) == 130
+    assert not folder.exists()
+
+
+def test_work_in_the_background_is_told_that_nobody_waits():
+    def interrupt():
+        raise KeyboardInterrupt
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_in_background(lambda is_left: is_left.wait(60), interrupt)
+    assert time.monotonic() - started < 30
+    assert not is_work_left()
+    assert run_in_background(lambda is_left: 7, lambda: None) == 7
+    with pytest.raises(DataError, match="broken"):
+        run_in_background(fail_in_thread, lambda: None)
+
+
+def fail_in_thread(is_left):
+    raise DataError("broken")
 
 
 def test_loading_nothing_or_damage_is_an_error_with_the_path(tmp_path, bpe_folder):
