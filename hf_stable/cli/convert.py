@@ -2,6 +2,7 @@
 
 # ruff: noqa: PLC0415
 
+import shlex
 from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
@@ -38,5 +39,6 @@ def run(arguments: Namespace) -> None:
     if done.saved_difference > done.difference:
         print(f"by {done.saved_difference:.1e} with the weights rounded to {done.dtype}")
     print(f"written: {arguments.output}")
-    print(f"next: hf-stable evaluate {arguments.output} --data TEXT")
-    print(f"      hf-stable export {arguments.output} --output FOLDER")
+    output = shlex.quote(str(arguments.output))
+    print(f"next: hf-stable evaluate {output} --data TEXT")
+    print(f"      hf-stable export {output} --output FOLDER")

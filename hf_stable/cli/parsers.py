@@ -41,9 +41,9 @@ exit codes:
   1    unexpected failure, with a traceback: please report it
   2    bad input: the message says what to change
   3    training diverged
-  75   preempted by a signal: a checkpoint is there, the same command goes on
+  75   preempted by SIGTERM or SIGUSR1: a checkpoint is there, the same command resumes
   76   hang: a process did not move for training.hang_timeout seconds
-  130  interrupted
+  130  interrupted by Ctrl-C; a training run has a checkpoint, the same command resumes
 """
 
 _RECIPES = """\
@@ -115,10 +115,11 @@ def _train_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--resume",
-        type=Literal["auto", "changed", "never"],
+        type=Literal["auto", "longer", "changed", "never"],
         default="auto",
-        help="auto: go on from the newest checkpoint in the folder, if recipe and data are those "
-        "of its run; changed: also if they are not; never: refuse a used folder",
+        help="auto: resume from the newest checkpoint in the folder, if recipe and data are those "
+        "of its run; longer: also with more training.steps (or tokens), for which the learning "
+        "rate is planned anew; changed: with any difference; never: refuse a used folder",
     )
     return parser
 
@@ -207,7 +208,12 @@ def _evaluate_parser() -> ArgumentParser:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that the model folder holds"
     )
-    parser.add_argument("--output", metavar="FILE", help="write the numbers as JSON too")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="write the numbers as JSON to this file; those of a run's own text go to "
+        "RUN/evaluation.json unless given, for its card",
+    )
     return parser
 
 
@@ -217,7 +223,10 @@ def _generate_parser() -> ArgumentParser:
     _add_revision(parser)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
     parser.add_argument(
-        "--max-new-tokens", type=PositiveInt, default=100, metavar="N", help="tokens to add"
+        "--max-new-tokens",
+        type=PositiveInt,
+        metavar="N",
+        help="tokens to add; unless given 100, or as many as there are positions left",
     )
     parser.add_argument(
         "--temperature", type=NonNegativeFloat, default=0.8, metavar="T", help="0 is greedy"

@@ -283,8 +283,8 @@ def _finish(
         hint = ""
         if report.other_part_documents:
             hint = (
-                f"; all {report.other_part_documents} documents belong to the other part: change "
-                "`holdout` or give validation data of its own"
+                f"; all {report.other_part_documents} documents are in the other part of the "
+                "split: change `holdout` or give validation data of its own"
             )
         raise DataError(f"{[source.path for source in plan.sources]} give no document{hint}")
     _write_starts(place, state.documents)

@@ -129,8 +129,9 @@ class DataRecipe:
     """Fraction of the training documents held out when `validation` is empty."""
     separate_documents: bool = False
     """Whether attention and positions start afresh at each document inside a sequence."""
-    cache: str = ".cache/hf_stable"
-    """Folder for token files and trained tokenizers, which runs share."""
+    cache: Annotated[str, Field(min_length=1)] | None = None
+    """Folder for token files and trained tokenizers, which runs share; null is hf_stable in the
+    folder of Hugging Face's caches (HF_HOME, ~/.cache/huggingface where it is unset)."""
     num_workers: Annotated[int, Field(ge=0, le=256)] = 0
     """Data loader processes beside each training process."""
 
