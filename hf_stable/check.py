@@ -225,13 +225,20 @@ def _micro_tokens(recipe: Recipe) -> int:
     return recipe.training.micro_batch_size * recipe.data.sequence_length
 
 
+def warmup_note(recipe: Recipe) -> str | None:
+    """Say that the learning rate never reaches its peak, where that is so."""
+    if recipe.warmup_steps < recipe.num_steps:
+        return None
+    return (
+        f"schedule.warmup is {recipe.warmup_steps:,.0f} steps and the run is {recipe.num_steps:,} "
+        "steps, so the learning rate rises to the end and never decays: shorten the warm-up, or "
+        "train longer"
+    )
+
+
 def _notes(recipe: Recipe, world_size: int) -> list[str]:
-    notes = []
-    if recipe.warmup_steps >= recipe.num_steps:
-        notes.append(
-            f"schedule.warmup ({recipe.warmup_steps:,.0f} steps) is as long as the run: the "
-            "learning rate never reaches its peak"
-        )
+    warmup = warmup_note(recipe)
+    notes = [] if warmup is None else [warmup]
     if recipe.training.sharding == "auto" and world_size > 1:
         notes.append(
             "training.sharding auto is the launcher's choice; memory is that of whole copies (ddp)"

@@ -27,6 +27,11 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def weights_of(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files of weights in a model's folder, by name."""
+    return {file.name: sha256_of(file) for file in sorted(folder.glob("*.safetensors"))}
+
+
 def write_sums(folder: Path) -> None:
     """Write SHA256SUMS for all files of a folder but the card's."""
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from huggingface_hub.constants import HF_HOME
 from torch.utils.data import ConcatDataset, Subset
 from transformers import PreTrainedTokenizerBase
 
@@ -187,6 +188,11 @@ def _tokenizer_text(
         yield from _first_bytes([source], part)
 
 
+def _cache(recipe: Recipe) -> Path:
+    """Where token files and trained tokenizers are kept."""
+    return Path(recipe.data.cache or Path(HF_HOME) / "hf_stable")
+
+
 def _tokenizer(recipe: Recipe, sources: list[Source], *, progress: bool) -> PreTrainedTokenizerBase:
     """The recipe's tokenizer, trained on the training text where no finished one is named."""
     wanted = recipe.tokenizer
@@ -195,7 +201,7 @@ def _tokenizer(recipe: Recipe, sources: list[Source], *, progress: bool) -> PreT
             return load_tokenizer(wanted.path)
         except DataError as error:
             raise DataError(f"tokenizer.path: {error}") from error
-    cache, weights = Path(recipe.data.cache), recipe.data.weights
+    cache, weights = _cache(recipe), recipe.data.weights
     contents = [item["content"] for item in identify(expand(sources), cache / "hashes.json")]
     parts = [asdict(wanted), contents, *([weights] if weights else [])]
     identity = json.dumps(parts, sort_keys=True)
@@ -227,7 +233,7 @@ def prepare_corpus(recipe: Recipe, *, progress: bool) -> tuple[PreTrainedTokeniz
             f"tokenizer.vocab_size is {recipe.tokenizer.vocab_size}, but the tokenizer has "
             f"{len(tokenizer)} tokens: raise it to at least that."
         )
-    folder = Path(recipe.data.cache) / "tokens"
+    folder = _cache(recipe) / "tokens"
     separate, weights = recipe.data.separate_documents, recipe.data.weights
 
     def blocks(sources: list[Source]) -> BlockDataset:

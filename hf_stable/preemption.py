@@ -21,6 +21,8 @@ from .records import write_json
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # A run that was told to stop has saved and can go on: sysexits.h calls it EX_TEMPFAIL.
 EXIT_PREEMPTED = 75
+# What shells give for Ctrl-C, by which a script with several commands ends too.
+EXIT_INTERRUPTED = 130
 MARKER = "preempted.json"
 
 # Slurm signals every process of a step, and the launcher passes its own signal on: one request

@@ -3,7 +3,7 @@
 import os
 import sys
 import uuid
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from . import optim, parallel, records
-from .check import check_memory, flops_per_token
+from .check import check_memory, flops_per_token, warmup_note
 from .checkpoints import CheckpointWriter, Keep, list_checkpoints
 from .checkpoints.together import from_main
 from .compilation import check_compiler, compile_blocks
@@ -34,9 +34,11 @@ from .reporting import Reporter, describe_device
 from .resuming import (
     check_data,
     check_initial_model,
+    check_length,
     check_recipe,
     flat,
     recorded_initial_model,
+    recorded_recipe,
     resume_run,
     warn_of_numerics,
 )
@@ -54,11 +56,11 @@ def prepare_run(recipe: Recipe, resume: str) -> Run:
     """Make data, model, optimizer and records, and load the newest checkpoint if there is one.
 
     Args:
-        resume: "auto", "changed" or "never", see `training.train`.
+        resume: "auto", "longer", "changed" or "never", see `training.train`.
     """
     settings = recipe.training
     folder = Path(recipe.output)
-    is_new = not (folder / "run.json").exists()
+    before = recorded_recipe(folder) if (folder / "run.json").exists() else None
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     check_recipe(folder, recipe, resume)
@@ -86,6 +88,7 @@ def prepare_run(recipe: Recipe, resume: str) -> Run:
     torch.manual_seed(recipe.seed + 1 + accelerator.process_index)
     guard = Guard(recipe.guard)
     where = resume_run(folder, guard, model, optimizer, accelerator, report=_say)
+    check_length(folder, recipe, where.step)
     if where.step > 0 and accelerator.is_main_process and accelerator.device.type == "cpu":
         warn_of_numerics(folder, _say)
     run = Run(
@@ -114,9 +117,29 @@ def prepare_run(recipe: Recipe, resume: str) -> Run:
         reporter=Reporter(folder, accelerator, recipe.num_steps, where.step),
     )
     _record_start(
-        run, {**about, **initial, "sharding": asdict(sharding)}, "started" if is_new else "resumed"
+        run,
+        {**about, **initial, "sharding": asdict(sharding)},
+        "started" if before is None else "resumed",
     )
+    _warn_of_schedule(run, before)
     return run
+
+
+def _warn_of_schedule(run: Run, before: Recipe | None) -> None:
+    """Say what another length does to the learning rate, and that a warm-up has no end."""
+    step, recipe = run.first_step, run.recipe
+    if before is not None and before.num_steps != recipe.num_steps:
+        old, new = (each.learning_rate_factor(step) for each in (replace(run, recipe=before), run))
+        text = (
+            f"{before.num_steps:,} -> {recipe.num_steps:,} steps: from here on the learning rate "
+            f"follows the {recipe.schedule.name} schedule of a run of {recipe.num_steps:,} steps "
+            f"({new:.3f} of its peak in the next step, {old:.3f} before the change), warm-up "
+            f"{recipe.warmup_steps:,.0f} steps"
+        )
+        lengths = {"steps_before": before.num_steps, "steps": recipe.num_steps}
+        run.reporter.event("length", step, text, **lengths)
+    if (warning := warmup_note(recipe)) is not None:
+        run.reporter.event("warning", step, f"warning: {warning}", warning=warning)
 
 
 def _say(text: str) -> None:
@@ -244,7 +267,7 @@ def _optimizer(recipe: Recipe, model: Any) -> torch.optim.AdamW:
 
 
 def _tracker_run(recipe: Recipe) -> str:
-    """The run's name at its trackers, the same whenever it is gone on with."""
+    """The run's name at its trackers, the same whenever it is resumed."""
     folder = Path(recipe.output)
     known = records.read_run(folder) if (folder / "run.json").exists() else {}
     return known.get("tracker_run") or f"{recipe.name}-{uuid.uuid4().hex[:8]}"

@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from . import durable
+
 SCHEMA_VERSION = 1
 # What `hf-stable convert` leaves beside the model.
 CONVERSION = "conversion.json"
@@ -31,14 +33,8 @@ def _finite(value: Any) -> Any:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically: a reader sees the old file or the new one, also after a crash."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(_finite(content), file, indent=2, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False)
+    durable.write_file(path, f"{text}\n".encode())
 
 
 class RunRecord:

@@ -6,6 +6,7 @@ plain line an event.
 
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ class Reporter:
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
         self._closed = False
+        self._total = total_steps
+        self._since = step, time.monotonic()
         if self._record is not None and self._console.is_terminal:
             columns = [
                 TextColumn("step"),
@@ -105,7 +108,7 @@ class Reporter:
         if "mfu" in metrics:
             text += f"  MFU {metrics['mfu']:.1%}"
         if self._bar is None:
-            print(f"step {step}  {text}", file=sys.stderr, flush=True)
+            print(f"{self._of(step)}  {text}{self._left(step)}", file=sys.stderr, flush=True)
         else:
             self._bar.update(self._task, completed=step, description=text)
 
@@ -124,11 +127,24 @@ class Reporter:
         numbers = {key: value for key, value in fields.items() if isinstance(value, float)}
         if numbers:
             self._accelerator.log({f"{kind}/{key}": value for key, value in numbers.items()}, step)
-        line = f"step {step}  {text}"
+        if kind in ("started", "resumed", "rolled_back"):
+            self._since = step, time.monotonic()
+        line = f"{self._of(step)}  {text}"
         if self._bar is None:
             print(line, file=sys.stderr, flush=True)
         else:
             self._bar.console.print(line, highlight=False)
+
+    def _of(self, step: int) -> str:
+        return f"step {step:,}/{self._total:,}"
+
+    def _left(self, step: int) -> str:
+        """The time left, by the steps since the start, validations and checkpoints included."""
+        first, start = self._since
+        if not first < step < self._total:
+            return ""
+        seconds = (time.monotonic() - start) / (step - first) * (self._total - step)
+        return f"  {timedelta(seconds=round(seconds))} left"
 
     def sync(self) -> None:
         """Bring the records to the disk."""

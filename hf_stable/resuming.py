@@ -1,4 +1,4 @@
-"""Going on with a run: what must be as it was, from where, and without which data."""
+"""Resuming a run: what must be as it was, from where, and without which data."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +19,8 @@ from .guard import Decision, Guard, Rollback, append_rollback, read_rollbacks
 from .recipes import Recipe, deciding_data, from_dict, to_dict
 from .recipes.schema import TrainingRecipe
 
+# Keys of a recipe that say how long a run is.
+_LENGTH = {"training.steps", "training.tokens"}
 # Keys of a recipe that change no number of a run, so that a run may go on with other values.
 _FREE_KEYS = {
     "output",
@@ -77,24 +79,85 @@ def check_recipe(folder: Path, recipe: Recipe, resume: str) -> None:
     """Refuse to go on from another recipe's run, whose numbers would be neither's.
 
     Raises:
-        CheckpointError: with every key that differs, unless `resume` is "changed".
+        CheckpointError: with every key that differs, unless `resume` allows it.
     """
     if not (folder / "run.json").exists():
         return
     if resume == "never":
         raise CheckpointError(
-            f"{folder} holds a run already: give another output folder, delete this one, or go on "
-            "from it with --resume auto."
+            f"{folder} holds a run already: give another output folder, delete this one, or "
+            "resume it with --resume auto."
         )
-    # Read as a recipe, so that keys that came later have their defaults.
-    before = _deciding(from_dict(records.read_run(folder)["recipe"]))
-    now = _deciding(recipe)
+    earlier = recorded_recipe(folder)
+    before, now = _deciding(earlier), _deciding(recipe)
     changes = {
         key: (before.get(key), now.get(key))
         for key in before.keys() | now.keys()
         if before.get(key) != now.get(key)
     }
-    _refuse(folder, "a run of another recipe", changes, resume)
+    is_longer = recipe.num_steps > earlier.num_steps
+    if resume == "longer":
+        if recipe.num_steps < earlier.num_steps:
+            raise CheckpointError(
+                f"{folder} holds a run of {earlier.num_steps:,} steps, and {_length(recipe)}: "
+                "--resume longer only makes a run longer; give more steps, or --resume changed"
+            )
+        changes = {key: both for key, both in changes.items() if key not in _LENGTH}
+    hint = ""
+    if is_longer and changes.keys() <= _LENGTH:
+        hint = "To train this run on to the new length: --resume longer. "
+    _refuse(folder, "a run of another recipe", changes, resume, hint)
+
+
+def recorded_recipe(folder: Path) -> Recipe:
+    """The recipe of the run that the folder holds; keys that came later have their defaults."""
+    return from_dict(records.read_run(folder)["recipe"])
+
+
+def _length(recipe: Recipe) -> str:
+    """The key that decides how long a run is, with its value."""
+    settings = recipe.training
+    if settings.steps is not None:
+        return f"training.steps is {settings.steps:,}"
+    return f"training.tokens {settings.tokens:,} is {recipe.num_steps:,} steps"
+
+
+def check_length(folder: Path, recipe: Recipe, step: int) -> None:
+    """Refuse to resume a run that is beyond the recipe's end already.
+
+    Args:
+        step: of the checkpoint that the run would resume from.
+
+    Raises:
+        CheckpointError: when there is no step left to take, and there are too many taken.
+    """
+    if step > recipe.num_steps:
+        raise CheckpointError(
+            f"{folder} holds a run that is at step {step:,}, and {_length(recipe)}: give at least "
+            f"{step:,} steps, or another output folder"
+        )
+
+
+def finished_at(recipe: Recipe, resume: str) -> float | None:
+    """The last validation perplexity of a run that has taken all of its steps and has its model.
+
+    Returns:
+        None where there is something left to do.
+
+    Raises:
+        CheckpointError: when the recipe is another one's, unless `resume` allows it.
+    """
+    folder = Path(recipe.output)
+    whole = all((folder / name).is_file() for name in ("run.json", "model/config.json"))
+    if not whole or not (folder / "metrics.jsonl").is_file():
+        return None
+    check_recipe(folder, recipe, resume)
+    rows = records.read_metrics(folder)
+    turns = [row for row in rows if row["event"] in ("started", "resumed", "finished")]
+    if not turns or (turns[-1]["event"], turns[-1]["step"]) != ("finished", recipe.num_steps):
+        return None
+    perplexities = [float(row["perplexity"]) for row in rows if row["event"] == "validation"]
+    return perplexities[-1] if perplexities else None
 
 
 def _deciding(recipe: Recipe) -> dict[str, Any]:
@@ -154,14 +217,16 @@ def recorded_initial_model(folder: Path) -> dict[str, Any] | None:
     return records.read_run(folder).get("initial_model")
 
 
-def _refuse(folder: Path, what: str, changes: dict[str, tuple[Any, Any]], resume: str) -> None:
+def _refuse(
+    folder: Path, what: str, changes: dict[str, tuple[Any, Any]], resume: str, hint: str = ""
+) -> None:
     if not changes or resume == "changed":
         return
     lines = [f"  {key}: {old!r} there, {new!r} here" for key, (old, new) in sorted(changes.items())]
     raise CheckpointError(
         f"{folder} holds {what}:\n" + "\n".join(lines) + "\n"
-        "Give another output folder, delete this one, or take back the changes; --resume changed "
-        "goes on in spite of them."
+        f"{hint}Give another output folder, delete this one, or take back the changes; --resume "
+        "changed resumes in spite of them."
     )
 
 

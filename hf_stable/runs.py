@@ -1,6 +1,5 @@
 """A run: everything that the training loop needs, and what is left when it ends."""
 
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from . import optim, parallel
+from . import durable, optim, parallel
 from .checkpoints import CheckpointWriter
 from .corpus import Corpus, training_order
 from .data import data_loader
@@ -153,13 +152,11 @@ def save_model(run: Run) -> Path:
     target = run.folder / "model"
     weights = parallel.full_weights(run.model)
     if run.accelerator.is_main_process:
-        temporary = run.folder / ".tmp-model"
-        shutil.rmtree(temporary, ignore_errors=True)
+        durable.remove_remains(target)  # nobody else writes here: the run's lock is held
         inner = parallel.unwrap_model(run.model)
-        inner.save_pretrained(temporary, state_dict=weights)
-        run.tokenizer.save_pretrained(temporary)
         # A folder of this name is taken for the model of a run that has finished.
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
+        with durable.whole_folder(target) as temporary:
+            inner.save_pretrained(temporary, state_dict=weights)
+            run.tokenizer.save_pretrained(temporary)
     run.accelerator.wait_for_everyone()
     return target

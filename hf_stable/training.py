@@ -8,6 +8,7 @@ it like any other model.)
 import contextlib
 import math
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,14 @@ from pathlib import Path
 import torch
 
 from . import optim, parallel
-from .checkpoints import run_lock
 from .checkpoints.directory import folder_of
 from .errors import DivergedError
 from .guard import Decision
 from .preemption import Preparation, StopSignals, clear_mark, mark_preempted
 from .preparing import prepare_run
 from .recipes import Recipe
+from .resuming import finished_at
+from .run_lock import run_lock
 from .runs import Run, save_model
 from .stepping import Step, Stepper
 from .watchdog import FOLDER as HEARTBEATS
@@ -36,7 +38,9 @@ class TrainResult:
         steps: that were taken.
         validation_perplexity: the last one; NaN for a run that was preempted before its first.
         stopped: why `stop` ended the run early, or None; then there is no `folder/model`.
-        preempted: whether a signal ended it, after a checkpoint; the same call goes on.
+        preempted: whether a signal ended it, after a checkpoint; the same call resumes it.
+        signal: the number of the signal that this process got; 0 if another one was told.
+        was_finished: whether there was nothing left to do, so that nothing was done.
     """
 
     folder: Path
@@ -44,6 +48,8 @@ class TrainResult:
     validation_perplexity: float
     stopped: str | None = None
     preempted: bool = False
+    signal: int = 0
+    was_finished: bool = False
 
 
 # Told the step, its loss and its gradient norm, it says why the run should end, or None.
@@ -56,9 +62,11 @@ def train(recipe: Recipe, *, resume: str = "auto", stop: Stop | None = None) -> 
     SIGTERM, SIGUSR1 and SIGINT end it after the step that it is at, with a checkpoint.
 
     Args:
-        resume: "auto" goes on from the newest checkpoint in the recipe's output folder, if there is
-            one, and refuses another recipe or other data than that run's; "changed" goes on in
-            spite of them; "never" refuses a folder that holds a run.
+        resume: "auto" resumes from the newest checkpoint in the recipe's output folder, if there is
+            one, and refuses another recipe or other data than that run's; "longer" allows more
+            steps than that run's, and plans the learning rate anew for them; "changed" allows any
+            difference; "never" refuses a folder that holds a run. A run that has finished is left
+            as it is, unless it is to be longer.
         stop: asked after every step; a run that it ends is validated, and writes no model.
 
     Raises:
@@ -72,6 +80,10 @@ def train(recipe: Recipe, *, resume: str = "auto", stop: Stop | None = None) -> 
         if os.environ.get("RANK", "0") == "0":
             stack.enter_context(run_lock(Path(recipe.output)))
             clear_heartbeats(Path(recipe.output) / HEARTBEATS)
+        perplexity = finished_at(recipe, resume)
+        if perplexity is not None:
+            steps = recipe.num_steps
+            return TrainResult(Path(recipe.output), steps, perplexity, was_finished=True)
         with Preparation(Path(recipe.output)):
             run = prepare_run(recipe, resume)  # until here Ctrl-C ends at once
         stack.callback(run.reporter.close)
@@ -208,11 +220,15 @@ class _Course:
         self._wait()
         if run.accelerator.is_main_process:
             mark_preempted(run.folder, done, self._signals.requested)
-        run.reporter.event("preempted", done, "preempted; the same command goes on")
+        number = self._signals.requested
+        name = signal.Signals(number).name if number else None
+        what = "interrupted" if number == signal.SIGINT else "preempted"
+        text = f"{what}, with a checkpoint; the same command resumes the run"
+        run.reporter.event("preempted", done, text, signal=name)
         # A scheduler may end the main process's machine as soon as another one's has left.
         run.reporter.close()
         run.accelerator.wait_for_everyone()
-        return TrainResult(run.folder, done, self._perplexity, preempted=True)
+        return TrainResult(run.folder, done, self._perplexity, preempted=True, signal=number)
 
 
 def _is_due(done: int, every: int, total_steps: int) -> bool:

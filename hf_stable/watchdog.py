@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from . import durable
+
 EXIT_HANG = 76
 FOLDER = "heartbeats"
 
@@ -175,12 +177,10 @@ class Watchdog:
         content = asdict(beat)
         del content["rank"]  # the file's name
         file = heartbeat_file(self._folder, self._rank)
-        temporary = file.with_suffix(".tmp")
-        # Not fsynced: what a crash of the machine loses here is worth nothing afterwards.
+        text = json.dumps(content) + "\n"
         # A full disk must end neither the run nor the watch.
         with contextlib.suppress(OSError):
-            temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
-            temporary.replace(file)
+            durable.write_file(file, text.encode(), survives_crash=False)
 
     def _end(self, silent: float) -> None:
         """Say who is behind, write all stacks, and end the process."""

@@ -351,7 +351,11 @@ def test_what_cannot_be_used_here_is_named(tmp_path: Path, monkeypatch) -> None:
     ("preset", "named", "expected"),
     [
         ("baseline", "null", "sdpa (plain attention)"),
-        ("soft_cap", "null", "eager (a cap or clip, but the kernels do not run on a cpu device)"),
+        (
+            "soft_cap",
+            "null",
+            "eager (for a cap or clip; the fused kernels need a CUDA GPU, not a cpu device)",
+        ),
         ("baseline", "eager", "eager (the recipe's choice)"),
     ],
 )

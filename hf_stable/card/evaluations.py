@@ -2,12 +2,14 @@
 
 import json
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hf_stable.checksums import weights_of
 from hf_stable.errors import UserError
 
 # Metric of the Hub's model-index, and how a reader knows it.
@@ -51,7 +53,7 @@ class Evaluation:
 
 
 def find_evaluations(run: Path) -> list[Path]:
-    """What `hf-stable evaluate RUN --output RUN/evaluation.json` left, by name."""
+    """What `hf-stable evaluate RUN` left in RUN/evaluation.json, and others beside it, by name."""
     return sorted(run.glob("evaluation*.json"))
 
 
@@ -68,13 +70,14 @@ def read_evaluation(file: Path, run: Path) -> Evaluation:
             return _of_study(np.array(content["documents"], dtype=np.float64))
         model = Path(str(content["model"])).resolve()
         _check_run(file, model.parent.name if model.name == "model" else model.name, run)
+        _check_weights(file, content.get("weights"), run)
         return _of_command(content)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
             f"{file} is no evaluation ({type(error).__name__}: {error}): write it anew with "
-            f"hf-stable evaluate {run} --output {file}"
+            f"{_command(file, run)}"
         ) from error
 
 
@@ -83,8 +86,23 @@ def _check_run(file: Path, found: str, run: Path) -> None:
     if found != run.resolve().name:
         raise UserError(
             f"{file} is of {found!r}, not of {run.resolve().name!r}: write it anew with "
-            f"hf-stable evaluate {run} --output {file}"
+            f"{_command(file, run)}"
         )
+
+
+def _check_weights(file: Path, measured: dict[str, str] | None, run: Path) -> None:
+    """Numbers of a run as it was before it was trained on would be believed."""
+    there = weights_of(run / "model")
+    if measured and there and measured != there:
+        raise UserError(
+            f"{file} was measured on other weights than those in {run / 'model'}: write it anew "
+            f"with {_command(file, run)}"
+        )
+
+
+def _command(file: Path, run: Path) -> str:
+    """The command that writes an evaluation of a run."""
+    return f"hf-stable evaluate {shlex.quote(str(run))} --output {shlex.quote(str(file))}"
 
 
 def _of_command(content: dict[str, Any]) -> Evaluation:

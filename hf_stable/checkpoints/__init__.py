@@ -1,7 +1,7 @@
 """Checkpoints of a run: whole or not there, never loaded damaged, never code.
 
 `directory` is the atomic folder (no torch); `state` what a run's processes hold; `layouts` and
-`sharded` the files; `saving` and `loading` what a loop calls; `lock` keeps a second run out.
+`sharded` the files; `saving` and `loading` what a loop calls.
 """
 
 from .directory import abandon
@@ -12,7 +12,6 @@ from .loading import (
     load_checkpoint,
     load_newest,
 )
-from .lock import run_lock
 from .saving import CheckpointWriter, Keep, save_checkpoint
 
 __all__ = [
@@ -24,6 +23,5 @@ __all__ = [
     "list_checkpoints",
     "load_checkpoint",
     "load_newest",
-    "run_lock",
     "save_checkpoint",
 ]

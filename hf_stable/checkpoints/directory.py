@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from hf_stable import durable
 from hf_stable.checksums import sha256_of
 from hf_stable.errors import CheckpointError
 
@@ -87,7 +88,7 @@ def sync_files(folder: Path, names: Iterable[str]) -> Files:
     """
     files: Files = {}
     for name in names:
-        _sync(folder / name)
+        durable.sync(folder / name)
         files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
     return files
 
@@ -109,16 +110,14 @@ def finish(temporary: Path, step: int, files: Files) -> Path:
             "differ: all processes must write to one shared file system."
         )
     for directory in [path for path in temporary.rglob("*") if path.is_dir()]:
-        _sync(directory)
+        durable.sync(directory)
     manifest = {"format": _FORMAT, "step": step, "files": dict(sorted(files.items()))}
-    with (temporary / MANIFEST).open("w", encoding="utf-8") as file:
-        file.write(json.dumps(manifest, indent=1))  # no newline: without its last byte it is bad
-        file.flush()
-        os.fsync(file.fileno())
-    _sync(temporary)
+    content = json.dumps(manifest, indent=1)  # no newline: without its last byte it is bad
+    (temporary / MANIFEST).write_text(content, encoding="utf-8")
+    durable.sync(temporary / MANIFEST)
+    durable.sync(temporary)
     folder = folder_of(temporary.parent, step)
-    temporary.rename(folder)
-    _sync(temporary.parent)
+    durable.rename(temporary, folder)
     return folder
 
 
@@ -264,8 +263,7 @@ def quarantine(folder: Path, why: str) -> Path:
     target, number = folder.with_name(f"{_BAD}{folder.name}"), 2
     while os.path.lexists(target):
         target, number = folder.with_name(f"{_BAD}{folder.name}-{number}"), number + 1
-    folder.rename(target)
-    _sync(folder.parent)
+    durable.rename(folder, target)
     if target.is_dir() and not target.is_symlink():
         with contextlib.suppress(OSError):
             (target / "why.txt").write_text(why + "\n", encoding="utf-8")
@@ -311,8 +309,7 @@ def _delete(folder: Path) -> None:
     """Under its own name a half-deleted checkpoint would be taken for a damaged one."""
     doomed = folder.with_name(f"{_TEMPORARY}deleted-{folder.name}")
     _remove(doomed)
-    folder.rename(doomed)
-    _sync(folder.parent)
+    durable.rename(folder, doomed)
     _remove(doomed)
 
 
@@ -321,14 +318,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check_inside(name: str) -> None:

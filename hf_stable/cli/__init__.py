@@ -11,6 +11,7 @@ from hf_stable.cli import streams
 from hf_stable.cli.commands import COMMANDS
 from hf_stable.cli.parsers import parse
 from hf_stable.errors import DivergedError, UserError
+from hf_stable.preemption import EXIT_INTERRUPTED
 
 # MKL otherwise sums in another order when memory is aligned otherwise, so that a resumed run could
 # differ in the last bits. It reads the variable at its first product; processes inherit it.
@@ -46,10 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {what}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        more = "; the same command goes on from the newest checkpoint"
+        more = "; the same command resumes from the newest checkpoint"
         print("interrupted" + (more if "train" in arguments[:1] else ""), file=sys.stderr)
         if is_work_left():
             sys.stdout.flush()
-            os._exit(130)
-        return 130
+            os._exit(EXIT_INTERRUPTED)
+        return EXIT_INTERRUPTED
     return status or 0

@@ -5,6 +5,8 @@
 import json
 import math
 import os
+import shlex
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -16,6 +18,9 @@ from hf_stable.cli.push import export_command, push_command
 from hf_stable.cli.statement import statement_of
 from hf_stable.errors import UserError
 from hf_stable.wording import counted, significant
+
+# What `generate` adds at most where nobody asks for more.
+_NEW_TOKENS = 100
 
 if TYPE_CHECKING:
     from hf_stable.data import ReadReport, Source
@@ -48,21 +53,27 @@ def _train(arguments: Namespace) -> int:
         _print_recipe(recipe)
         return 0
     from hf_stable.parallel import end_processes
-    from hf_stable.preemption import EXIT_PREEMPTED
+    from hf_stable.preemption import EXIT_INTERRUPTED, EXIT_PREEMPTED
     from hf_stable.training import train
 
     result = train(recipe, resume=arguments.resume)
     end_processes()
     if result.preempted:
-        return EXIT_PREEMPTED
+        return EXIT_INTERRUPTED if result.signal == signal.SIGINT else EXIT_PREEMPTED
     if os.environ.get("RANK", "0") == "0":
+        already = f"{result.folder} is already finished: " if result.was_finished else ""
         print(
-            f"validation perplexity {significant(result.validation_perplexity)} after "
+            f"{already}validation perplexity {significant(result.validation_perplexity)} after "
             f"{counted(result.steps, 'step')}"
         )
-        print(f"next: hf-stable evaluate {result.folder}")
-        print(f'      hf-stable generate {result.folder} --prompt "..."')
-        print(f"      hf-stable export {result.folder} --output FOLDER")
+        folder, exported = (
+            shlex.quote(str(each)) for each in (result.folder, Path("exports") / result.folder.name)
+        )
+        print(f"next: hf-stable evaluate {folder}")
+        print(f'      hf-stable generate {folder} --prompt "In the beginning"')
+        print(f"      hf-stable export {folder} --output {exported}")
+        if result.was_finished:
+            print("to train longer: the same command with more training.steps and --resume longer")
     return 0
 
 
@@ -147,6 +158,7 @@ def _evaluated(arguments: Namespace, report: "ReadReport") -> "list[Source]":
 def _evaluate(arguments: Namespace) -> None:
     from itertools import islice
 
+    from hf_stable.checksums import weights_of
     from hf_stable.corpus import sources_of, training_text_line
     from hf_stable.data import ReadReport, expand, read_documents, refuse_unusable
     from hf_stable.evaluation import load_model, model_place, perplexity
@@ -156,6 +168,7 @@ def _evaluate(arguments: Namespace) -> None:
     report = ReadReport()
     folder = Path(arguments.model)
     run = read_run(folder) if (folder / "run.json").is_file() else None
+    output = _evaluation_file(arguments, run is not None)
     if arguments.data is not None:
         sources = _evaluated(arguments, report)
     elif run is not None:
@@ -182,15 +195,26 @@ def _evaluate(arguments: Namespace) -> None:
     )
     content = {"model": arguments.model, "data": arguments.data, **result.to_dict()}
     content["report"] = report.to_dict()
+    if run is not None:
+        content["weights"] = weights_of(folder / "model")
     lines = [*report.problem_lines(), result.table()]
     if run is not None and arguments.data is None:
         for name in ("bigram", "unigram"):
             nats = content[f"{name}_nats_per_token"] = run["data"][f"{name}_nats_per_token"]
-            label, perplexity = f"{name} table per token", significant(math.exp(nats))
-            lines.append(f"{label:<22}{perplexity:>12}   {nats:.4f} nats")
-    if arguments.output is not None:
-        write_json(Path(arguments.output), content)
+            label, shown = f"{name} table per token", significant(math.exp(nats))
+            lines.append(f"{label:<22}{shown:>12}   {nats:.4f} nats")
+    if output is not None:
+        write_json(output, content)
+        lines.append(f"written: {output}")
     print("\n".join(lines))
+
+
+def _evaluation_file(arguments: Namespace, is_run: bool) -> Path | None:
+    """Return the file of an evaluation: one of all of a run's own text belongs to the run."""
+    if arguments.output is not None:
+        return Path(arguments.output)
+    is_whole = arguments.data is None and arguments.limit_documents is None
+    return Path(arguments.model) / "evaluation.json" if is_run and is_whole else None
 
 
 def _generate(arguments: Namespace) -> None:
@@ -205,23 +229,32 @@ def _generate(arguments: Namespace) -> None:
         boundary_ids(tokenizer)[0] + tokenizer(arguments.prompt, add_special_tokens=False).input_ids
     )
     longest = model.config.to_dict().get("max_position_embeddings")
-    if longest is not None and len(ids) + arguments.max_new_tokens > longest:
-        raise UserError(
-            f"the prompt's {counted(len(ids), 'token')} and --max-new-tokens "
-            f"{arguments.max_new_tokens} go beyond the model's {longest} positions; shorten one of "
-            "them"
-        )
+    count = _new_tokens(arguments.max_new_tokens, len(ids), longest)
     torch.manual_seed(arguments.seed)
     prompt = torch.tensor([ids], device=model.device)
     sampling = {"temperature": arguments.temperature, "top_k": arguments.top_k}
     output = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        max_new_tokens=arguments.max_new_tokens,
+        max_new_tokens=count,
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
         **({"do_sample": True, **sampling} if arguments.temperature > 0 else {"do_sample": False}),
     )
     print(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def _new_tokens(asked: int | None, prompt: int, longest: int | None) -> int:
+    """Return the tokens to add: what was asked for, else up to 100 for which positions are left."""
+    room = math.inf if longest is None else longest - prompt
+    if asked is None and room >= 1:
+        return int(min(_NEW_TOKENS, room))
+    if room < 1 or (asked is not None and asked > room):
+        more = "" if asked is None else f" and --max-new-tokens {asked}"
+        raise UserError(
+            f"the prompt's {prompt} tokens{more} go beyond the model's {longest} positions; "
+            "shorten one of them"
+        )
+    return asked or _NEW_TOKENS
 
 
 def _card(arguments: Namespace) -> None:
@@ -286,7 +319,7 @@ def _sweep(arguments: Namespace) -> None:
         pairs = (each.partition("=") for each in arguments.slurm)
         slurm = {key: strict_yaml.parse(value, f"--slurm {key}") for key, _, value in pairs}
     study = execute(plan, workers=arguments.workers, slurm=slurm)
-    print(f"next: hf-stable report {study}")
+    print(f"next: hf-stable report {shlex.quote(str(study))}")
 
 
 def _report(arguments: Namespace) -> None:

@@ -2,6 +2,7 @@
 
 # ruff: noqa: PLC0415
 
+import shlex
 from argparse import Namespace
 
 from hf_stable.cli.arguments import Parser, output_folder, path
@@ -45,5 +46,6 @@ def run(arguments: Namespace) -> None:
     if done.notes:
         print(f"fields that change nothing (see conversion.json): {', '.join(done.notes)}")
     print(f"written: {arguments.output}")
-    print(f"next: hf-stable evaluate {arguments.output} --data TEXT")
-    print(f"      hf-stable export {arguments.output} --output FOLDER")
+    output = shlex.quote(str(arguments.output))
+    print(f"next: hf-stable evaluate {output} --data TEXT")
+    print(f"      hf-stable export {output} --output FOLDER")

@@ -42,9 +42,9 @@ exit codes:
   1    unexpected failure, with a traceback: please report it
   2    bad input: the message says what to change
   3    training diverged
-  75   preempted by a signal: a checkpoint is there, the same command goes on
+  75   preempted by SIGTERM or SIGUSR1: a checkpoint is there, the same command resumes
   76   hang: a process did not move for training.hang_timeout seconds
-  130  interrupted
+  130  interrupted by Ctrl-C; a training run has a checkpoint, the same command resumes
 """
 
 _RECIPES = """\
@@ -119,10 +119,11 @@ def _train_parser(subcommands: Any) -> None:
     )
     parser.add_argument(
         "--resume",
-        choices=("auto", "changed", "never"),
+        choices=("auto", "longer", "changed", "never"),
         default="auto",
-        help="auto: go on from the newest checkpoint in the folder, if recipe and data are those "
-        "of its run; changed: also if they are not; never: refuse a used folder",
+        help="auto: resume from the newest checkpoint in the folder, if recipe and data are those "
+        "of its run; longer: also with more training.steps (or tokens), for which the learning "
+        "rate is planned anew; changed: with any difference; never: refuse a used folder",
     )
 
 
@@ -226,7 +227,11 @@ def _evaluate_parser(subcommands: Any) -> None:
         "--trust-remote-code", action="store_true", help="run code that the model folder holds"
     )
     parser.add_argument(
-        "--output", type=output_file, metavar="FILE", help="write the numbers as JSON too"
+        "--output",
+        type=output_file,
+        metavar="FILE",
+        help="write the numbers as JSON to this file; those of a run's own text go to "
+        "RUN/evaluation.json unless given, for its card",
     )
 
 
@@ -236,7 +241,10 @@ def _generate_parser(subcommands: Any) -> None:
     _add_revision(parser)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
     parser.add_argument(
-        "--max-new-tokens", type=positive_int, default=100, metavar="N", help="tokens to add"
+        "--max-new-tokens",
+        type=positive_int,
+        metavar="N",
+        help="tokens to add; unless given 100, or as many as there are positions left",
     )
     parser.add_argument(
         "--temperature", type=non_negative_float, default=0.8, metavar="T", help="0 is greedy"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from hf_stable.cli.arguments import Parser, output_folder, path, positive_int
 from hf_stable.cli.statement import add_statement_options, statement_of
+from hf_stable.errors import UserError
 from hf_stable.wording import counted
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def push_command(arguments: Namespace) -> None:
         **({} if message is None else {"message": message}),
     )
     api = hub.connect(anonymously=arguments.dry_run)
-    with _exported(Path(arguments.source)) as folder:
+    with _exported(Path(arguments.source), arguments.unevaluated) as folder:
         checked = hub.check_export(folder)
         if arguments.dry_run:
             _print_difference(*_preview(checked, to, api), to.repo)
@@ -148,16 +149,27 @@ def push_command(arguments: Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _exported(source: Path) -> Iterator[Path]:
+def _exported(source: Path, unevaluated: bool) -> Iterator[Path]:
     """The folder itself where it is an export, else one made of it, which is gone afterwards."""
+    from hf_stable.card.evaluations import find_evaluations
     from hf_stable.checksums import SUMS
     from hf_stable.hub import export
 
     if (source / SUMS).is_file():
         yield source
         return
+    if (source / "run.json").is_file() and not find_evaluations(source) and not unevaluated:
+        raise UserError(
+            f"{source} has no measured perplexity for its card: measure it with hf-stable evaluate "
+            f"{shlex.quote(str(source))}, or push it without one by --unevaluated"
+        )
     with tempfile.TemporaryDirectory() as scratch:
-        yield export(source, Path(scratch) / source.resolve().name)
+        made = Path(scratch) / source.resolve().name
+        try:
+            yield export(source, made)
+        except UserError as error:  # of a folder that the user has never seen
+            text = str(error).replace(str(made), f"{source} (exported)")
+            raise type(error)(text) from error
 
 
 def _preview(

@@ -1,10 +1,7 @@
 """One conversion from start to end: refuse early, compare always, write last and at once."""
 
-import os
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any, Literal
 
 import torch
@@ -13,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from hf_stable import durable
 from hf_stable.checksums import sha256_of
 from hf_stable.errors import CheckpointError
 from hf_stable.evaluation import load_config, load_model
@@ -228,10 +226,8 @@ def _write(
     conversion: Conversion,
 ) -> None:
     """Write beside the folder, read again, and rename: it is whole or not there."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    holder = Path(mkdtemp(prefix=f".tmp-{output.name}-", dir=output.parent))
-    temporary = holder / output.name  # in it, since only its owner may read what mkdtemp makes
-    try:
+    # An empty folder is replaced; what somebody has put there meanwhile is not.
+    with durable.whole_folder(output, replace=False) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         write_json(temporary / CONVERSION, {**asdict(conversion), "versions": versions()})
@@ -239,11 +235,3 @@ def _write(
         for name, tensor in model.state_dict().items():
             if not torch.equal(again.state_dict()[name], tensor):
                 raise CheckpointError(f"{temporary / name}: reads otherwise than it was written")
-        for file in filter(Path.is_file, temporary.rglob("*")):
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-        if output.exists():
-            output.rmdir()  # an empty one
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(holder, ignore_errors=True)

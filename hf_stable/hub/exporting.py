@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from hf_stable import durable
 from hf_stable import model as model_package
 from hf_stable.card import Statement, clean, write_card
 from hf_stable.card.rendering import EXPORT_RECORD
@@ -145,25 +146,14 @@ def _fresh(output: Path, source: Path) -> Iterator[Path]:
             f"{output} holds {', '.join(found[:3])}{' and more' if found[3:] else ''}, which no "
             "export writes and this one would remove: name a new folder"
         )
-    place.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
-    try:
+    with durable.whole_folder(place) as fresh:
         yield fresh
         _open_to_readers(fresh)
-        if place.exists():
-            place.rename(old := fresh.with_name(f"{fresh.name}.old"))
-            fresh.rename(place)
-            shutil.rmtree(old)
-        else:
-            fresh.rename(place)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _open_to_readers(folder: Path) -> None:
-    """Temporary folders and safetensors are for their owner alone; an export is as other files."""
+    """Make files of weights, which safetensors writes for their owner alone, as other files."""
     os.umask(mask := os.umask(0))
-    folder.chmod(0o777 & ~mask)
     for path in files_of(folder).values():
         path.chmod(0o666 & ~mask)
 

@@ -75,6 +75,6 @@ def check_card(folder: Path, *, unevaluated: bool) -> None:
         raise UserError(f"{file}: the Hub would refuse the card: {'; '.join(found)}")
     if "model-index" not in header and not unevaluated:
         raise UserError(
-            f"{file} has no measured metrics (model-index): `hf-stable evaluate RUN --output "
-            "RUN/evaluation.json` measures them, then export again; --unevaluated pushes it so"
+            f"{file} has no measured metrics (model-index): `hf-stable evaluate RUN` measures "
+            "them, then export again; --unevaluated pushes it so"
         )

@@ -37,7 +37,7 @@ def choose_attention(
     obstacle = _obstacle(config, device)
     if obstacle is None:
         return BACKEND, f"fuses {need}"
-    return "eager" if capped else "sdpa", f"{need}, but {obstacle}"
+    return "eager" if capped else "sdpa", f"for {need}; {obstacle}"
 
 
 def _lacks_triton() -> bool:
@@ -48,7 +48,7 @@ def _lacks_triton() -> bool:
 def _obstacle(config: StableGPTConfig, device: torch.device) -> str | None:
     """Why the kernels cannot do `config` on `device`, or None."""
     if device.type != "cuda":
-        return f"the kernels do not run on a {device.type} device"
+        return f"the fused kernels need a CUDA GPU, not a {device.type} device"
     return "Triton is not installed" if _lacks_triton() else _model_obstacle(config)
 
 

@@ -142,8 +142,9 @@ class DataRecipe:
     end, where they are too few to hold out whole ones."""
     separate_documents: bool = False
     """Whether attention and positions start afresh at each document inside a sequence."""
-    cache: PathText = ".cache/hf_stable"
-    """Folder for token files and trained tokenizers, which runs share."""
+    cache: NamedPath | None = None
+    """Folder for token files and trained tokenizers, which runs share; null is hf_stable in the
+    folder of Hugging Face's caches (HF_HOME, ~/.cache/huggingface where it is unset)."""
     num_workers: Annotated[Whole, Field(ge=0, le=256)] = 0
     """Data loader processes beside each training process."""
 

@@ -121,13 +121,13 @@ def test_everything_is_on_the_disk_before_the_rename_and_the_rename_after(
         synced.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path))
         real(descriptor)
 
-    def rename(path: Path, target: Path) -> Path:
+    def replace(path: Path, target: Path) -> Path:
         synced.append("rename")
-        os.rename(path, target)
+        os.replace(path, target)
         return target
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(Path, "replace", replace)
     folder = _save(tmp_path, 10)
     new = ".tmp-" + folder.name
     files = [f"{new}/{name}" for name in sorted(FILES)]

@@ -91,7 +91,13 @@ def draw_all(
     """
     drawings: list[Drawing] = []
     left_out: list[LeftOut] = []
-    for plan in [*_of_log(runs, alarms, moves), *_of_paper(runs), *_of_layers(runs)]:
+    sampled = [*_of_paper(runs), *_of_layers(runs)]
+    if max((len(run.history.steps) for run in runs), default=0) == 1:
+        # Each would be a dot, which shows no course.
+        reason = "telemetry has one sample; a course needs two (telemetry.every in the recipe)"
+        left_out += [LeftOut(plan.title, reason) for plan in sampled]
+        sampled = []
+    for plan in [*_of_log(runs, alarms, moves), *sampled]:
         with styled(plan.key):
             try:
                 svg = to_svg(plan.draw(), plan.key)

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
+from hf_stable import durable
+
 from .figures import Drawing
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -68,8 +70,5 @@ def figure(drawing: Drawing, level: int) -> Iterable[str]:
 
 def write_whole(file: Path, content: str) -> None:
     """Write a text file, whole or not at all; its folder is made if it is not there."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
     # A name in somebody's records, or a folder's, may hold bytes that are no text.
-    temporary.write_bytes(content.encode("utf-8", "xmlcharrefreplace"))
-    temporary.replace(file)
+    durable.write_file(file, content.encode("utf-8", "xmlcharrefreplace"))

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from hf_stable.run_lock import is_free
 from hf_stable.telemetry.reading.alarms import PATIENCE, Alarm, alarms, number
 from hf_stable.telemetry.reading.diagnosis import HOW_TO_WATCH, Diagnosis
 from hf_stable.telemetry.reading.history import History, read_history
@@ -29,7 +31,9 @@ _COLUMNS = (
 )
 _BARS = "▁▂▃▄▅▆▇█"
 _LAYERS, _ALARMS = 6, 6
+_STYLES = {"running": "cyan", "finished": "green", "diverged": "bold red", "died": "bold red"}
 _PANEL_WIDTH = 78
+_SILENCE = 3600.0
 
 
 def watch_runs(folders: Sequence[Path], console: Console, refresh: float, once: bool) -> None:
@@ -39,15 +43,23 @@ def watch_runs(folders: Sequence[Path], console: Console, refresh: float, once: 
         UserError: when a folder holds no run.
     """
     watched = _Watched(folders)
-    histories = watched.read()
+    states = watched.read()
     if once:
-        console.print(view(histories, console.width))
+        console.print(view(states, console.width))
         return
-    with Live(view(histories, console.width), console=console, auto_refresh=False) as live:
-        while not all(ending(history) for history in histories):
+    with Live(view(states, console.width), console=console, auto_refresh=False) as live:
+        while not all(state.ending for state in states):
             time.sleep(refresh)
-            histories = watched.read()
-            live.update(view(histories, console.width), refresh=True)
+            states = watched.read()
+            live.update(view(states, console.width), refresh=True)
+
+
+@dataclass(frozen=True)
+class State:
+    """A run as it is now; `ending` is how it ended, None while it trains."""
+
+    history: History
+    ending: str | None
 
 
 class _Watched:
@@ -57,10 +69,15 @@ class _Watched:
         self._folders = folders
         self._read: dict[Path, tuple[int, History]] = {}
 
-    def read(self) -> list[History]:
+    def read(self) -> list[State]:
         return [self._of(folder) for folder in self._folders]
 
-    def _of(self, folder: Path) -> History:
+    def _of(self, folder: Path) -> State:
+        gone = is_gone(folder)  # first: its last record is written before its lock is free
+        history = self._history(folder)
+        return State(history, ending(history, is_gone=gone))
+
+    def _history(self, folder: Path) -> History:
         metrics = folder / "metrics.jsonl"
         size = metrics.stat().st_size if metrics.is_file() else -1
         if folder not in self._read or self._read[folder][0] != size:
@@ -68,30 +85,53 @@ class _Watched:
         return self._read[folder][1]
 
 
-def view(histories: Sequence[History], width: int) -> RenderableType:
+def view(states: Sequence[State], width: int) -> RenderableType:
     """All runs, beside each other where the width has room for two panels or more."""
-    beside = max(1, min(len(histories), width // _PANEL_WIDTH))
+    beside = max(1, min(len(states), width // _PANEL_WIDTH))
     grid = Table.grid(expand=True)
     for _ in range(beside):
         grid.add_column(ratio=1)
-    panels = [run_panel(history, width // beside) for history in histories]
+    panels = [run_panel(state, width // beside) for state in states]
     for start in range(0, len(panels), beside):
         grid.add_row(*panels[start : start + beside])
     return grid
 
 
-def ending(history: History) -> str | None:
-    """How a run ended, or None while it may still go on."""
-    kinds = [row["event"] for row in history.events]
-    if "finished" in kinds:
-        return "finished"
-    return "diverged" if kinds[-1:] == ["diverged"] else None
+def ending(history: History, *, is_gone: bool = False) -> str | None:
+    """How a run ended, or None while it may still train.
+
+    Args:
+        is_gone: whether its process is known to be gone, whatever the records say.
+    """
+    end: str | None = None
+    for row in history.events:
+        if row["event"] in ("started", "resumed", "rolled_back"):
+            end = None
+        elif row["event"] in ("finished", "diverged", "stopped"):
+            end = row["event"]
+        elif row["event"] == "preempted":
+            end = "interrupted" if row.get("signal") == "SIGINT" else "preempted"
+    return end or ("died" if is_gone else None)
 
 
-def run_panel(history: History, width: int) -> Panel:
+def is_gone(folder: Path) -> bool:
+    """Whether no process trains in a run's folder any more.
+
+    Its lock tells. Where there is none, as under `transformers.Trainer` or in a copy of the
+    records, a run is gone when its records have not grown for an hour.
+    """
+    free = is_free(folder)
+    metrics = folder / "metrics.jsonl"
+    if free is not None or not metrics.is_file():
+        return bool(free)
+    return time.time() - metrics.stat().st_mtime > _SILENCE
+
+
+def run_panel(state: State, width: int) -> Panel:
     """One run: progress, loss, the layers nearest to trouble, alarms."""
+    history = state.history
     found = alarms(history)
-    parts: list[RenderableType] = [_progress(history), _numbers(history, width - 4)]
+    parts: list[RenderableType] = [_progress(state), _numbers(history, width - 4)]
     if len(history.steps):
         parts += [Text(), _layers(history), Text(), *_alarm_lines(history, found)]
     else:
@@ -122,17 +162,18 @@ def _total_steps(history: History) -> int | None:
     return training["tokens"] // batch
 
 
-def _progress(history: History) -> RenderableType:
-    step, total = _last_step(history), _total_steps(history)
-    state = ending(history) or "running"
-    style = {"finished": "green", "diverged": "bold red"}.get(state, "cyan")
+def _progress(state: State) -> RenderableType:
+    step, total = _last_step(state.history), _total_steps(state.history)
+    word = state.ending or "running"
     row = Table.grid(padding=(0, 2, 0, 0), expand=True)
     row.add_column()
     row.add_column(ratio=1)
     row.add_column(justify="right")
     of_total = "" if total is None else f" of {total:,}"
     bar = Text() if total is None else ProgressBar(total=total, completed=step)
-    row.add_row(Text(f"step {step:,}{of_total}"), bar, Text(state, style=style))
+    row.add_row(
+        Text(f"step {step:,}{of_total}"), bar, Text(word, style=_STYLES.get(word, "yellow"))
+    )
     return row
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_stable.checkpoints import run_lock
 from hf_stable.errors import CheckpointError
+from hf_stable.run_lock import is_free, run_lock
 
 
 def test_a_second_process_is_told_who_holds_the_run(tmp_path: Path) -> None:
@@ -23,12 +23,15 @@ def test_a_second_process_is_told_who_holds_the_run(tmp_path: Path) -> None:
         expected = f"in use by process {child} on {socket.gethostname()}"
         with pytest.raises(CheckpointError, match=expected), run_lock(tmp_path / "run"):
             pytest.fail("two hold one run")
+        assert is_free(tmp_path / "run") is False
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+    assert is_free(tmp_path / "run")
     with run_lock(tmp_path / "run"):  # the system took it back
         assert str(os.getpid()) in (tmp_path / "run" / "lock.json").read_text()
     assert not (tmp_path / "run" / "lock.json").exists()
+    assert is_free(tmp_path) is None
 
 
 def test_an_error_inside_frees_the_run(tmp_path: Path) -> None:

@@ -1,4 +1,8 @@
-"""One process at a time on a run's folder: two would take each other's checkpoints for litter."""
+"""One process at a time on a run's folder: two would take each other's checkpoints for litter.
+
+`.lock` is what the system's lock is on. The file stays with the run, since a process that removed
+it would take it from under another one that waits; that it is there says nothing.
+"""
 
 import contextlib
 import json
@@ -9,7 +13,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from hf_stable.errors import CheckpointError
+from .errors import CheckpointError
+
+# Seconds to wait for who only looks whether the lock is free.
+_PATIENCE = 1.0
 
 
 @contextlib.contextmanager
@@ -17,12 +24,12 @@ def run_lock(run: Path) -> Iterator[None]:
     """Hold a run's folder; the system takes the lock back when its holder dies, however.
 
     Raises:
-        CheckpointError: at once, when another process holds it; it names host and pid.
+        CheckpointError: when another process holds it; it names host and pid.
     """
     run.mkdir(parents=True, exist_ok=True)
     holder = run / "lock.json"
     try:
-        lock = FileLock(run / ".lock", timeout=0)
+        lock = FileLock(run / ".lock", timeout=_PATIENCE)
         lock.acquire()
     except Timeout as error:
         raise CheckpointError(
@@ -36,6 +43,20 @@ def run_lock(run: Path) -> Iterator[None]:
     finally:
         holder.unlink(missing_ok=True)
         lock.release()
+
+
+def is_free(run: Path) -> bool | None:
+    """Whether no process trains in a run's folder; None where that cannot be told from a lock."""
+    file = run / ".lock"
+    if not file.is_file():
+        return None
+    try:
+        with FileLock(file, timeout=0):
+            return True
+    except Timeout:
+        return False
+    except OSError:  # somebody else's file
+        return None
 
 
 def _describe(holder: Path) -> str:
