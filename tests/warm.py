@@ -31,6 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[1]
 # Of torch, what Transformers, Accelerate and this package import; nothing that imports them.
 PRELOADED = (
     *("torch", "torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op", "torch.export"),
@@ -77,6 +78,30 @@ def python() -> str:
             start_new_session=True,
         )
     return str(client)
+
+
+def ranks(count: int, *command: str | Path, timeout: float = 300) -> str:
+    """Run torchrun on this machine; raises unless all processes end well.
+
+    Args:
+        command: what follows torchrun's options, such as "-m", MODULE, ARGUMENT.
+
+    Returns:
+        What they wrote to stdout.
+    """
+    launcher = [python(), "-m", "torch.distributed.run", f"--nproc_per_node={count}"]
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHON_EXEC": python()}
+    finished = subprocess.run(
+        [*launcher, "--standalone", *map(str, command)],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    if finished.returncode:
+        raise RuntimeError(f"exit code {finished.returncode}: {finished.stderr}")
+    return finished.stdout
 
 
 def _serve(listener: socket.socket) -> list[str]:

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from hf_stable.hub import check_export, export
 from hf_stable.records import CONVERSION
 
 from ..tiny import byte_tokenizer
+from ..warm import python
 from .real import CONFIGS
 from .sources import CASES, SIZES, build, save, save_as_written
 
@@ -321,7 +321,7 @@ def test_the_command_line_says_what_it_found(
 
 
 def test_a_model_of_the_hub_is_recorded_with_its_commit(llama: Path, tmp_path: Path) -> None:
-    """From the Hub's cache on the disk, in a process of its own: its place is read at import."""
+    """From the Hub's cache on the disk, in another process: its place is read at import."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     cache = tmp_path / "cache" / "hub" / "models--someone--tiny"
     shutil.copytree(llama, cache / "snapshots" / commit)
@@ -330,7 +330,7 @@ def test_a_model_of_the_hub_is_recorded_with_its_commit(llama: Path, tmp_path: P
     older = "1" * 40
     save(cache / "snapshots" / older, "qwen2")
     (cache / "refs" / "v1").write_text(older)
-    command = [sys.executable, "-m", "hf_stable", "convert", "someone/tiny"]
+    command = [python(), "-m", "hf_stable", "convert", "someone/tiny"]
     for options, kind, expected in (
         ([], "llama", commit),
         (["--revision", "v1"], "qwen2", older),
