@@ -29,7 +29,10 @@ import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pytest
 
 ROOT = Path(__file__).parents[1]
 # Of torch, what Transformers, Accelerate and this package import; nothing that imports them.
@@ -78,6 +81,11 @@ def python() -> str:
             start_new_session=True,
         )
     return str(client)
+
+
+def warm(patch: "pytest.MonkeyPatch", module: types.ModuleType) -> None:
+    """Have a module start such processes: it uses nothing of `sys` but `sys.executable`."""
+    patch.setattr(module, "sys", types.SimpleNamespace(executable=python()))
 
 
 def ranks(count: int, *command: str | Path, timeout: float = 300) -> str:
@@ -206,8 +214,10 @@ def _end(run: Callable[[], None]) -> None:
 
 
 if __name__ == "__main__":
+    gc.disable()  # it is a tenth of the time, and finds nothing
     for name in PRELOADED:
         __import__(name)
+    gc.enable()
     gc.freeze()  # a collection in a forked process would copy all that it looks at
     sys.path.pop(0)  # the folder of this file
     asked_for = _serve(socket.socket(fileno=int(sys.argv[1])))

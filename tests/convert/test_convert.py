@@ -19,11 +19,11 @@ from hf_stable.convert import FAMILIES, WHY_NOT, convert, converting
 from hf_stable.convert.exact import exact_logits
 from hf_stable.convert.rules import EVERYWHERE
 from hf_stable.errors import CheckpointError
-from hf_stable.hub import check_export, export
+from hf_stable.hub import check_export, checking, export
 from hf_stable.records import CONVERSION
 
 from ..tiny import byte_tokenizer
-from ..warm import python
+from ..warm import python, warm
 from .real import CONFIGS
 from .sources import CASES, SIZES, build, save, save_as_written
 
@@ -174,7 +174,10 @@ def test_float64_is_float64_all_the_way() -> None:
     assert 0.5e-9 < moved < 2e-9
 
 
-def test_the_folder_is_a_model_s_folder(llama: Path, tmp_path: Path) -> None:
+def test_the_folder_is_a_model_s_folder(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warm(monkeypatch, checking)
     done = convert(llama, tmp_path / "ours", dtype="bfloat16")
     record = json.loads((tmp_path / "ours" / CONVERSION).read_text())
     assert record["source"] == "llama" and record["revision"] is None

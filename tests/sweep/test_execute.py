@@ -8,7 +8,6 @@ import subprocess
 import time
 from functools import partialmethod
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from submitit.core.utils import UncompletedJobError
 from submitit.local.local import LocalExecutor
 
 from hf_stable.errors import UserError
+from hf_stable.sweep import execute as executing
 from hf_stable.sweep.execute import Progress, execute
 from hf_stable.sweep.jobs import Jobs, Work
 from hf_stable.sweep.plan import Plan, load_plan, planned_runs, write_plan
@@ -26,7 +26,7 @@ from hf_stable.sweep.worker import work
 from hf_stable.telemetry.reading.history import read_history
 
 from ..training import write_text
-from ..warm import python
+from ..warm import python, warm
 from .test_plan import RECIPES
 
 PLAN = """\
@@ -134,14 +134,14 @@ def test_finished_models_are_scored_on_the_same_documents(folder: Path) -> None:
 
 
 @pytest.fixture
-def warm(monkeypatch: pytest.MonkeyPatch) -> None:
+def warm_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that have torch when they start; a job's id is its controller's pid."""
-    monkeypatch.setattr("hf_stable.sweep.execute.sys", SimpleNamespace(executable=python()))
+    warm(monkeypatch, executing)
     jobs = partialmethod(LocalExecutor.__init__, python=python())
     monkeypatch.setattr(LocalExecutor, "__init__", jobs)
 
 
-@pytest.mark.usefixtures("warm")
+@pytest.mark.usefixtures("warm_workers")
 def test_two_workers_share_the_runs(folder: Path, undisturbed: Plan) -> None:
     plan = plan_of(folder, "shared")
     study = execute(plan, workers=2)
@@ -204,7 +204,7 @@ def test_hopeless_runs_are_stopped_and_counted_as_diverged(folder: Path) -> None
         assert result["verdict"]["diverged"]
 
 
-@pytest.mark.usefixtures("warm")
+@pytest.mark.usefixtures("warm_workers")
 def test_jobs_of_submitit_have_the_results_of_workers(folder: Path, undisturbed: Plan) -> None:
     plan = plan_of(folder, "jobs", "1e-2")
     study = execute(plan, workers=2, slurm={"cluster": "local", "timeout_min": 5})
@@ -234,7 +234,7 @@ def test_the_end_of_a_job_is_no_failure_of_its_run(
     assert not list((study / "runs").glob("*/result.json"))
 
 
-@pytest.mark.usefixtures("warm")
+@pytest.mark.usefixtures("warm_workers")
 def test_jobs_that_fail_are_said_to(tmp_path: Path) -> None:
     jobs = Jobs(tmp_path, 1, {"cluster": "local", "timeout_min": 5})  # there is no plan
     while jobs.is_working():
