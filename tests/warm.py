@@ -35,11 +35,12 @@ if TYPE_CHECKING:
     import pytest
 
 ROOT = Path(__file__).parents[1]
-# Of torch, what Transformers, Accelerate and this package import; nothing that imports them.
+# What Transformers and this package import of torch, and of others that read no setting of theirs.
 PRELOADED = (
     *("torch", "torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op", "torch.export"),
     *("torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "scipy.optimize"),
-    *("torch.distributed.tensor", "torch.nn.attention.flex_attention", "sympy"),
+    *("torch.distributed.tensor", "torch.nn.attention.flex_attention", "sympy", "jinja2"),
+    *("PIL.Image", "psutil", "pyarrow", "pydantic.dataclasses", "regex", "rich.progress", "yaml"),
 )
 _CLIENT = """#!{python} -SEs
 import json, os, signal, socket, sys
@@ -73,13 +74,14 @@ def python() -> str:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen(64)  # whoever asks before torch is imported waits
-        # It ends when its stdin does, that is, with this process.
-        subprocess.Popen(
+        # It ends when its stdin does: with this process, however that ends.
+        server = subprocess.Popen(
             [sys.executable, __file__, str(listener.fileno())],
             pass_fds=[listener.fileno()],
             stdin=subprocess.PIPE,
             start_new_session=True,
         )
+    atexit.register(server.communicate)
     return str(client)
 
 
