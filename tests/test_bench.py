@@ -300,5 +300,10 @@ def test_times_without_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("method", ["baseline", "qk_norm"])
 def test_stacked_runs_have_the_losses_of_separate_ones(method: str) -> None:
-    differences = stacked_runs.check(method, num_runs=2)
+    smaller = [
+        "data.sequence_length=16",
+        "training.micro_batch_size=8",
+        "model.num_hidden_layers=2",
+    ]
+    differences = stacked_runs.check(method, num_runs=2, settings=smaller)
     assert differences["float64"] < 1e-12

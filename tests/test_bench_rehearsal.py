@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .test_bench import BENCH, BENCHMARKS, attention_cases, linear_cross_entropy, train_step
+from .warm import python
 
 # What a rehearsal on a CPU may leave out: what is not installed or has no CPU form.
 EXCUSES = (
@@ -36,7 +37,7 @@ PARTS: dict[str, dict[str, set[str]]] = {
 def rehearse(folder: Path) -> subprocess.CompletedProcess[str]:
     environment = {
         "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
-        "PYTHON": sys.executable,
+        "PYTHON": python(),
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
     }

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from .warm import python
+
 ROOT = Path(__file__).parent.parent
 TECHNIQUES = sorted((ROOT / "recipes" / "techniques").glob("*.yaml"))
 HF_STABLE = Path(sys.executable).with_name("hf-stable")
@@ -30,7 +32,7 @@ def test_check_accepts_every_technique(base: str) -> None:
     )
     recipe = ROOT / "recipes" / base
     assert len(TECHNIQUES) >= 16
-    output = run(sys.executable, "-W", "ignore", "-c", program, recipe, *TECHNIQUES)
+    output = run(python(), "-W", "ignore", "-c", program, recipe, *TECHNIQUES)
     assert output.count("this recipe works") == len(TECHNIQUES)
 
 
@@ -45,7 +47,9 @@ def test_check_accepts_every_technique(base: str) -> None:
 )
 def test_plan_knows_the_kernels(options: list[str]) -> None:
     sizes = ["--gpus", "8", "--gpu-memory", "80"]
-    assert "|    8 |" in run(HF_STABLE, "plan", "recipes/quickstart.yaml", *options, *sizes)
+    assert "|    8 |" in run(
+        python(), HF_STABLE, "plan", "recipes/quickstart.yaml", *options, *sizes
+    )
 
 
 @pytest.mark.parametrize(
@@ -69,7 +73,7 @@ def test_importing_the_package_registers_the_family(imports: str) -> None:
         "assert type(model) is transformers.StableGPTForCausalLM\n"
         "assert 'stable_triton' in AttentionInterface().valid_keys()"
     )
-    run(sys.executable, "-c", program)
+    run(python(), "-c", program)
 
 
 def test_importing_the_package_alone_imports_no_torch() -> None:

@@ -1,10 +1,7 @@
 """Any number of gloo processes, however they hold the model, are the same run as one process."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from hf_stable.training import train
 
 from .techniques import relative_error
 from .training import tiny_recipe
+from .warm import ranks
 
 SHAPE = "hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2"
 MODELS = {
@@ -90,18 +88,16 @@ def launch(folder: Path, processes: int, settings: list[dict[str, Any]]) -> None
     file = folder / f"settings-{processes}.json"
     file.write_text(json.dumps(settings))
     worker = Path(__file__).with_name("distributed_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-    command += ["--standalone", str(worker), str(folder), str(file)]
-    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parents[1])}
-    options = {"capture_output": True, "text": True, "timeout": 400}
     new = [Path(item["output"]) for item in settings if not Path(item["output"]).exists()]
-    finished = subprocess.run(command, env={**os.environ, **variables}, check=False, **options)
-    if "SIGABRT" in finished.stderr and len(new) == len(settings):
+    try:
+        ranks(processes, worker, folder, file, timeout=400)
+    except RuntimeError as error:
+        if "SIGABRT" not in str(error) or len(new) != len(settings):
+            raise
         # gloo itself, not a run, seems to end a process so at times: once more, from the beginning.
         for output in new:
             shutil.rmtree(output, ignore_errors=True)
-        finished = subprocess.run(command, env={**os.environ, **variables}, check=False, **options)
-    assert finished.returncode == 0, finished.stderr
+        ranks(processes, worker, folder, file, timeout=400)
 
 
 def _rows(folder: str | Path, name: str) -> list[float]:

@@ -12,10 +12,12 @@ import pytest
 
 from hf_stable.card import write_card
 from hf_stable.cli import main
+from hf_stable.hub import checking
 from hf_stable.training import train
 
 from .poison import Poison
 from .training import tiny_recipe, write_text
+from .warm import warm
 
 SECRETS = {
     "HF_TOKEN": "hf_plantedPlantedPlantedPlantedPlanted",
@@ -37,6 +39,7 @@ def holders(folder: Path) -> list[str]:
 def test_tokens_of_the_environment_are_in_no_file_that_a_run_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    warm(monkeypatch, checking)
     for name, secret in SECRETS.items():
         monkeypatch.setenv(name, secret)
     run = train(tiny_recipe(tmp_path, training__checkpoint_every=10)).folder
@@ -68,15 +71,18 @@ def test_a_run_is_not_named_like_a_path(
 def test_a_poisoned_pickle_in_the_place_of_any_file_of_a_run_or_its_cache_runs_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    # A part of the text: it is tokenized and evaluated anew for every file.
+    # A part of the text, and few steps: it is tokenized, trained on and evaluated for every file.
     text = write_text(tmp_path)
     for file in sorted(text.iterdir())[40:]:
         file.unlink()
     recipe = tiny_recipe(
         tmp_path,
-        training__checkpoint_every=10,
-        telemetry__every=10,
+        training__steps=4,
+        training__checkpoint_every=2,
+        training__evaluate_every=2,
+        training__log_every=2,
         training__evaluate_blocks=2,
+        telemetry__every=2,
         model__num_hidden_layers=1,
     )
     run, trace, whole = train(recipe).folder, tmp_path / "trace", tmp_path / "whole"
@@ -100,7 +106,10 @@ def test_a_poisoned_pickle_in_the_place_of_any_file_of_a_run_or_its_cache_runs_n
         (tmp_path / name).write_bytes(array.getvalue() if name.suffix == ".npy" else payload)
         with suppress(Exception):
             train(recipe)
-        for command in (["evaluate", str(run)], ["watch", "--once", str(run)]):
+        for command in (
+            ["evaluate", str(run), "--limit-documents", "2"],
+            ["watch", "--once", str(run)],
+        ):
             with suppress(Exception):
                 main(command)
         assert not trace.exists(), name

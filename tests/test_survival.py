@@ -9,7 +9,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -33,6 +32,7 @@ from hf_stable.telemetry.reading.history import read_history
 from hf_stable.training import TrainResult, train
 
 from .training import tiny_recipe
+from .warm import python
 
 DROPOUT = {"model.attention_dropout": 0.1, "training__log_every": 1, "telemetry__every": 4}
 GUARDED = {
@@ -384,7 +384,7 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "survival" / "kill.py"
 def killed(folder: Path, *options: str) -> dict[str, Any]:
     """What scripts/survival/kill.py found; it fails when a run came out differently."""
     output = folder / "killed.json"
-    command = [sys.executable, str(SCRIPT), "--output", str(output), *options]
+    command = [python(), str(SCRIPT), "--output", str(output), *options]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(output.read_text())
 

@@ -1,7 +1,15 @@
 """Model cards from the records of runs, with what the Hub checks checked before it is pushed."""
 
 from .metadata import problems
-from .privacy import clean, leaks
+from .privacy import clean, leaks, secrets_here
 from .rendering import Statement, render_card, write_card
 
-__all__ = ["Statement", "clean", "leaks", "problems", "render_card", "write_card"]
+__all__ = [
+    "Statement",
+    "clean",
+    "leaks",
+    "problems",
+    "render_card",
+    "secrets_here",
+    "write_card",
+]

@@ -5,6 +5,7 @@ Records name folders and may hold what a user typed; whatever is published passe
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -34,39 +35,44 @@ _PATH = re.compile(
 _UPWARD = re.compile(r"(?<![\w/.])(?:\.\./)+[^\s\"'`<>|:;,()\[\]]*")
 
 
-def clean(value: Any) -> Any:
+def clean(value: Any, secrets: Sequence[str] | None = None) -> Any:
     """The same JSON value without secrets, and with only the last part of every machine's path.
 
     Strings are searched for tokens by their known forms, for what secret-looking environment
     variables hold, and for absolute, home and `..` paths; a key such as "hub_token" loses its
     value.
+
+    Args:
+        secrets: What those variables hold; None reads them.
     """
+    known = secrets_here() if secrets is None else secrets
     if isinstance(value, str):
-        return _clean_text(value)
+        return _clean_text(value, known)
     if isinstance(value, dict):
         return {
-            _clean_text(str(key)): REDACTED
+            _clean_text(str(key), known): REDACTED
             if isinstance(item, str) and _SECRET_KEY.search(str(key))
-            else clean(item)
+            else clean(item, known)
             for key, item in value.items()
         }
     if isinstance(value, (list, tuple)):
-        return [clean(item) for item in value]
+        return [clean(item, known) for item in value]
     return value
 
 
-def leaks(text: str) -> list[str]:
+def leaks(text: str, secrets: Sequence[str] | None = None) -> list[str]:
     """What `clean` would take out of a text that is to be published: kinds, never the secrets."""
     found = []
-    if _SECRET.search(text) or any(secret in text for secret in _secrets_here()):
+    known = secrets_here() if secrets is None else secrets
+    if _SECRET.search(text) or any(secret in text for secret in known):
         found.append("a secret")
     if _PATH.search(text):
         found.append("a path on this machine")
     return found
 
 
-def _clean_text(text: str) -> str:
-    for secret in _secrets_here():
+def _clean_text(text: str, secrets: Sequence[str]) -> str:
+    for secret in secrets:
         text = text.replace(secret, REDACTED)
     text = _SECRET.sub(REDACTED, text)
     if _is_place(text):
@@ -85,6 +91,10 @@ def _last(path: str) -> str:
     return PurePosixPath(path.replace("\\", "/")).name or "folder"
 
 
-def _secrets_here() -> list[str]:
+def secrets_here() -> list[str]:
+    """Return what secret-looking environment variables hold, the longest first.
+
+    It reads the whole environment: whoever looks through many texts calls it once.
+    """
     values = {value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)}
     return sorted((each for each in values if len(each) >= _SHORTEST_SECRET), key=len, reverse=True)

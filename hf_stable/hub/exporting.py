@@ -251,6 +251,6 @@ def _write_records(run: Path, output: Path) -> None:
     for file in sorted(run.glob("*.json")):
         write_json(output / file.name, clean(json.loads(file.read_text(encoding="utf-8"))))
     rows = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
-    lines = "".join(json.dumps(clean(row), ensure_ascii=False) + "\n" for row in rows)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in clean(rows))
     # Without a time, so that equal records give equal bytes.
     (output / "metrics.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))

@@ -9,7 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import safe_open
 from yaml import YAMLError
 
-from hf_stable.card import leaks, problems
+from hf_stable.card import leaks, problems, secrets_here
 from hf_stable.errors import UserError
 
 from .files import CARD, VOCABULARIES, files_of, strangers
@@ -26,17 +26,18 @@ def refuse_strangers(folder: Path) -> None:
 
 def refuse_leaks(folder: Path) -> None:
     """Raise UserError for the first secret, or absolute path of a machine, naming file and line."""
+    secrets = secrets_here()
     for path in files_of(folder).values():
         text = _text_of(path)
         # A picture's bytes are no sentences, so that only the forms of secrets are looked for.
         meant = ("a secret",) if path.suffix == ".png" else ("a secret", "a path on this machine")
         for number, line in enumerate(text.splitlines(), start=1):
-            if found := [kind for kind in leaks(line) if kind in meant]:
+            if found := [kind for kind in leaks(line, secrets) if kind in meant]:
                 raise UserError(
                     f"{path}: line {number} holds {' and '.join(found)}: take it out where it came "
                     "from and export again, nothing was pushed"
                 )
-        if "a secret" in leaks(text):
+        if "a secret" in leaks(text, secrets):
             raise UserError(f"{path} holds a secret: take it out, nothing was pushed")
 
 

@@ -1,6 +1,6 @@
 """K small runs of a study's recipe, one after the other or with their parameters stacked."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -131,9 +131,10 @@ class Stacked(Runs):
 FORMS: dict[str, type[Separate | Stacked]] = {"separate": Separate, "stacked": Stacked}
 
 
-def recipe_of(method: str) -> Recipe:
-    """The study's recipe of a method."""
-    return next(run.recipe for run in planned_runs(load_plan(PLAN)) if run.method == method)
+def recipe_of(method: str, settings: Sequence[str] = ()) -> Recipe:
+    """The study's recipe of a method, with other settings (`KEY=VALUE`) where given."""
+    runs = planned_runs(load_plan(PLAN, list(settings)))
+    return next(run.recipe for run in runs if run.method == method)
 
 
 def attention_of(form: str) -> str:
@@ -146,15 +147,15 @@ def rates_of(num_runs: int) -> list[float]:
     return np.geomspace(1e-3, 1e-2, num_runs).tolist()
 
 
-def check(method: str, num_runs: int = 4) -> dict[str, float]:
+def check(method: str, num_runs: int = 4, settings: Sequence[str] = ()) -> dict[str, float]:
     """Largest difference over CHECKED_STEPS steps of stacked from separate losses, by precision.
 
     Raises:
         AssertionError: where it is more than rounding.
     """
-    found = {}
+    found, recipe = {}, recipe_of(method, settings)
     for dtype, bound in TOLERANCE.items():
-        shared = (recipe_of(method), rates_of(num_runs), 0)
+        shared = (recipe, rates_of(num_runs), 0)
         both = [form(*shared, attention_of(name), dtype) for name, form in FORMS.items()]
         losses = [torch.stack([runs.step() for _ in range(CHECKED_STEPS)]) for runs in both]
         found[str(dtype).removeprefix("torch.")] = (losses[0] - losses[1]).abs().max().item()

@@ -1,8 +1,5 @@
 """FSDP2 and DDP on two gloo processes, one process, and each one's checkpoints in the others."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,9 +16,8 @@ from hf_stable.checkpoints import (
     save_checkpoint,
 )
 
+from ..warm import ranks
 from .models import differences, make_model, make_optimizer, train, whole_state
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +29,7 @@ def folder(tmp_path_factory) -> Path:
     train(model, optimizer, range(3))
     save_checkpoint(folder / "alone", 3, model, optimizer, Accelerator(cpu=True), {}, Keep())
     save_file(whole_state(model, optimizer), folder / "alone.safetensors")
-    worker = Path(__file__).with_name("sharded_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command += [str(worker), str(folder)]
-    options = {"capture_output": True, "text": True, "timeout": 300}
-    finished = subprocess.run(command, env={**os.environ, **variables}, check=False, **options)
-    assert finished.returncode == 0, finished.stderr
+    ranks(2, Path(__file__).with_name("sharded_worker.py"), folder)
     return folder
 
 

@@ -5,7 +5,6 @@ import os
 import shlex
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -15,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..warm import python
 
 PACKAGE = str(Path(__file__).parents[2])
 START_SECONDS = 300
@@ -66,7 +67,7 @@ def server(lines: Callable[[str, str], str], folder: Path) -> Iterator[int]:
     environment = {**os.environ, "PYTHONPATH": PACKAGE, "HF_HUB_OFFLINE": "1"}
     with Path("serve.log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-c", program, *arguments],
+            [python(), "-c", program, *arguments],
             env=environment,
             stdout=log,
             stderr=log,
@@ -107,7 +108,7 @@ def test_the_readmes_server_answers(
     script, *arguments = shlex.split(shlex.join(commands(lines)[1]).replace("8000", str(server)))
     program = f"import sys; from {script}.cli.{script} import app; app()"
     chat = subprocess.run(
-        [sys.executable, "-c", program, *arguments],
+        [python(), "-c", program, *arguments],
         env={**os.environ, "HF_HUB_OFFLINE": "0"},
         input="In the beginning\n",
         capture_output=True,

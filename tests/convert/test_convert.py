@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,11 @@ from hf_stable.convert.exact import exact_logits
 from hf_stable.convert.rules import EVERYWHERE, map_fields
 from hf_stable.convert.unread import UNREAD
 from hf_stable.errors import CheckpointError
-from hf_stable.hub import check_export, export
+from hf_stable.hub import check_export, checking, export
 from hf_stable.records import CONVERSION
 
 from ..tiny import byte_tokenizer
+from ..warm import python, warm
 from .real import CONFIGS, NOTED
 from .sources import CASES, SIZES, build, save, save_as_written
 
@@ -205,7 +205,10 @@ def test_float64_is_float64_all_the_way() -> None:
     assert 0.5e-9 < moved < 2e-9
 
 
-def test_the_folder_is_a_model_s_folder(llama: Path, tmp_path: Path) -> None:
+def test_the_folder_is_a_model_s_folder(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warm(monkeypatch, checking)
     done = convert(llama, tmp_path / "ours", dtype="bfloat16")
     record = json.loads((tmp_path / "ours" / CONVERSION).read_text())
     assert record["source"] == "llama" and record["revision"] is None
@@ -352,7 +355,7 @@ def test_the_command_line_says_what_it_found(
 
 
 def test_a_model_of_the_hub_is_recorded_with_its_commit(llama: Path, tmp_path: Path) -> None:
-    """From the Hub's cache on the disk, in a process of its own: its place is read at import."""
+    """From the Hub's cache on the disk, in another process: its place is read at import."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     cache = tmp_path / "cache" / "hub" / "models--someone--tiny"
     shutil.copytree(llama, cache / "snapshots" / commit)
@@ -361,7 +364,7 @@ def test_a_model_of_the_hub_is_recorded_with_its_commit(llama: Path, tmp_path: P
     older = "1" * 40
     save(cache / "snapshots" / older, "qwen2")
     (cache / "refs" / "v1").write_text(older)
-    command = [sys.executable, "-m", "hf_stable", "convert", "someone/tiny"]
+    command = [python(), "-m", "hf_stable", "convert", "someone/tiny"]
     for options, kind, expected in (
         ([], "llama", commit),
         (["--revision", "v1"], "qwen2", older),

@@ -1,7 +1,13 @@
-"""Run by two processes at once: split models against whole ones, case after case."""
+"""Run by torchrun: split models against whole ones, case after case.
+
+torchrun --nproc_per_node 2 -m tests.host.parallel_worker FOLDER
+
+FOLDER holds a model of each case, and splits.json with how it is split; what rank 0 finds is in
+result.json of the case's folder.
+"""
 
 import json
-import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -72,19 +78,21 @@ def _compare(folder: Path, split: dict[str, int]) -> dict[str, Any]:
     return result
 
 
-def run(rank: int, port: int, root: str, cases: dict[str, dict[str, int]]) -> None:
-    """One of two processes; what rank 0 finds stands in `result.json` of each case's folder."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def main() -> None:
+    root = Path(sys.argv[1])
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    for name, split in cases.items():
-        folder = Path(root) / name
+    for name, split in json.loads((root / "splits.json").read_text()).items():
+        folder = root / name
         try:
             result = _compare(folder, split)
         except ValueError as error:  # refused by both, before anything is sent
             result = {"refused": str(error)}
-        if rank == 0:
+        if dist.get_rank() == 0:
             (folder / "result.json").write_text(json.dumps(result))
         dist.barrier()
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -5,15 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from hf_stable import StableGPTForCausalLM
 from hf_stable.model.blocks_stable_gpt import StableGPTAttention
 from hf_stable.model.configuration_stable_gpt import PRESETS as ALL_PRESETS
 from hf_stable.model.parallel_stable_gpt import check_parallelism
 
-from ..launching import free_port
-from . import parallel_worker
+from ..warm import ranks
 from .models import PRESETS, make, make_config
 
 TENSOR, PIPELINE, SHARDED = {"tp_size": 2}, {"pp_size": 2}, {"fsdp_size": 2}
@@ -57,7 +55,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     for name, (_, preset, fields) in CASES.items():
         make(preset, **fields).double().save_pretrained(root / name)
     splits = {name: split for name, (split, *_) in CASES.items()}
-    mp.spawn(parallel_worker.run, args=(free_port(), str(root), splits), nprocs=2)
+    (root / "splits.json").write_text(json.dumps(splits))
+    ranks(2, "-m", "tests.host.parallel_worker", root)
     return {name: json.loads((root / name / "result.json").read_text()) for name in CASES}
 
 

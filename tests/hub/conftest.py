@@ -12,12 +12,13 @@ from huggingface_hub.utils import _http, disable_progress_bars, enable_progress_
 
 from hf_stable import StableGPTConfig
 from hf_stable.checksums import sha256_of
-from hf_stable.hub import ExportCheck, Weights, export
+from hf_stable.hub import ExportCheck, Weights, checking, export
 from hf_stable.hub.files import files_of
 
 from ..techniques import GEOMETRY, from_config
 from ..test_card import evaluate, records
 from ..tiny import byte_tokenizer
+from ..warm import warm
 from .server import TOKEN, Hub
 
 
@@ -47,6 +48,14 @@ def unchecked(folder: Path) -> ExportCheck:
     """Stands in for `check_export`, which takes seconds and has tests of its own."""
     files = {name: sha256_of(path) for name, path in files_of(folder).items()}
     return ExportCheck(folder, "", files)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_checks() -> Iterator[None]:
+    """Exports are checked in processes that have torch when they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        warm(patch, checking)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from hf_stable import StableGPTForCausalLM, cli
 from hf_stable.training import train
 
 from ..training import tiny_recipe
+from ..warm import python
 from .conftest import unchecked
 from .server import TOKEN, Hub
 
@@ -87,7 +87,7 @@ def test_the_readme_s_lines_publish_a_run_that_loads_anywhere_bit_equal(
         for program, *arguments in before:
             assert program == "hf-stable" and cli.main(arguments) == 0
     assert "nothing was written" in capsys.readouterr().out and hub.repos == {}
-    command = [sys.executable, "-m", "hf_stable", *last[1:]]
+    command = [python(), "-m", "hf_stable", *last[1:]]
     done = elsewhere(*command, home=tmp_path / "writer", hub=hub, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     repo = hub.repos["org/name"]
@@ -97,7 +97,7 @@ def test_the_readme_s_lines_publish_a_run_that_loads_anywhere_bit_equal(
     assert repo.private and b"model-index" in repo.commits[commit]["README.md"]
     # What is on main since then is another model: the tag is what counts.
     repo.commit({**repo.commits[commit], "modeling_stable_gpt.py": b"raise"}, "main")
-    reader = [sys.executable, "-c", READER, str(tmp_path)]
+    reader = [python(), "-c", READER, str(tmp_path)]
     read = elsewhere(*reader, home=tmp_path / "reader", hub=hub, cwd=tmp_path)
     assert read.returncode == 0, read.stderr
     said = json.loads((tmp_path / "said.json").read_text())

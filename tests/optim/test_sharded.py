@@ -1,14 +1,11 @@
 """The optimizer's side of two processes, DDP, FSDP2 and hybrid, is that of one with all rows."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from ..warm import ranks
 from .sharded_worker import RUNS, SHARDINGS, run
 from .steps import RATE
 
@@ -17,18 +14,7 @@ from .steps import RATE
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """By process: weights and numbers of each run."""
     folder = tmp_path_factory.mktemp("sharded")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    command += ["-m", "tests.optim.sharded_worker", str(folder)]
-    root = Path(__file__).parents[2]
-    finished = subprocess.run(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
+    ranks(2, "-m", "tests.optim.sharded_worker", folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

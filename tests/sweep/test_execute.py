@@ -4,18 +4,19 @@ import dataclasses
 import json
 import os
 import random
-import signal
 import subprocess
-import sys
 import time
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import pytest
 from filelock import FileLock
 from submitit.core.utils import UncompletedJobError
+from submitit.local.local import LocalExecutor
 
 from hf_stable.errors import UserError
+from hf_stable.sweep import execute as executing
 from hf_stable.sweep.execute import Progress, execute
 from hf_stable.sweep.jobs import Jobs, Work
 from hf_stable.sweep.plan import Plan, load_plan, planned_runs, write_plan
@@ -23,8 +24,9 @@ from hf_stable.sweep.rule import Thresholds
 from hf_stable.sweep.study import read_study
 from hf_stable.sweep.worker import work
 from hf_stable.telemetry.reading.history import read_history
-from tests.training import write_text
 
+from ..training import write_text
+from ..warm import python, warm
 from .test_plan import RECIPES
 
 PLAN = """\
@@ -97,18 +99,19 @@ def test_a_study_killed_again_and_again_has_the_same_results(
 ) -> None:
     plan = plan_of(folder, "killed")
     study = write_plan(plan, planned_runs(plan), Thresholds())
-    command = [sys.executable, "-m", "hf_stable.sweep.worker", str(study)]
+    command = [python(), "-m", "hf_stable.sweep.worker", str(study)]
     moments = random.Random(0)
     for _ in range(3):
-        worker = subprocess.Popen(
-            command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        worker = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         while not list((study / "runs").glob("*/metrics.jsonl")) and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(moments.uniform(0, 1.5))
-        os.killpg(worker.pid, signal.SIGKILL)
+        worker.kill()
         worker.wait()
+        for lock in (study / "locks").iterdir():  # until the system has taken them back
+            with FileLock(lock, timeout=60):
+                pass
     work(study)
     assert results(plan) == results(undisturbed)
     assert losses(plan) == losses(undisturbed)
@@ -130,6 +133,15 @@ def test_finished_models_are_scored_on_the_same_documents(folder: Path) -> None:
         assert nll / tokens == pytest.approx(loss, abs=0.5)  # other windows of much the same text
 
 
+@pytest.fixture
+def warm_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that have torch when they start; a job's id is its controller's pid."""
+    warm(monkeypatch, executing)
+    jobs = partialmethod(LocalExecutor.__init__, python=python())
+    monkeypatch.setattr(LocalExecutor, "__init__", jobs)
+
+
+@pytest.mark.usefixtures("warm_workers")
 def test_two_workers_share_the_runs(folder: Path, undisturbed: Plan) -> None:
     plan = plan_of(folder, "shared")
     study = execute(plan, workers=2)
@@ -192,6 +204,7 @@ def test_hopeless_runs_are_stopped_and_counted_as_diverged(folder: Path) -> None
         assert result["verdict"]["diverged"]
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_jobs_of_submitit_have_the_results_of_workers(folder: Path, undisturbed: Plan) -> None:
     plan = plan_of(folder, "jobs", "1e-2")
     study = execute(plan, workers=2, slurm={"cluster": "local", "timeout_min": 5})
@@ -221,6 +234,7 @@ def test_the_end_of_a_job_is_no_failure_of_its_run(
     assert not list((study / "runs").glob("*/result.json"))
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_jobs_that_fail_are_said_to(tmp_path: Path) -> None:
     jobs = Jobs(tmp_path, 1, {"cluster": "local", "timeout_min": 5})  # there is no plan
     while jobs.is_working():
