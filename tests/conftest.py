@@ -9,6 +9,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # As the command line does: the same bits wherever memory is aligned. MKL reads it at its first use.
 os.environ.setdefault("MKL_CBWR", "AUTO")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Inductor compiles a test program for every vector width and keeps idle workers, in each process.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # A shell starts what it sends to the background deaf to Ctrl-C, and children would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -7,6 +7,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from ..interpreter import patch_once
+
+patch_once()
+
 
 @pytest.fixture
 def tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:

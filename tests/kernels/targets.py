@@ -1,8 +1,9 @@
 """Compile kernels for NVIDIA GPUs without one; print what ptxas says of them as JSON.
 
-    python -m tests.kernels.targets attention 64        # a head width, for sm_90
-    python -m tests.kernels.targets attention 64 100    # for sm_100
-    python -m tests.kernels.targets head 256000         # a vocabulary
+    python -m tests.kernels.targets attention 64            # a head width, for sm_90
+    python -m tests.kernels.targets attention 64 100        # for sm_100
+    python -m tests.kernels.targets attention 64 90 all     # in all forms
+    python -m tests.kernels.targets head 256000,50257       # vocabularies
 
 Triton cross-compiles and brings its own ptxas. Interpreted kernels cannot be compiled in the same
 process, so TRITON_INTERPRET must not be set.
@@ -44,6 +45,8 @@ FORMS = {
     "clip": (False, True, False, False),
     "cap, clip, documents": (True, True, True, False),
 }
+# Statistics are the forward kernel's affair: to the others this form is "cap".
+FORWARD_ONLY = "cap, statistics"
 # Every branch of the kernels, in every tile size, and each of the other forms within one of these.
 BRANCHES = ("plain", "cap, fast tanh", "cap, documents, statistics", "cap, clip, documents")
 TYPES = {
@@ -105,15 +108,13 @@ def measure(
 
 
 def attention(width: int) -> dict[str, dict[str, Any]]:
-    """All kernels of one head width, in bf16.
-
-    In all forms for sm_90, by whose registers tiles were chosen, and widths with tiles of their
-    own. Elsewhere in BRANCHES: other widths add a mask to the tiles of the next power of two.
-    """
+    """All kernels of one head width, in bf16, in the forms of BRANCHES or in all."""
     columns, found = triton.next_power_of_2(width), {}
-    forms = FORMS if CAPABILITY == 90 and width == columns else BRANCHES
+    forms = FORMS if sys.argv[4:] == ["all"] else BRANCHES
     for name, kernel in ATTENTION.items():
         for label in forms:
+            if name != "forward" and label == FORWARD_ONLY:
+                continue
             cap, clip, documents, statistics = FORMS[label]
             blocks = choose_blocks(name, width, clip, torch.bfloat16, torch.device("cpu"))
             constants = {
@@ -154,5 +155,6 @@ def head_rows(vocab: int) -> dict[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    what, size = sys.argv[1], int(sys.argv[2])
-    print(json.dumps({"attention": attention, "head": head_rows}[what](size), indent=1))
+    measured = {"attention": attention, "head": head_rows}[sys.argv[1]]
+    sizes = {size: measured(int(size)) for size in sys.argv[2].split(",")}
+    print(json.dumps(sizes, indent=1))

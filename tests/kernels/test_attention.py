@@ -38,17 +38,25 @@ FORMS = [
     pytest.param({"softcap": cap, **CLIPS[clip]}, id=f"cap {cap}, {clip}")
     for cap, clip in itertools.product(CAPS, CLIPS)
 ]
+# Every cap with every clip, and either with every dtype; a GPU has the time for all three at once.
+FORMS_AND_DTYPES = [
+    pytest.param(*form.values, dtype, id=f"{form.id}, {dtype}")
+    for (cap, clip), form in zip(
+        itertools.product(range(len(CAPS)), range(len(CLIPS))), FORMS, strict=True
+    )
+    for index, dtype in enumerate(DTYPES)
+    if not INTERPRETED or index == (cap + clip) % len(DTYPES)
+]
 
 
 def _score(form: dict[str, Any], width: int) -> dict[str, Any]:
     return {"scaling": 1 / math.sqrt(width), **form}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "dtype"), FORMS_AND_DTYPES)
 def test_output_and_gradients_equal_float64(form, dtype, tiles, poisoned) -> None:
     tiles(32, 16)
-    inputs = draw((1, 2, 1, 71, 32), dtype)
+    inputs = draw((1, 2, 1, 45, 32), dtype)
     score = _score(form, 32)
     output, _ = flash_attention(*inputs.tensors, **score)
     assert_as_good_as_plain(inputs.gradients(output), inputs, None, **score)
@@ -56,17 +64,17 @@ def test_output_and_gradients_equal_float64(form, dtype, tiles, poisoned) -> Non
 
 @pytest.mark.parametrize("shape", [(16, 32), (64, 16), (16, 64), (32, 32)], ids=str)
 def test_tiles_change_nothing_but_rounding(shape, tiles) -> None:
-    inputs = draw((2, 2, 2, 85, 16), torch.float32)
+    inputs = draw((1, 2, 2, 70, 16), torch.float32)
     score = _score({"softcap": 30.0, "clip_gamma": -0.03, "clip_zeta": 1.03}, 16)
     tiles(*shape)
     output, _ = flash_attention(*inputs.tensors, **score)
     assert_as_good_as_plain(inputs.gradients(output), inputs, None, **score)
 
 
-@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 64, 65])
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 32, 33])
 def test_any_length(length: int, tiles, poisoned) -> None:
     tiles(16, 16)
-    inputs = draw((2, 2, 1, length, 16), torch.float32)
+    inputs = draw((2, 1, 1, length, 16), torch.float32)
     score = _score({"softcap": 20.0, "clip_alpha": 1.0}, 16)
     output, _ = flash_attention(*inputs.tensors, **score)
     assert_as_good_as_plain(inputs.gradients(output), inputs, None, **score)
@@ -76,7 +84,9 @@ def test_any_length(length: int, tiles, poisoned) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_any_head_width_with_its_own_tiles(width: int, dtype, poisoned) -> None:
     inputs = draw((1, 1, 1, 45, width), dtype, spread=1.0)
-    for form in ({"softcap": 50.0}, CLIPS["paper"]):
+    cap, clip = {"softcap": 50.0}, CLIPS["paper"]
+    # Clips have tiles of their own in half precision only.
+    for form in (cap, clip) if dtype == torch.float16 else ({**cap, **clip},):
         score = _score(form, width)
         again = inputs.to(dtype)
         output, _ = flash_attention(*again.tensors, **score)
@@ -86,7 +96,7 @@ def test_any_head_width_with_its_own_tiles(width: int, dtype, poisoned) -> None:
 @pytest.mark.parametrize("key_heads", [1, 2, 3, 6])
 def test_query_heads_share_key_heads(key_heads: int, tiles) -> None:
     tiles(32, 32)
-    inputs = draw((2, 6, key_heads, 40, 16), torch.float32)
+    inputs = draw((1, 6, key_heads, 40, 16), torch.float32)
     score = _score({"softcap": 10.0}, 16)
     output, _ = flash_attention(*inputs.tensors, **score)
     assert_as_good_as_plain(inputs.gradients(output), inputs, None, **score)
@@ -96,7 +106,7 @@ def test_query_heads_share_key_heads(key_heads: int, tiles) -> None:
 @pytest.mark.parametrize("magnitude", [1e2, 1e4])
 def test_huge_logits_and_saturated_caps(form, magnitude: float, tiles) -> None:
     tiles(16, 16)
-    inputs = draw((1, 2, 2, 40, 16), torch.float32, spread=math.sqrt(magnitude))
+    inputs = draw((1, 1, 1, 40, 16), torch.float32, spread=math.sqrt(magnitude))
     score = _score(form, 16)
     output, _ = flash_attention(*inputs.tensors, **score)
     found = inputs.gradients(output)
@@ -213,7 +223,9 @@ def _documents(name: str, length: int = 71) -> torch.Tensor:
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_documents_and_padding_equal_the_dense_mask(name, form, tiles, poisoned) -> None:
     tiles(16, 32)
-    inputs = draw((2, 2, 1, 71, 16), torch.float32)
+    # Heads share the documents of their row, which one name shows.
+    heads = 2 if name == "packed with holes" else 1
+    inputs = draw((2, heads, 1, 71, 16), torch.float32)
     documents = _documents(name)
     score = _score(form, 16)
     output, _ = flash_attention(*inputs.tensors, documents=documents, **score)
@@ -238,7 +250,7 @@ def test_a_documents_tensor_says_what_its_mask_says(name: str) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_statistics_equal_float64(form, packed: bool, tiles, poisoned) -> None:
     tiles(32, 16)
-    inputs = draw((2, 4, 2, 71, 16), torch.float32)
+    inputs = draw((2, 2, 1, 71, 16), torch.float32)
     documents = _documents("packed with holes") if packed else None
     score = _score(form, 16)
     mask = torch.ones(71, 71, dtype=torch.bool, device=DEVICE).tril()[None, None]
@@ -250,7 +262,7 @@ def test_statistics_equal_float64(form, packed: bool, tiles, poisoned) -> None:
     assert torch.equal(output, without)
     query, key, _ = inputs.to(torch.float64).tensors
     logits = query @ key.repeat_interleave(2, 1).mT / math.sqrt(16)
-    rows = mask.any(-1).expand(2, 4, 71)
+    rows = mask.any(-1).expand(2, 2, 71)
     cap = form.get("softcap")
     scores = logits if cap is None else cap * torch.tanh(logits / cap)
     probs = scores.masked_fill(~mask, -math.inf).softmax(-1).nan_to_num(0.0)
@@ -282,7 +294,7 @@ def test_the_same_inputs_give_the_same_bits(tiles) -> None:
     tiles(32, 32)
     found = []
     for _ in range(2):
-        inputs = draw((1, 4, 2, 50, 16), torch.float32)
+        inputs = draw((1, 2, 1, 50, 16), torch.float32)
         output, _ = flash_attention(*inputs.tensors, scaling=0.25, softcap=9.0)
         found.append(inputs.gradients(output))
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))

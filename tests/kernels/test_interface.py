@@ -83,7 +83,7 @@ def test_the_head_on_cuda_is_the_kernel() -> None:
 
 
 def test_a_training_step_holds_no_tensor_of_tokens_times_vocabulary_or_tokens(monkeypatch) -> None:
-    length, vocab_size = 200, 700
+    length, vocab_size = 100, 300
     config = StableGPTConfig.from_preset(
         "soft_clip",
         vocab_size=vocab_size,
@@ -95,7 +95,7 @@ def test_a_training_step_holds_no_tensor_of_tokens_times_vocabulary_or_tokens(mo
         z_loss=1e-4,
     )
     ids = torch.randint(0, vocab_size, (1, length), device=DEVICE)
-    positions = torch.cat([torch.arange(50), torch.arange(150)])[None].to(DEVICE)
+    positions = torch.cat([torch.arange(25), torch.arange(75)])[None].to(DEVICE)
     monkeypatch.setitem(plain.CHUNK_BYTES, "cuda", 4 * 32 * vocab_size)
     monkeypatch.setitem(LINEAR_CROSS_ENTROPY_FUNCTIONS._local_mapping, "cpu", linear_cross_entropy)
     for backend, bound in ((BACKEND, 32 * vocab_size), ("eager", math.inf)):
@@ -110,7 +110,7 @@ def test_a_training_step_holds_no_tensor_of_tokens_times_vocabulary_or_tokens(mo
 @pytest.mark.parametrize("preset", PRESETS)
 def test_training_and_evaluation_equal_eager(preset: str) -> None:
     eager, ours = _twins(preset)
-    ids = _tokens()
+    ids = _tokens(1)
     for model in (eager, ours):
         model.train()
         model(ids, labels=ids, use_cache=False).loss.backward()
@@ -233,7 +233,7 @@ def test_a_static_cache_sees_only_what_was_written() -> None:
 
 def test_statistics_of_every_layer_without_touching_the_model() -> None:
     _, ours = _twins("soft_clip", attn_logit_softcapping=5.0)
-    ids = _tokens()
+    ids = _tokens(1, 9)
     before = ours(ids).logits
     with record_statistics(ours) as statistics:
         during = ours(ids).logits
@@ -256,8 +256,9 @@ def test_statistics_of_every_layer_without_touching_the_model() -> None:
 
 
 def test_compiled_blocks_equal_plain_ones_and_record_in_one_graph_for_all() -> None:
-    _, ours = _twins("qk_norm_cap", layers=12)
-    ids = _tokens(1, 17)
+    layers = 9  # Dynamo keeps eight graphs of a function
+    _, ours = _twins("qk_norm_cap", layers=layers)
+    ids = _tokens(1, 5)
     expected = ours(ids, use_cache=False).logits
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -266,7 +267,7 @@ def test_compiled_blocks_equal_plain_ones_and_record_in_one_graph_for_all() -> N
     _assert_equal(ours(ids, use_cache=False).logits, expected)
     with record_statistics(ours) as statistics:
         _assert_equal(ours(ids, use_cache=False).logits, expected)
-    assert set(statistics) == set(range(12))
+    assert set(statistics) == set(range(layers))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     torch._dynamo.reset()
 

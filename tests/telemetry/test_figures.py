@@ -31,6 +31,33 @@ def figures(pair: list[History]) -> dict[str, str]:
     return found
 
 
+LOST = {
+    "qkv/output_l2": math.inf,
+    "qkv/output_rms": math.nan,
+    "attention/max_logit": -math.inf,
+    "attention/entropy": math.nan,
+    "optimizer/adam_ratio": math.nan,
+}
+
+
+@pytest.fixture(scope="module")
+def fine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Figures of a small run whose numbers are all finite."""
+    return drawn([small(tmp_path_factory.mktemp("fine"))])[0]
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Figures of the same run after it lost its loss and the numbers of LOST."""
+    changes = {f"layers.1.{name}": not_a_number(20, instead) for name, instead in LOST.items()}
+    run = small(
+        tmp_path_factory.mktemp("broken"),
+        changes=changes,
+        loss=lambda step, loss: math.nan if step > 20 else loss,
+    )
+    return drawn([run])[0]
+
+
 def test_all_figures_are_there_for_runs_with_all_numbers(figures: dict[str, str]) -> None:
     assert {"loss", "rates", "table-1", "table-2", "head", "adam-ratio"} <= figures.keys()
     assert {each.key for each in layer_figures.MAPS} <= figures.keys()
@@ -48,10 +75,13 @@ def test_the_tables_show_the_papers_norms_of_the_second_block(figures: dict[str,
     assert figures["table-1"].count('class="run-0"') == 12
 
 
-def test_a_missing_series_leaves_its_figure_out_and_says_so(pair: list[History]) -> None:
-    bare = [without(pair[0], "attention/entropy", "_bound")]
+def test_a_missing_series_leaves_its_figure_out_and_says_so(
+    fine: dict[str, str], tmp_path: Path
+) -> None:
+    bare = [without(small(tmp_path / "run"), "attention/entropy", "_bound")]
     figures, left_out = drawn(bare)
-    assert not {"entropy", "mlp-bound", "attention-bound", "heads-run-0"} & figures.keys()
+    lost = {"entropy", "mlp-bound", "attention-bound", "heads-run-0"}
+    assert lost <= fine.keys() and not lost & figures.keys()
     assert "Attention entropy" in left_out and all(left_out.values())
     html = page(bare)
     assert 'id="left-out"' in html
@@ -82,17 +112,7 @@ def test_other_families_have_their_own_maps(tmp_path: Path) -> None:
     assert "Output of QKV" in left_out
 
 
-def test_what_is_not_finite_is_marked(tmp_path: Path) -> None:
-    lost = {
-        "qkv/output_l2": math.inf,
-        "qkv/output_rms": math.nan,
-        "attention/max_logit": -math.inf,
-        "attention/entropy": math.nan,
-        "optimizer/adam_ratio": math.nan,
-    }
-    changes = {f"layers.1.{name}": not_a_number(20, instead) for name, instead in lost.items()}
-    fine, _ = drawn([small(tmp_path / "fine")])
-    broken, _ = drawn([small(tmp_path / "broken", changes=changes)])
+def test_what_is_not_finite_is_marked(fine: dict[str, str], broken: dict[str, str]) -> None:
     assert 'class="run-0"' in broken["adam-ratio"] and '"run-0"' not in fine["adam-ratio"]
     # One more element of the run: crosses. Heat maps say what their colour means.
     count = broken["table-1"].count('class="run-0"')
@@ -113,10 +133,7 @@ def test_crosses_are_at_the_border_it_left_by(
     np.testing.assert_array_equal(crosses.get_xydata(), [[1, border], [2, border]])
 
 
-def test_a_loss_that_is_not_finite_is_marked(tmp_path: Path) -> None:
-    fine, _ = drawn([small(tmp_path / "fine")])
-    lost = small(tmp_path / "lost", loss=lambda step, loss: math.nan if step > 20 else loss)
-    broken, _ = drawn([lost])
+def test_a_loss_that_is_not_finite_is_marked(fine: dict[str, str], broken: dict[str, str]) -> None:
     assert broken["loss"].count('class="run-0"') > fine["loss"].count('class="run-0"')
 
 
