@@ -25,11 +25,12 @@ _DESCRIPTION = """\
 Stable language model pre-training on the HuggingFace stack.
 
 A recipe is a YAML file that says everything about a run: model, text, optimizer, length.
+Many ship with the package and are taken by name: `hf-stable recipes list`.
 A first run, minutes on a laptop:
 
   hf-stable sample-text --output runs/quickstart-text.jsonl
-  hf-stable check recipes/quickstart.yaml
-  hf-stable train recipes/quickstart.yaml
+  hf-stable check quickstart
+  hf-stable train quickstart
   hf-stable generate runs/quickstart/model --prompt "In the beginning"
 """
 
@@ -49,8 +50,15 @@ exit codes:
 _RECIPES = """\
 Several recipes are layered, later ones win, so that a size and a technique combine:
 
-  hf-stable {command} recipes/base/10m.yaml recipes/techniques/qk_norm.yaml \\
+  hf-stable {command} base/10m techniques/qk_norm \\
       --set optimizer.learning_rate=1e-2 training.steps=600
+"""
+
+
+_SHIPPED = """\
+  hf-stable recipes list
+  hf-stable recipes show techniques/qk_norm
+  hf-stable recipes copy base/10m --output mine.yaml
 """
 
 
@@ -66,7 +74,9 @@ def _parser(description: str, epilog: str | None = None) -> ArgumentParser:
 
 def _recipe_parser(command: str, description: str) -> ArgumentParser:
     parser = _parser(description, _RECIPES.format(command=command))
-    parser.add_argument("recipe", nargs="+", metavar="RECIPE", help="recipe file")
+    parser.add_argument(
+        "recipe", nargs="+", metavar="RECIPE", help="recipe file, or the name of a shipped one"
+    )
     parser.add_argument(
         "--set",
         nargs="+",
@@ -279,9 +289,28 @@ def _sample_text_parser() -> ArgumentParser:
     return parser
 
 
+def _recipes_parser() -> ArgumentParser:
+    parser = _parser(
+        "List, show or copy the recipes and other files that ship with the package.", _SHIPPED
+    )
+    parser.add_argument(
+        "action",
+        type=Literal["list", "show", "copy"],
+        metavar="ACTION",
+        help="list: all with a line each; show: print one; copy: copy one or a folder, to edit it",
+    )
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="for show and copy: name, e.g. base/10m or slurm"
+    )
+    parser.add_argument(
+        "--output", metavar="PATH", help="for copy: file or folder; recipes/NAME unless given"
+    )
+    return parser
+
+
 def _sweep_parser() -> ArgumentParser:
     parser = _parser("Train all runs of a plan; goes on where it was stopped, however it was.")
-    parser.add_argument("plan", metavar="PLAN", help="plan, e.g. recipes/sweeps/table3_cpu.yaml")
+    parser.add_argument("plan", metavar="PLAN", help="plan file, or name, e.g. sweeps/table3_cpu")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the runs, their FLOPs and time, and stop"
     )
@@ -322,6 +351,7 @@ def build_parser(version: str) -> ArgumentParser:
     )
     subcommands = parser.add_subcommands(title="subcommands", metavar="SUBCOMMAND")
     for name, subparser in (
+        ("recipes", _recipes_parser()),
         ("train", _train_parser()),
         ("check", _check_parser()),
         ("plan", _plan_parser()),

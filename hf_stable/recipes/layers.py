@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from hf_stable.errors import RecipeError
-from hf_stable.recipes import schema, strict_yaml
+from hf_stable.recipes import schema, shipped, strict_yaml
 
 Location = tuple[str | int, ...]
 
@@ -43,16 +43,16 @@ def load_recipe(
     """Read a recipe.
 
     Args:
-        path: a recipe file, or several, of which later ones win. What a file `extends` (paths
-            relative to its own folder) lies below the file itself. Mappings are merged, everything
-            else is replaced.
+        path: a recipe, or several, of which later ones win: paths of files, or names of shipped
+            ones such as `base/10m`. What a file `extends` (names, or paths relative to its own
+            folder) lies below the file itself. Mappings are merged, everything else is replaced.
         overrides: `key.path=value` with the value in YAML; they win over the files.
 
     Raises:
         RecipeError: names the file or override, the key, what was found, and what to do.
     """
     paths = [path] if isinstance(path, (str, Path)) else path
-    layers = [layer for each in paths for layer in _read(Path(each), ())]
+    layers = [layer for each in paths for layer in _read(shipped.resolve(each), ())]
     layers += [_parse_override(override) for override in overrides]
     merged: dict[str, Any] = {}
     for layer in layers:
@@ -68,18 +68,28 @@ def load_recipe(
 
 def _read(path: Path, chain: tuple[Path, ...]) -> list[Layer]:
     """The layers of a file, lowest first: those that it extends, then its own."""
-    names = " -> ".join(str(each) for each in (*chain, path))
+    source = shipped.show(path)
     if path.resolve() in [each.resolve() for each in chain]:
-        raise RecipeError(f"{path}: extends itself: {names}; remove one extends of this circle")
-    if chain and not path.is_file():
-        raise RecipeError(f"{chain[-1]}: extends: there is no file {path} ({names})")
+        names = " -> ".join(shipped.show(each) for each in (*chain, path))
+        raise RecipeError(f"{source}: extends itself: {names}; remove one extends of this circle")
     content = strict_yaml.load(path)
     extends = content.pop("extends", [])
     parents = [extends] if isinstance(extends, str) else extends
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
-        raise RecipeError(f"{path}: extends: found {extends!r}; give a path or a list of paths")
-    layers = [layer for parent in parents for layer in _read(path.parent / parent, (*chain, path))]
-    return [*layers, Layer(str(path), content)]
+        raise RecipeError(f"{source}: extends: found {extends!r}; give a path or a list of paths")
+    layers = [
+        layer
+        for parent in parents
+        for layer in _read(_extended(path, parent, source), (*chain, path))
+    ]
+    return [*layers, Layer(source, content)]
+
+
+def _extended(path: Path, parent: str, source: str) -> Path:
+    try:
+        return shipped.resolve(parent, path.parent)
+    except RecipeError as error:
+        raise RecipeError(f"{source}: extends: {error}") from error
 
 
 def _parse_override(override: str) -> Layer:
