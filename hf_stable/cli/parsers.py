@@ -51,7 +51,7 @@ _RECIPES = """\
 Several recipes are layered, later ones win, so that a size and a technique combine:
 
   hf-stable {command} base/10m techniques/qk_norm \\
-      --set optimizer.learning_rate=1e-2 training.steps=600
+      --set optimizer.learning_rate=1e-2 training.steps=600{options}
 """
 
 
@@ -72,8 +72,8 @@ def _parser(description: str, epilog: str | None = None) -> ArgumentParser:
     )
 
 
-def _recipe_parser(command: str, description: str) -> ArgumentParser:
-    parser = _parser(description, _RECIPES.format(command=command))
+def _recipe_parser(command: str, description: str, options: str = "") -> ArgumentParser:
+    parser = _parser(description, _RECIPES.format(command=command, options=options))
     parser.add_argument(
         "recipe", nargs="+", metavar="RECIPE", help="recipe file, or the name of a shipped one"
     )
@@ -143,7 +143,9 @@ def _check_parser() -> ArgumentParser:
 
 def _plan_parser() -> ArgumentParser:
     parser = _recipe_parser(
-        "plan", "Memory, speed, days and cost of a recipe on so many GPUs, computed without one."
+        "plan",
+        "Memory, speed, days and cost of a recipe on so many GPUs, computed without one.",
+        " --gpus 8 --gpu-memory 80",
     )
     parser.add_argument(
         "--gpus", type=PositiveInt, nargs="+", required=True, metavar="N", help="numbers of GPUs"
