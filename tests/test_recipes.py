@@ -159,10 +159,10 @@ def test_what_is_no_text_of_recipe_size_is_refused(
 
 
 def test_missing_files_and_keys_are_refused(tmp_path: Path) -> None:
-    assert "no such recipe file" in refusal(tmp_path / "none.yaml")
+    assert "there is no such file" in refusal(tmp_path / "none.yaml")
     assert "data is missing" in refusal(write(tmp_path, "a.yaml", "name: a"))
     lonely = write(tmp_path, "b.yaml", "extends: none.yaml")
-    assert f"there is no file {tmp_path / 'none.yaml'}" in refusal(lonely)
+    assert f"extends: {tmp_path / 'none.yaml'}: there is no such file" in refusal(lonely)
 
 
 def test_every_key_refuses_another_type_by_name() -> None:

@@ -241,7 +241,7 @@ def test_help_and_misuse_need_no_slurm(tmp_path: Path) -> None:
     without = start("runs/x", "recipe.yaml")
     assert (without.returncode, "sbatch" in without.stderr) == (2, True)
     elsewhere = start("runs/x", "recipe.yaml", SLURM_JOB_ID="1")
-    assert (elsewhere.returncode, "repository's root" in elsewhere.stderr) == (2, True)
+    assert (elsewhere.returncode, "hf-stable recipes copy slurm" in elsewhere.stderr) == (2, True)
 
 
 def _lint() -> Callable[[Path], list[str]]:

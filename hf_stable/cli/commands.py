@@ -47,6 +47,25 @@ def _sources_of(
     return expand(sources, report, shared_options=True)
 
 
+def _recipes(arguments: Namespace) -> None:
+    from hf_stable.recipes import shipped
+
+    name, output = arguments.name, arguments.output
+    if arguments.action == "list":
+        names = shipped.names()
+        width = max(len(each) for each in names)
+        print("\n".join(f"{each:<{width}}  {shipped.summary(each)}" for each in names))
+    elif name is None:
+        raise UserError(
+            f"recipes {arguments.action} needs a NAME; `hf-stable recipes list` has all"
+        )
+    elif arguments.action == "show":
+        print(shipped.read(name), end="")
+    else:
+        written = shipped.copy(name, None if output is None else Path(output))
+        print("\n".join(f"written: {path}" for path in written))
+
+
 def _train(arguments: Namespace) -> int:
     recipe = _recipe_of(arguments)
     if arguments.print_config:
@@ -340,6 +359,7 @@ def _sample_text(arguments: Namespace) -> None:
 
 
 COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
+    "recipes": _recipes,
     "train": _train,
     "check": _check,
     "plan": _plan,

@@ -26,11 +26,12 @@ _DESCRIPTION = """\
 Stable language model pre-training on the HuggingFace stack.
 
 A recipe is a YAML file that says everything about a run: model, text, optimizer, length.
+Many ship with the package and are taken by name: `hf-stable recipes list`.
 A first run, minutes on a laptop:
 
   hf-stable sample-text --output runs/quickstart-text.jsonl
-  hf-stable check recipes/quickstart.yaml
-  hf-stable train recipes/quickstart.yaml
+  hf-stable check quickstart
+  hf-stable train quickstart
   hf-stable generate runs/quickstart/model --prompt "In the beginning"
 """
 
@@ -50,8 +51,15 @@ exit codes:
 _RECIPES = """\
 Several recipes are layered, later ones win, so that a size and a technique combine:
 
-  hf-stable {command} recipes/base/10m.yaml recipes/techniques/qk_norm.yaml \\
-      --set optimizer.learning_rate=1e-2 training.steps=600
+  hf-stable {command} base/10m techniques/qk_norm \\
+      --set optimizer.learning_rate=1e-2 training.steps=600{options}
+"""
+
+
+_SHIPPED = """\
+  hf-stable recipes list
+  hf-stable recipes show techniques/qk_norm
+  hf-stable recipes copy base/10m --output mine.yaml
 """
 
 
@@ -65,9 +73,16 @@ def _parser(subcommands: Any, command: str, description: str, epilog: str | None
     )
 
 
-def _recipe_parser(subcommands: Any, command: str, description: str) -> Parser:
-    parser = _parser(subcommands, command, description, _RECIPES.format(command=command))
-    parser.add_argument("recipe", nargs="+", type=path, metavar="RECIPE", help="recipe file")
+def _recipe_parser(subcommands: Any, command: str, description: str, options: str = "") -> Parser:
+    epilog = _RECIPES.format(command=command, options=options)
+    parser = _parser(subcommands, command, description, epilog)
+    parser.add_argument(
+        "recipe",
+        nargs="+",
+        type=path,
+        metavar="RECIPE",
+        help="recipe file, or the name of a shipped one",
+    )
     parser.add_argument(
         "--set",
         nargs="+",
@@ -141,6 +156,7 @@ def _plan_parser(subcommands: Any) -> None:
         subcommands,
         "plan",
         "Memory, speed, days and cost of a recipe on so many GPUs, computed without one.",
+        " --gpus 8",
     )
     parser.add_argument(
         "--gpus", type=positive_int, nargs="+", required=True, metavar="N", help="numbers of GPUs"
@@ -321,6 +337,30 @@ def _sample_text_parser(subcommands: Any) -> None:
     )
 
 
+def _recipes_parser(subcommands: Any) -> None:
+    parser = _parser(
+        subcommands,
+        "recipes",
+        "List, show or copy the recipes and other files that ship with the package.",
+        _SHIPPED,
+    )
+    parser.add_argument(
+        "action",
+        choices=("list", "show", "copy"),
+        metavar="ACTION",
+        help="list: all with a line each; show: print one; copy: copy one or a folder, to edit it",
+    )
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="for show and copy: name, e.g. base/10m or slurm"
+    )
+    parser.add_argument(
+        "--output",
+        type=path,
+        metavar="PATH",
+        help="for copy: file or folder; recipes/NAME unless given",
+    )
+
+
 def _sweep_parser(subcommands: Any) -> None:
     parser = _parser(
         subcommands,
@@ -328,7 +368,7 @@ def _sweep_parser(subcommands: Any) -> None:
         "Train all runs of a plan; goes on where it was stopped, however it was.",
     )
     parser.add_argument(
-        "plan", type=path, metavar="PLAN", help="plan, e.g. recipes/sweeps/table3_cpu.yaml"
+        "plan", type=path, metavar="PLAN", help="plan file, or name, e.g. sweeps/table3_cpu"
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the runs, their FLOPs and time, and stop"
@@ -372,6 +412,7 @@ def build_parser(version: str) -> Parser:
     subcommands = parser.add_subparsers(
         dest="subcommand", title="subcommands", metavar="SUBCOMMAND", required=True
     )
+    _recipes_parser(subcommands)
     _train_parser(subcommands)
     _check_parser(subcommands)
     _plan_parser(subcommands)

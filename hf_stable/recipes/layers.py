@@ -10,8 +10,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from hf_stable.errors import RecipeError
-from hf_stable.paths import expand_home
-from hf_stable.recipes import schema, strict_yaml
+from hf_stable.recipes import schema, shipped, strict_yaml
 from hf_stable.recipes.model_fields import model_defaults, presets
 from hf_stable.recipes.sections import SECTIONS, Location, section_of
 from hf_stable.recipes.suggestions import nearest, nearest_key, nearest_model_key
@@ -33,9 +32,9 @@ def load_recipe(
     """Read a recipe.
 
     Args:
-        path: a recipe file, or several, of which later ones win. What a file `extends` (paths
-            relative to its own folder) lies below the file itself. Mappings are merged, everything
-            else is replaced.
+        path: a recipe, or several, of which later ones win: paths of files, or names of shipped
+            ones such as `base/10m`. What a file `extends` (names, or paths relative to its own
+            folder) lies below the file itself. Mappings are merged, everything else is replaced.
         overrides: `key.path=value` with the value in YAML; they win over the files.
         builds_model: test the model section by building its config, which imports torch; else only
             the names of its fields are tested.
@@ -44,7 +43,7 @@ def load_recipe(
         RecipeError: names the file or override, the key, what was found, and what to do.
     """
     paths = [path] if isinstance(path, (str, Path)) else path
-    layers = [layer for each in paths for layer in _read(Path(expand_home(str(each))), ())]
+    layers = [layer for each in paths for layer in _read(shipped.resolve(each), ())]
     layers += [_parse_override(override) for override in overrides]
     merged: dict[str, Any] = {}
     for layer in layers:
@@ -62,19 +61,28 @@ def load_recipe(
 
 def _read(path: Path, chain: tuple[Path, ...]) -> list[Layer]:
     """The layers of a file, lowest first: those that it extends, then its own."""
-    names = " -> ".join(str(each) for each in (*chain, path))
+    source = shipped.show(path)
     if path.resolve() in [each.resolve() for each in chain]:
-        raise RecipeError(f"{path}: extends itself: {names}; remove one extends of this circle")
-    if chain and not path.is_file():
-        raise RecipeError(f"{chain[-1]}: extends: there is no file {path} ({names})")
+        names = " -> ".join(shipped.show(each) for each in (*chain, path))
+        raise RecipeError(f"{source}: extends itself: {names}; remove one extends of this circle")
     content = strict_yaml.load(path)
     extends = content.pop("extends", [])
     parents = [extends] if isinstance(extends, str) else extends
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
-        raise RecipeError(f"{path}: extends: found {extends!r}; give a path or a list of paths")
-    below = [path.parent / expand_home(parent) for parent in parents]
-    layers = [layer for each in below for layer in _read(each, (*chain, path))]
-    return [*layers, Layer(str(path), content)]
+        raise RecipeError(f"{source}: extends: found {extends!r}; give a path or a list of paths")
+    layers = [
+        layer
+        for parent in parents
+        for layer in _read(_extended(path, parent, source), (*chain, path))
+    ]
+    return [*layers, Layer(source, content)]
+
+
+def _extended(path: Path, parent: str, source: str) -> Path:
+    try:
+        return shipped.resolve(parent, path.parent)
+    except RecipeError as error:
+        raise RecipeError(f"{source}: extends: {error}") from error
 
 
 def _parse_override(override: str) -> Layer:

@@ -124,10 +124,8 @@ def load(path: Path) -> dict[str, Any]:
     """Read a YAML file whose document is a mapping.
 
     Raises:
-        RecipeError: the file is missing, empty, too large, not UTF-8, not YAML, not a mapping.
+        RecipeError: the file is empty, too large, not UTF-8, not YAML, not a mapping.
     """
-    if not path.is_file():
-        raise RecipeError(f"{path}: there is no such recipe file (current directory: {Path.cwd()})")
     if path.stat().st_size > MAX_BYTES:
         raise RecipeError(
             f"{path}: {path.stat().st_size:,} bytes; a recipe has at most {MAX_BYTES:,}"
@@ -140,7 +138,7 @@ def load(path: Path) -> dict[str, Any]:
         ) from error
     content = parse(text, str(path))
     if content is None:
-        raise RecipeError(f"{path}: is empty; start from a file in recipes/")
+        raise RecipeError(f"{path}: is empty; `hf-stable recipes list` names files to start from")
     if not isinstance(content, dict):
         raise RecipeError(
             f"{path}: holds a {type(content).__name__}; a recipe is a mapping `key: value`"

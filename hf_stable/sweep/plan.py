@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_vali
 from pydantic.dataclasses import dataclass
 
 from hf_stable.errors import RecipeError, UserError
-from hf_stable.recipes import Recipe, load_recipe, strict_yaml
+from hf_stable.recipes import Recipe, load_recipe, shipped, strict_yaml
 from hf_stable.recipes.schema import Count, PathText, Whole
 from hf_stable.records import write_json
 
@@ -44,9 +44,9 @@ class Plan:
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
     """Name of the study."""
     base: Annotated[list[PathText], Field(min_length=1)]
-    """Recipe files that all runs share, relative to the plan, later ones win."""
+    """Recipes that all runs share, later ones win: shipped names, or paths relative to the plan."""
     methods: Annotated[list[PathText], Field(min_length=1)]
-    """Recipe files of the methods, relative to the plan; a file's name is the method's."""
+    """Recipes of the methods, named likewise; a file's name is the method's."""
     learning_rates: Rates | ScaledRates
     """Peak learning rates, or those of another width to be scaled to this one."""
     seeds: Annotated[list[Count], Field(min_length=1)]
@@ -106,31 +106,39 @@ def load_plan(path: Path, settings: list[str] | None = None, output: str | None 
     """Read a plan.
 
     Args:
-        settings: `key=value` for every run, after the plan's own. output: instead of the plan's.
+        path: Path of a file, or the name of a shipped plan such as `sweeps/smoke`.
+        settings: `key=value` for every run, after the plan's own.
+        output: Folder of the study, instead of the plan's.
 
     Raises:
         RecipeError: names the file, the key, what was found and what to do.
     """
+    path = shipped.resolve(path)
     content = strict_yaml.load(path)
     try:
         plan = _ADAPTER.validate_json(json.dumps(content))
     except ValidationError as error:
         problems = [_describe(path, each) for each in error.errors(include_url=False)]
         raise RecipeError("\n".join(problems)) from error
-    for name in (*plan.base, *plan.methods):
-        if not (path.parent / name).is_file():
-            raise RecipeError(f"{path}: there is no recipe {path.parent / name}; mend its path")
     try:
         Thresholds.from_dict(plan.thresholds)
     except UserError as error:
         raise RecipeError(f"{path}: {error}") from error
     return dataclasses.replace(
         plan,
-        base=[str(path.parent / name) for name in plan.base],
-        methods=[str(path.parent / name) for name in plan.methods],
+        base=[_recipe(path, name) for name in plan.base],
+        methods=[_recipe(path, name) for name in plan.methods],
         settings=[*plan.settings, *(settings or [])],
         output=output or plan.output,
     )
+
+
+def _recipe(plan: Path, name: str) -> str:
+    """Return the path or the shipped name of a plan's recipe, for `load_recipe`."""
+    try:
+        return shipped.show(shipped.resolve(name, plan.parent))
+    except RecipeError as error:
+        raise RecipeError(f"{shipped.show(plan)}: {error}") from error
 
 
 def write_plan(plan: Plan, runs: list[Planned], thresholds: Thresholds) -> Path:

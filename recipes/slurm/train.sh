@@ -8,13 +8,14 @@
 #SBATCH --exclusive
 #SBATCH --requeue
 #SBATCH --signal=USR1@120
-# Train on one Slurm node or many, and go on by itself after a preemption or the time limit:
+# Train on one Slurm node or many, and resume by itself after a preemption or the time limit:
 #
-#     sbatch [SBATCH OPTIONS] recipes/slurm/train.sh RUN RECIPE.yaml ... [TRAINING OPTIONS]
-#     sbatch --nodes 4 --time 24:00:00 recipes/slurm/train.sh runs/830m recipes/base/830m.yaml
+#     sbatch [SBATCH OPTIONS] recipes/slurm/train.sh RUN RECIPE ... [TRAINING OPTIONS]
+#     sbatch --nodes 4 --time 24:00:00 recipes/slurm/train.sh runs/830m base/830m
 #
-# Submit from the repository's root, on a file system that all nodes see. RUN is the run's folder;
-# RUN/logs/JOB-RESTART/node-N has one folder of logs per rank. Two minutes before the time limit
+# Submit from the repository's root, or from a folder where `hf-stable recipes copy slurm` was run,
+# on a file system that all nodes see. RUN is the run's folder; RUN/logs/JOB-RESTART/node-N has one
+# folder of logs per rank. Two minutes before the time limit
 # (--signal; more for a large model on slow disks) and when Slurm preempts the job, training writes
 # a checkpoint and RUN/preempted.json, by which this script asks for the job to be run again. A run
 # that finished, failed or was cancelled is not run again. Environment variables:
@@ -35,7 +36,7 @@ fi
 # Slurm runs a copy of this file from a folder of its own, in the folder of the submission.
 node_script=$PWD/recipes/slurm/node.sh
 if [ ! -e "$node_script" ]; then
-    echo "error: $PWD has no recipes/slurm/node.sh: submit from the repository's root" >&2
+    echo "error: $PWD has no recipes/slurm/node.sh: run \`hf-stable recipes copy slurm\` here first" >&2
     exit 2
 fi
 

@@ -92,7 +92,10 @@ def test_workers_read_the_plan_that_was_written(tmp_path: Path) -> None:
         (("seeds: [0, 1]", "seeds: [0, 0]"), "seeds has 0 twice"),
         (("seeds: [0, 1]", "seeds: []"), "seeds"),
         (("seeds:", "sedes:"), "sedes is not a key of a plan; known are .*seeds"),
-        (("qk_norm.yaml", "qk_nrom.yaml"), "there is no recipe .*qk_nrom.yaml"),
+        (
+            ("qk_norm.yaml", "qk_nrom.yaml"),
+            "qk_nrom.yaml: there is no such file.*did you mean techniques/qk_norm",
+        ),
         (("name: p", "name: a/b"), "name: found 'a/b'"),
         (("name: p", "name: p\nthresholds: {{colapse: middle}}"), "plan.yaml: .*colapse unknown"),
     ],

@@ -1,0 +1,56 @@
+"""What README, docs and `--help` tell to type works from the wheel, in an empty folder."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT, Installed
+from .documented import (
+    CLAIMS,
+    INSTEAD,
+    Block,
+    Elsewhere,
+    blocks_of_documents,
+    blocks_of_help,
+)
+
+BLOCKS = [*blocks_of_documents(), *blocks_of_help()]
+RUNNABLE = [
+    block
+    for block in BLOCKS
+    if not all(isinstance(INSTEAD.get(line), Elsewhere) for line in block.lines)
+]
+
+
+def test_every_command_is_found() -> None:
+    text = (ROOT / "README.md").read_text()
+    lines = [line for block in blocks_of_documents() for line in block.lines]
+    assert text.count("\nhf-stable ") <= sum(line.startswith("hf-stable ") for line in lines)
+    assert len(lines) > 30
+    assert len(blocks_of_help()) > 3
+
+
+def test_the_tables_name_documented_commands() -> None:
+    lines = {line for block in BLOCKS for line in block.lines}
+    assert not set(INSTEAD) - lines
+    assert not set(CLAIMS) - lines
+    for instead in INSTEAD.values():
+        assert isinstance(instead, str) or (ROOT / instead.file).is_file()
+
+
+@pytest.mark.parametrize(
+    "block", RUNNABLE, ids=[f"{block.place}-{at}" for at, block in enumerate(RUNNABLE)]
+)
+def test_documented_commands_run(block: Block, installed: Installed, folder: Path) -> None:
+    adapted = [INSTEAD.get(line, line) for line in block.lines]
+    output = installed.run("\n".join(line for line in adapted if isinstance(line, str)), folder)
+    for line in block.lines:
+        for claim in CLAIMS.get(line, []):
+            assert re.search(claim, output), f"{line}: {claim!r} is not in\n{output}"
+
+
+def test_console_scripts_start(installed: Installed, tmp_path: Path) -> None:
+    said = installed.run("hf-stable --version; hf-stable-lm-eval --help", tmp_path)
+    assert re.match(r"hf-stable \d", said)
+    assert "usage: lm-eval" in said
