@@ -23,35 +23,6 @@ def run(*command: str | Path) -> str:
     return answer.stdout
 
 
-@pytest.mark.parametrize("base", ["quickstart.yaml", "base/830m.yaml"])
-def test_check_accepts_every_technique(base: str) -> None:
-    program = (
-        "import sys; from hf_stable.cli import main\n"
-        "for technique in sys.argv[2:]:\n"
-        "    assert main(['check', sys.argv[1], technique]) == 0, technique"
-    )
-    recipe = ROOT / "recipes" / base
-    assert len(TECHNIQUES) >= 16
-    output = run(python(), "-W", "ignore", "-c", program, recipe, *TECHNIQUES)
-    assert output.count("this recipe works") == len(TECHNIQUES)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        [],
-        ["recipes/techniques/soft_clip.yaml"],
-        ["--set", "data.separate_documents=true", "model.preset=baseline"],
-    ],
-    ids=["cap", "clip", "packed documents"],
-)
-def test_plan_knows_the_kernels(options: list[str]) -> None:
-    sizes = ["--gpus", "8", "--gpu-memory", "80"]
-    assert "|    8 |" in run(
-        python(), HF_STABLE, "plan", "recipes/quickstart.yaml", *options, *sizes
-    )
-
-
 @pytest.mark.parametrize(
     "imports",
     [

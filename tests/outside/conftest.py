@@ -49,7 +49,11 @@ class Installed:
             Its output and errors; the exit code must be `status`.
         """
         kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-        settings = {"PATH": f"{self.bin}:/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
+        settings = {
+            "PATH": f"{self.bin}:/usr/bin:/bin",
+            "HF_HOME": str(self.bin.parent / "huggingface"),
+            "HF_HUB_OFFLINE": "1",
+        }
         answer = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", line],
             cwd=folder,

@@ -121,7 +121,7 @@ INSTEAD: dict[str, str | Elsewhere] = {
     "accelerate estimate-memory org/name --library_name transformers --trust_remote_code": (
         Elsewhere("needs the Hub", "tests/clients/test_loading.py")
     ),
-    "hf-stable push exports/quickstart --to OWNER/NAME --private --tag v1": _HUB,
+    "hf-stable push exports/quickstart --output OWNER/NAME --private --tag v1": _HUB,
 }
 _SURVIVAL_TAIL = "training.checkpoint_every=20 training.micro_batch_size=4"
 _TORCHRUN = (
@@ -139,7 +139,7 @@ for documented in (
 # What a command is said to do: expressions that its block's output has.
 CLAIMS = {
     "hf-stable check quickstart": ["this recipe works"],
-    "hf-stable check base/830m --world 32": ["826,4", "GFLOP", "memory", "steps"],
+    "hf-stable check base/830m --gpus 32": ["826,4", "GFLOP", "memory", "steps"],
     "hf-stable recipes list": ["base/10m ", "slurm/train.sh "],
     "hf-stable recipes show techniques/qk_norm": ["qk_norm: head"],
     "hf-stable evaluate runs/quickstart": ["perplexity", "bigram table", "unigram table"],
@@ -147,5 +147,7 @@ CLAIMS = {
     "hf-stable train warm_start/qk_norm": ["perplexity .* before", "after"],
     "hf-stable diagnose runs/a": ["alarm"],
     "hf-stable sweep sweeps/table3_cpu --dry-run": ["240", "FLOP", "time|hours|minutes"],
-    "hf-stable push exports/quickstart --to OWNER/NAME --private --dry-run": ["model.safetensors"],
+    "hf-stable push exports/quickstart --output OWNER/NAME --private --dry-run": [
+        "model.safetensors"
+    ],
 }

@@ -54,13 +54,13 @@ def test_check_accepts_every_technique(
 def test_plan_accepts_every_technique(
     installed: Installed, tmp_path: Path, bases: list[str]
 ) -> None:
-    output = _run(installed, tmp_path, "plan", bases, "--gpus,8,--gpu-memory,80")
+    output = _run(installed, tmp_path, "plan", bases, "--gpus,8")
     assert output.count("|    8 |") == len(bases) * len(TECHNIQUES)
 
 
 def test_plan_accepts_packed_documents(installed: Installed, tmp_path: Path) -> None:
     packed = "--set data.separate_documents=true model.preset=baseline"
-    output = installed.run(f"hf-stable plan quickstart --gpus 8 --gpu-memory 80 {packed}", tmp_path)
+    output = installed.run(f"hf-stable plan quickstart --gpus 8 {packed}", tmp_path)
     assert "|    8 |" in output
 
 
