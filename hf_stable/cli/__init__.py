@@ -9,7 +9,6 @@ from hf_stable import __version__
 from hf_stable.cli.commands import COMMANDS
 from hf_stable.cli.parsers import build_parser
 from hf_stable.errors import DivergedError, UserError
-from hf_stable.preemption import EXIT_INTERRUPTED
 
 # MKL otherwise sums in another order when memory is aligned otherwise, so that a resumed run could
 # differ in the last bits. It reads the variable at its first product; processes inherit it.
@@ -39,5 +38,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         more = "; the same command resumes from the newest checkpoint"
         print("interrupted" + (more if parsed.subcommand == "train" else ""), file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return 130  # EXIT_INTERRUPTED, whose module would make help slower
     return status or 0
