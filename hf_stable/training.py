@@ -79,11 +79,12 @@ def train(recipe: Recipe, *, resume: str = "auto", stop: Stop | None = None) -> 
     with contextlib.ExitStack() as stack:
         if os.environ.get("RANK", "0") == "0":
             stack.enter_context(run_lock(Path(recipe.output)))
-            clear_heartbeats(Path(recipe.output) / HEARTBEATS)
         perplexity = finished_at(recipe, resume)
         if perplexity is not None:
             steps = recipe.num_steps
             return TrainResult(Path(recipe.output), steps, perplexity, was_finished=True)
+        if os.environ.get("RANK", "0") == "0":
+            clear_heartbeats(Path(recipe.output) / HEARTBEATS)
         with Preparation(Path(recipe.output)):
             run = prepare_run(recipe, resume)  # until here Ctrl-C ends at once
         stack.callback(run.reporter.close)

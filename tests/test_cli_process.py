@@ -11,7 +11,6 @@ import pytest
 from .warm import python
 
 ROOT = Path(__file__).parent.parent
-TECHNIQUES = sorted((ROOT / "recipes" / "techniques").glob("*.yaml"))
 HF_STABLE = Path(sys.executable).with_name("hf-stable")
 
 

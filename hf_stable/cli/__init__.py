@@ -11,7 +11,6 @@ from hf_stable.cli import streams
 from hf_stable.cli.commands import COMMANDS
 from hf_stable.cli.parsers import parse
 from hf_stable.errors import DivergedError, UserError
-from hf_stable.preemption import EXIT_INTERRUPTED
 
 # MKL otherwise sums in another order when memory is aligned otherwise, so that a resumed run could
 # differ in the last bits. It reads the variable at its first product; processes inherit it.
@@ -51,6 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted" + (more if "train" in arguments[:1] else ""), file=sys.stderr)
         if is_work_left():
             sys.stdout.flush()
-            os._exit(EXIT_INTERRUPTED)
-        return EXIT_INTERRUPTED
+            os._exit(130)
+        return 130  # EXIT_INTERRUPTED, whose module would make help slower
     return status or 0

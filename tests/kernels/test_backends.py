@@ -81,8 +81,8 @@ def test_away_from_the_kernels_it_is_what_transformers_chooses(preset: str) -> N
     [
         (PLAIN, CUDA, True, "plain attention"),
         (CAP, CUDA, True, "fuses a cap or clip"),
-        (CAP, CPU, True, "for a cap or clip; the fused kernels need a CUDA GPU, not a cpu device"),
-        (CAP, CUDA, False, "a cap or clip, but Triton is not installed"),
+        (CAP, CPU, True, "for a cap or clip; the fused kernels need a CUDA GPU"),
+        (CAP, CUDA, False, "for a cap or clip; Triton is not installed"),
         ({**CLIP, **DROPOUT}, CUDA, True, "attention_dropout"),
         ({**CAP, **WIDE}, CUDA, True, "head_dim up to 256"),
     ],

@@ -1,5 +1,6 @@
 """Laws of the terminal view: it fits, it says what the records say, and it ends."""
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -10,10 +11,13 @@ from rich.console import Console
 
 from hf_stable import cli
 from hf_stable.records import RunRecord
+from hf_stable.run_lock import run_lock
 from hf_stable.telemetry.reading.diagnosis import diagnose
 from hf_stable.telemetry.reading.history import read_history
 from hf_stable.telemetry.reading.terminal import (
+    State,
     ending,
+    is_gone,
     print_diagnosis,
     sparkline,
     view,
@@ -24,7 +28,8 @@ from tests.telemetry.runs import write_diverging, write_healthy
 
 def shown(folders: list[Path], width: int) -> str:
     console = Console(record=True, width=width, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(view([read_history(folder) for folder in folders], width))
+    histories = [read_history(folder) for folder in folders]
+    console.print(view([State(history, ending(history)) for history in histories], width))
     return console.export_text()
 
 
@@ -94,6 +99,59 @@ def test_how_a_run_ended(tmp_path: Path) -> None:
     record.append("resumed", 40)
     record.close()
     assert ending(read_history(folder)) is None
+
+
+@pytest.mark.parametrize(
+    ("event", "fields", "end"),
+    [
+        ("preempted", {"signal": "SIGTERM"}, "preempted"),
+        ("preempted", {"signal": None}, "preempted"),
+        ("preempted", {"signal": "SIGINT"}, "interrupted"),
+        ("stopped", {}, "stopped"),
+    ],
+)
+def test_a_run_that_was_told_to_end_has_ended_until_it_is_resumed(
+    event: str, fields: dict[str, str | None], end: str, tmp_path: Path
+) -> None:
+    folder = write_healthy(tmp_path / "run", steps=40, finished=False)
+    record = RunRecord(folder)
+    record.append(event, 40, **fields)
+    assert ending(read_history(folder), is_gone=True) == end
+    record.append("validation", 40, loss=1.0, perplexity=2.0)
+    assert ending(read_history(folder)) == end
+    record.append("resumed", 40)
+    record.close()
+    assert ending(read_history(folder)) is None
+    assert ending(read_history(folder), is_gone=True) == "died"
+
+
+def test_a_finished_run_that_is_trained_on_is_running(tmp_path: Path) -> None:
+    folder = write_healthy(tmp_path / "run", steps=40)
+    record = RunRecord(folder)
+    record.append("resumed", 40)
+    record.close()
+    assert ending(read_history(folder)) is None
+
+
+def test_a_run_is_gone_when_its_lock_is_free(tmp_path: Path) -> None:
+    folder = write_healthy(tmp_path / "run", finished=False)
+    assert not is_gone(folder)  # no lock, and the records are fresh
+    with run_lock(folder):
+        os.utime(folder / "metrics.jsonl", (0, 0))
+        assert not is_gone(folder)
+    assert is_gone(folder)
+    (folder / ".lock").unlink()
+    assert is_gone(folder)  # no lock, and no word since 1970
+    assert not is_gone(tmp_path / "nothing")
+
+
+def test_watching_a_run_whose_process_is_gone_ends(tmp_path: Path) -> None:
+    folder = write_healthy(tmp_path / "run", finished=False)
+    with run_lock(folder):
+        pass
+    console = Console(record=True, width=100, file=open("/dev/null", "w"))  # noqa: SIM115
+    watch_runs([folder], console, refresh=600, once=False)
+    assert "died" in console.export_text()
 
 
 def test_watching_ends_when_every_run_has(tmp_path: Path) -> None:
