@@ -402,9 +402,9 @@ class StableGPTConfig(PreTrainedConfig):
                 f"{name}={value!r} would be ignored: a model was built from this config with "
                 f"{getattr(self, name)!r}. Change a copy (copy.deepcopy) and build a model from it."
             )
-        if not name.startswith("_") and name not in _technique_fields():
+        if not name.startswith("_") and name not in {field.name for field in fields(self)}:
             close = difflib.get_close_matches(name, _technique_fields(), n=1, cutoff=0.85)
-            if close and name not in {field.name for field in fields(self)}:
+            if close:
                 raise ValueError(
                     f"StableGPTConfig has no field {name!r}; did you mean {close[0]!r}?"
                 )
