@@ -112,11 +112,26 @@ def numerics() -> dict[str, str | None]:
 
 def git_revision() -> str | None:
     """Revision of the checkout this package is run from, with `-dirty`; None outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    package = Path(__file__).parent
+    return _git(package, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def last_change(file: Path) -> str | None:
+    """The commit that last changed a file, with `-dirty` where the file has changes that are not
+    committed; None outside a checkout, and for a file that git does not know."""
+    revision = _git(file.parent, "log", "-1", "--format=%H", "--", file.name)
+    if not revision:
+        return None
+    changes = _git(file.parent, "status", "--porcelain", "--", file.name)
+    return f"{revision}-dirty" if changes else revision
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Output of a git command in a folder; None where git does not answer."""
     try:
         answer = subprocess.run(
-            command,
-            cwd=Path(__file__).parent,
+            ["git", *arguments],
+            cwd=folder,
             capture_output=True,
             text=True,
             timeout=10,

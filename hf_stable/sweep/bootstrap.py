@@ -1,4 +1,4 @@
-"""The one bootstrap behind every interval of a study: percentiles over resampled rows."""
+"""The one bootstrap of a study: percentiles over resampled rows."""
 
 import itertools
 from collections.abc import Callable, Iterator

@@ -1,8 +1,8 @@
 """Perplexity of two checkpoints on the same documents: the difference, with paired intervals.
 
-Documents are what is resampled: an interval speaks of these two checkpoints on other text of the
-kind, not of other seeds. Sums are (documents, 4) float64 as evaluation leaves them: NLL in nats,
-tokens, words, bytes.
+Documents are what is resampled: such an interval speaks of these two checkpoints on other text of
+the kind, not of other seeds. `over_seeds` speaks of the method. Sums are (documents, 4) float64 as
+evaluation leaves them: NLL in nats, tokens, words, bytes.
 """
 
 import math
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from scipy.special import ndtri
+from scipy.special import ndtri, stdtrit
 
 from hf_stable.errors import UserError
 
@@ -114,6 +114,17 @@ def compare(
         name: replace(each, p_adjusted=float(p))
         for (name, each), p in zip(found.items(), adjusted, strict=True)
     }
+
+
+def over_seeds(differences: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """Mean of the differences of paired seeds, with Student's t interval; its ends are NaN with one
+    seed, of which no spread is known."""
+    values = np.asarray(differences, dtype=float)
+    mean, number = float(values.mean()), len(values)
+    if number < 2:
+        return Interval(mean, math.nan, math.nan)
+    reach = stdtrit(number - 1, (1 + confidence) / 2) * values.std(ddof=1) / math.sqrt(number)
+    return Interval(mean, mean - float(reach), mean + float(reach))
 
 
 def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ from hf_stable.wording import counted
 from .baselines import check_baselines
 from .jobs import Jobs
 from .plan import Plan, Planned, planned_runs, write_plan
-from .rule import Thresholds
+from .rule import Thresholds, Verdict
 from .worker import recipe_digest
 
 # A worker that dies is replaced, but not for ever: it may be the machine's memory that ends.
@@ -156,9 +156,13 @@ class Progress:
         """A bar, counts, and a row of each method: stable of finished, by learning rate."""
         done = [result for result in self._results if result is not None]
         counts = Counter(result["status"] for result in done)
-        diverged = sum(result["status"] != "failed" and not _is_stable(result) for result in done)
-        text = f"{len(done)} of {counted(len(self._runs), 'run')}"
-        text += f", {diverged} diverged ({counts['stopped']} stopped early)"
+        verdicts = [_verdict(result) for result in done if result["status"] != "failed"]
+        diverged = sum(verdict.diverged for verdict in verdicts)
+        collapsed = sum(verdict.collapsed for verdict in verdicts)
+        text = f"{len(done)} of {counted(len(self._runs), 'run')}: {sum(map(_is_stable, done))} stable"
+        text += f", {diverged} diverged" if diverged else ""
+        text += f", {collapsed} collapsed or not learned" if collapsed else ""
+        text += f" ({counts['stopped']} stopped early)" if counts["stopped"] else ""
         text += f", {counts['failed']} failed" if counts["failed"] else ""
         text += self._time_left(done)
         # A bar does not end its line; the table's head would be cut off behind it.
@@ -186,8 +190,12 @@ class Progress:
 
 
 def _is_stable(result: dict[str, Any]) -> bool:
-    """Whether a run went to its end without diverging; one that failed has shown nothing."""
-    return result["status"] != "failed" and not result["verdict"]["diverged"]
+    """Whether a run neither diverged nor collapsed; one that failed has shown nothing."""
+    return result["status"] != "failed" and _verdict(result).stable
+
+
+def _verdict(result: dict[str, Any]) -> Verdict:
+    return Verdict.from_dict(result["verdict"])
 
 
 def _cell(results: list[dict[str, Any] | None]) -> str:

@@ -91,7 +91,7 @@ def _is_stable(result: Result, kind: Collapse) -> bool:
         result.warmup_steps,
         thresholds,
     )
-    return not verdict.diverged
+    return verdict.stable
 
 
 def count(study: Study, stable: Stable, method: str, variant: str, rate: float) -> Count:

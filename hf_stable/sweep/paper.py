@@ -1,17 +1,19 @@
-"""What the paper found, what we asked beforehand, and by which rule a study answers.
+"""What the paper found, what is claimed of it, and by which rule a study answers.
 
-Rybakov et al. 2024 (arXiv 2410.16682v1), Tables 3 and 4; the criteria were fixed before any run.
-Every answer is agree, disagree or unresolved, and unresolved unless seeds or intervals separate.
+Rybakov et al. 2024 (arXiv 2410.16682v1), Tables 3 and 4. Every answer is agree, disagree or
+unresolved, and unresolved unless seeds or intervals separate; or it is withheld, because the
+comparison says nothing of the method.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from .study import BASELINE
 
-Answer = Literal["agree", "disagree", "unresolved"]
+Answer = Literal["agree", "disagree", "unresolved", "vacuous", "withdrawn"]
+TableName = Literal["table_3", "table_4"]
 Order = Literal["above", "below", "equal", "open"]
 # By seed, the largest learning rate up to which everything is stable; 0 where nothing is.
 Breaks = Mapping[int, float]
@@ -57,20 +59,26 @@ RATIO_RULE = (
     "say of a small ratio."
 )
 TABLE_4_RULE = (
-    "Agree or disagree needs at least two seeds that all have the sign, and a Holm-corrected p "
-    "below 0.05 over documents. That soft_cap is not below the baseline agrees where the interval "
-    f"lies above -{MARGIN:.4f} nats, the paper's margin of 0.1 perplexity."
+    "Agree or disagree needs an interval over seeds (95 %, Student's t on the differences of "
+    "paired seeds) on one side of 0, so at least two seeds. That soft_cap is not below the "
+    f"baseline agrees where the interval lies above -{MARGIN:.4f} nats, the paper's margin of 0.1 "
+    "perplexity."
 )
 
 
 @dataclass(frozen=True)
-class Spanned:
-    """A ratio of two breaks over seeds: of the rates themselves, and what the grid allows."""
+class Span:
+    """What a grid allows for a ratio of two breaks: each lies between two rates, or beyond them."""
 
     low: float
     high: float
-    span_low: float
-    span_high: float
+
+    @property
+    def words(self) -> str:
+        """Such as "1 to 10", "≥ 3" or "≤ 3.33"; a dash where nothing is known."""
+        if not self.low > 0:
+            return f"≤ {self.high:.3g}" if math.isfinite(self.high) else "–"
+        return f"{self.low:.3g} to {self.high:.3g}" if self.high < math.inf else f"≥ {self.low:.3g}"
 
 
 @dataclass(frozen=True)
@@ -78,22 +86,29 @@ class Gap:
     """Log-perplexity of a method less the baseline's, nats a token.
 
     Args:
-        low, high: of its interval over documents.
-        p: two-sided, after Holm's correction over the table.
-        by_seed: the difference of each seed.
+        low, high: of its interval over seeds; NaN with one seed.
+        seeds: how many there are.
     """
 
     value: float
     low: float
     high: float
-    p: float
-    by_seed: Sequence[float]
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Withheld:
+    """Why a method's comparison is no answer: "vacuous", or "withdrawn"."""
+
+    answer: Answer
+    reason: str
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """An answer to something asked beforehand; `ours` is what was found, in words."""
+    """An answer to a claim on a table of the paper; `ours` is what was found, in words."""
 
+    table: TableName
     claim: str
     ours: str
     answer: Answer
@@ -113,25 +128,24 @@ def order(one: Breaks, other: Breaks) -> Order:
     return "open"
 
 
-def span(one: Breaks, other: Breaks, rates: Sequence[float]) -> Spanned | None:
-    """The ratio of two methods' breaks; None without seeds in common, or where a break is 0.
+def span(one: Breaks, other: Breaks, rates: Sequence[float]) -> Span | None:
+    """The ratio of two methods' breaks, over all seeds in common; None without one.
 
     Args:
-        rates: the study's learning rates, ascending. Above the largest nothing is known.
+        rates: the study's learning rates, ascending. Above the largest nothing is known, and a
+            break of 0 is one below the lowest.
     """
     seeds = sorted(set(one) & set(other))
-    if not seeds or any(not one[seed] or not other[seed] for seed in seeds):
+    if not seeds:
         return None
-    above = dict(zip(rates, [*rates[1:], math.inf], strict=True))
-    return Spanned(
-        low=min(one[seed] / other[seed] for seed in seeds),
-        high=max(one[seed] / other[seed] for seed in seeds),
-        span_low=min(one[seed] / above[other[seed]] for seed in seeds),
-        span_high=max(above[one[seed]] / other[seed] for seed in seeds),
+    above = dict(zip([0.0, *rates], [*rates, math.inf], strict=True))
+    return Span(
+        low=min(one[seed] / above[other[seed]] for seed in seeds),
+        high=max(above[one[seed]] / other[seed] if other[seed] else math.inf for seed in seeds),
     )
 
 
-def paper_span(method: str) -> Spanned:
+def paper_span(method: str) -> Span:
     """The same of the paper's Table 3, method over baseline."""
     found = span({0: TABLE_3[method]}, {0: TABLE_3[BASELINE]}, TABLE_3_RATES)
     assert found is not None
@@ -144,48 +158,46 @@ def above_baseline(breaks: Mapping[str, Breaks], method: str) -> Answer:
     return _answer(found == "above", found == "below")
 
 
-def ratio_answer(ours: Spanned | None, paper: Spanned, seeds: int) -> Answer:
+def ratio_answer(ours: Span | None, paper: Span, seeds: int) -> Answer:
     """Whether two spans agree, by RATIO_RULE; unresolved with too few seeds."""
     if ours is None or seeds < FEWEST_SEEDS:
         return "unresolved"
     close = 1e-9  # ratios of decimals
-    inside = ours.span_low >= paper.span_low * (1 - close)
-    inside &= ours.span_high <= paper.span_high * (1 + close)
-    apart = ours.span_low >= paper.span_high * (1 - close)
-    apart |= ours.span_high <= paper.span_low * (1 + close)
+    inside = ours.low >= paper.low * (1 - close)
+    inside &= ours.high <= paper.high * (1 + close)
+    apart = ours.low >= paper.high * (1 - close)
+    apart |= ours.high <= paper.low * (1 + close)
     return _answer(inside, apart)
 
 
 def table_4_answer(method: str, gap: Gap | None) -> Answer:
     """Whether perplexity less the baseline's is as in the paper, by TABLE_4_RULE."""
-    if gap is None or len(gap.by_seed) < 2:
+    if gap is None or gap.seeds < 2:
         return "unresolved"
-    shown = gap.p < 0.05
-    below = shown and all(each < 0 for each in gap.by_seed)
-    above = shown and all(each > 0 for each in gap.by_seed)
+    below, above = gap.high < 0, gap.low > 0
     if TABLE_4[method] < TABLE_4[BASELINE]:
         return _answer(below, above)
     return _answer(gap.low > -MARGIN and not below, below)
 
 
-def criteria(
-    breaks: Mapping[str, Breaks], rates: Sequence[float], gaps: Mapping[str, Gap]
+def table_3_claims(
+    breaks: Mapping[str, Breaks],
+    rates: Sequence[float],
+    withheld: Mapping[str, Withheld] | None = None,
 ) -> list[Criterion]:
-    """Answers to what was asked beforehand.
+    """Answers to the claims on learning rates.
 
     Args:
-        breaks: by method. rates: the study's, ascending. gaps: by method, to the baseline.
+        breaks: by method. rates: the study's, ascending.
+        withheld: methods that cannot be compared, such as one whose cap never acted.
     """
+    withheld = withheld or {}
 
     def between(one: str, other: str) -> Order:
         return order(breaks.get(one, {}), breaks.get(other, {}))
 
     edge = rates[-1] if rates else math.inf
-    return [
-        _first(breaks, between),
-        _chain(breaks, between, edge),
-        _threefold(breaks, rates),
-        _signs(gaps),
+    single = [
         *(_more_than_qk_norm(breaks, between, method) for method in ("qkv_norm", "qk_norm_cap")),
         _against(between("sigma_reparam", "qk_norm"), "below", "sigma_reparam", "(6) "),
         *(
@@ -193,6 +205,27 @@ def criteria(
             for method, n in (("qk_fc_norm", "(6) "), ("soft_cap", ""))
         ),
     ]
+    methods = ("qkv_norm", "qk_norm_cap", "sigma_reparam", "qk_fc_norm", "soft_cap")
+    return [
+        _first(breaks, between, withheld),
+        _chain(breaks, between, edge, withheld),
+        _threefold(breaks, rates),
+        *(
+            replace(each, answer=withheld[method].answer) if method in withheld else each
+            for method, each in zip(methods, single, strict=True)
+        ),
+    ]
+
+
+def table_4_claims(
+    gaps: Mapping[str, Gap], withheld: Mapping[str, Withheld] | None = None
+) -> list[Criterion]:
+    """Answers to the claims on perplexity.
+
+    Args:
+        gaps: by method, to the baseline. withheld: methods that cannot be compared.
+    """
+    return [_signs(gaps, withheld or {})]
 
 
 def _answer(agree: bool, disagree: bool) -> Answer:
@@ -203,15 +236,28 @@ def _all(answers: Sequence[Answer]) -> Answer:
     return _answer(all(each == "agree" for each in answers), "disagree" in answers)
 
 
-def _first(breaks: Mapping[str, Breaks], between: Callable[[str, str], Order]) -> Criterion:
+def _first(
+    breaks: Mapping[str, Breaks],
+    between: Callable[[str, str], Order],
+    withheld: Mapping[str, Withheld],
+) -> Criterion:
     others = [method for method in TABLE_3 if method != BASELINE]
     found: dict[str, Order] = {method: between(method, BASELINE) for method in others}
     above = [method for method in others if found[method] == "above"]
     rest = [f"{method} {_alone(found[method])}" for method in others if found[method] != "above"]
     words = f"{len(above)} of {len(others)} above" + (f"; {', '.join(rest)}" if rest else "")
-    answers: list[Answer] = [above_baseline(breaks, method) for method in others]
-    claim = "(1) baseline diverges at a strictly lower learning rate than every other method"
-    return Criterion(claim, words, _all(answers))
+    words += _withheld_words(others, withheld)
+    answers: list[Answer] = [
+        withheld[method].answer if method in withheld else above_baseline(breaks, method)
+        for method in others
+    ]
+    claim = "(1) baseline breaks at a strictly lower learning rate than every other method"
+    return Criterion("table_3", claim, words, _all(answers))
+
+
+def _withheld_words(methods: Sequence[str], withheld: Mapping[str, Withheld]) -> str:
+    found = [f"{method} {withheld[method].answer}" for method in methods if method in withheld]
+    return f"; {', '.join(found)}" if found else ""
 
 
 def _in_grid(breaks: Mapping[str, Breaks], found: Order, method: str, edge: float) -> Order:
@@ -221,17 +267,22 @@ def _in_grid(breaks: Mapping[str, Breaks], found: Order, method: str, edge: floa
 
 
 def _chain(
-    breaks: Mapping[str, Breaks], between: Callable[[str, str], Order], edge: float
+    breaks: Mapping[str, Breaks],
+    between: Callable[[str, str], Order],
+    edge: float,
+    withheld: Mapping[str, Withheld],
 ) -> Criterion:
     links = [("soft_temp", "soft_cap"), *(("soft_cap", norm) for norm in NORMS)]
     words: list[str] = []
     answers: list[Answer] = []
     for low, high in links:
         found = _in_grid(breaks, between(high, low), high, edge)
-        answers.append(_answer(found in ("above", "equal"), found == "below"))
-        words.append(f"{high} {_words(found)} {low}")
+        out = [withheld[method] for method in (low, high) if method in withheld]
+        answer = _answer(found in ("above", "equal"), found == "below")
+        answers.append(out[0].answer if out else answer)
+        words.append(f"{high} {_words(found)} {low}{f' ({out[0].answer})' if out else ''}")
     claim = f"(2) soft_temp ≤ soft_cap ≤ {', '.join(NORMS)} in the largest stable learning rate"
-    return Criterion(claim, "; ".join(words), _all(answers))
+    return Criterion("table_3", claim, "; ".join(words), _all(answers))
 
 
 def _threefold(breaks: Mapping[str, Breaks], rates: Sequence[float]) -> Criterion:
@@ -239,24 +290,28 @@ def _threefold(breaks: Mapping[str, Breaks], rates: Sequence[float]) -> Criterio
     claim = "(3) qk_norm tolerates at least 3 times the baseline's learning rate (paper: 6.7)"
     found = span(ours, base, rates)
     if found is None:
-        return Criterion(claim, "no ratio: a break is not on the grid", "unresolved")
+        return Criterion("table_3", claim, "no seed of both", "unresolved")
     enough = len(set(ours) & set(base)) >= FEWEST_SEEDS
     least = 3 * (1 - 1e-9)  # 0.3 / 0.1 is less than 3
     agree = enough and found.low >= least
-    disagree = enough and found.span_high <= 3 * (1 + 1e-9)
-    words = " to ".join(dict.fromkeys(f"{each:.3g}" for each in (found.low, found.high)))
-    return Criterion(claim, f"{words} over seeds", _answer(agree, disagree))
+    disagree = enough and found.high <= 3 * (1 + 1e-9)
+    words = f"{found.words} over seeds"
+    return Criterion("table_3", claim, words, _answer(agree, disagree))
 
 
-def _signs(gaps: Mapping[str, Gap]) -> Criterion:
+def _signs(gaps: Mapping[str, Gap], withheld: Mapping[str, Withheld]) -> Criterion:
     claim = f"(4) perplexity of {', '.join(BELOW)} is below the baseline's, that of soft_cap is not"
     asked = (*BELOW, "soft_cap")
     words = [
         f"{method} {gaps[method].value:+.4f} nats" if method in gaps else f"{method} not recorded"
         for method in asked
     ]
-    answers: list[Answer] = [table_4_answer(each, gaps.get(each)) for each in asked]
-    return Criterion(claim, "; ".join(words), _all(answers))
+    answers: list[Answer] = [
+        withheld[each].answer if each in withheld else table_4_answer(each, gaps.get(each))
+        for each in asked
+    ]
+    ours = "; ".join(words) + _withheld_words(asked, withheld)
+    return Criterion("table_4", claim, ours, _all(answers))
 
 
 def _more_than_qk_norm(
@@ -271,14 +326,15 @@ def _more_than_qk_norm(
         apart = max(low.values()) < min(high.values())
     claim = f"(5) {method} tolerates more than qk_norm (paper: 1.5 times), intervals separate"
     words = f"{_alone(found)}, seeds' intervals {'separate' if apart else 'do not separate'}"
-    return Criterion(claim, words, _answer(apart and found == "above", apart and found == "below"))
+    answer = _answer(apart and found == "above", apart and found == "below")
+    return Criterion("table_3", claim, words, answer)
 
 
 def _against(found: Order, paper: Literal["below", "equal"], method: str, number: str) -> Criterion:
     """Where others contradict the paper, so that a disagreement is expected."""
     claim = f"{number}{method} is {_words(paper)} qk_norm in the paper (others disagree)"
     against = {"below": ("above",), "equal": ("above", "below")}[paper]
-    return Criterion(claim, _alone(found), _answer(found == paper, found in against))
+    return Criterion("table_3", claim, _alone(found), _answer(found == paper, found in against))
 
 
 def _words(found: Order) -> str:

@@ -5,7 +5,7 @@ import itertools
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
@@ -13,8 +13,9 @@ from pydantic.dataclasses import dataclass
 from hf_stable.errors import RecipeError, UserError
 from hf_stable.recipes import Recipe, load_recipe, shipped, strict_yaml
 from hf_stable.recipes.schema import Count, PathText, Whole
-from hf_stable.records import write_json
+from hf_stable.records import last_change, write_json
 
+from . import paper
 from .rule import Thresholds
 
 _STRICT = ConfigDict(
@@ -63,6 +64,8 @@ class Plan:
     """Validation documents that every finished model is scored on, for paired comparisons."""
     thresholds: dict[str, str | float | int] = Field(default_factory=dict)
     """Numbers of the divergence rule (see `rule.Thresholds`) that are not its defaults."""
+    reproduces: list[Literal["table_3", "table_4"]] = Field(default_factory=list)
+    """Tables of Rybakov et al. 2024 that the study reproduces: its report answers their claims."""
 
     @model_validator(mode="after")
     def _no_twins(self) -> "Plan":
@@ -142,7 +145,12 @@ def _recipe(plan: Path, name: str) -> str:
 
 
 def write_plan(plan: Plan, runs: list[Planned], thresholds: Thresholds) -> Path:
-    """Write `plan.json` into the study's folder, for workers and reports; returns the folder."""
+    """Write `plan.json` into the study's folder, for workers and reports; returns the folder.
+
+    The commit of the claims is the one that was there when the study began.
+    """
+    file = plan.folder / "plan.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     content = {
         "name": plan.name,
         "methods": [Path(method).stem for method in plan.methods],
@@ -150,11 +158,20 @@ def write_plan(plan: Plan, runs: list[Planned], thresholds: Thresholds) -> Path:
         "learning_rates": sorted({run.learning_rate for run in runs}),
         "seeds": plan.seeds,
         "thresholds": thresholds.to_dict(),
+        "reproduces": plan.reproduces,
+        "claims_revision": _claims_revision(plan, before),
         "runs": [run.id for run in runs],
         "plan": _ADAPTER.dump_python(plan, mode="json"),
     }
-    write_json(plan.folder / "plan.json", content)
+    write_json(file, content)
     return plan.folder
+
+
+def _claims_revision(plan: Plan, before: dict[str, Any] | None) -> str | None:
+    """The commit recorded when the study began, or the present one of a study that begins now."""
+    if before is not None:
+        return before.get("claims_revision")
+    return last_change(Path(paper.__file__)) if plan.reproduces else None
 
 
 def read_plan(study: Path) -> tuple[Plan, Thresholds]:

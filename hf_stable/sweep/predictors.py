@@ -1,7 +1,11 @@
-"""How well telemetry early in a run foretells its divergence, and logit growth across scales."""
+"""How well telemetry early in a run foretells that it ends unstable, and logit growth by scale.
+
+Unstable is diverged or collapsed.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit
@@ -12,12 +16,14 @@ from hf_stable.telemetry.reading.history import History
 from .bootstrap import CONFIDENCE, Interval, interval
 from .rule import Thresholds, smoothed
 
-# What telemetry has to beat: a large learning rate and a bad loss foretell divergence as well.
-REFERENCES = ("learning_rate", "loss")
+# What telemetry has to beat: what the plan says before anything is run, and a bad loss.
+REFERENCES = ("learning_rate", "rate_and_bound", "loss")
 FEATURES = ("max_logit", "entropy", "update_per_rate", "grad_norm", *REFERENCES)
 # A small entropy is the bad sign; of all others, a large number.
 _SMALL_IS_BAD = ("entropy",)
 _SAMPLES = 2_000
+# Breaks the tie of equal learning rates, and orders no two that differ.
+_TIE = 1e-9
 # An exponent below this is rounding of equal values.
 _FLAT = 1e-9
 
@@ -27,15 +33,15 @@ class Predictor:
     """One feature at one time.
 
     Args:
-        auc: probability that a run that diverges has a worse number than one that does not, ties
-            counting half; 0.5 is no sign at all. With its interval.
-        runs, diverged: runs with a number, and those of them that diverged.
+        auc: probability that a run that ends unstable has a worse number than one that does not,
+            ties counting half; 0.5 is no sign at all. With its interval.
+        runs, unstable: runs with a number, and those of them that end unstable.
     """
 
     feature: str
     auc: Interval
     runs: int
-    diverged: int
+    unstable: int
 
 
 def features_at(
@@ -48,7 +54,8 @@ def features_at(
     3.3, take the first block's at 2 % of a run). "entropy": the smallest mean attention entropy of
     a head, over log(keys) (Zhai et al. 2023). "update_per_rate": the largest L2 norm of a layer's
     update over its learning rate. "grad_norm": before clipping. "loss": the smoothed training
-    loss, nats. "learning_rate": the peak.
+    loss, nats. "learning_rate": the peak. "rate_and_bound": the peak, and of equal ones those
+    larger of which nothing bounds the attention logits; both are known before the run.
 
     Args:
         fraction: of `total_steps`, above 0, at most 1.
@@ -70,11 +77,21 @@ def features_at(
         "grad_norm": float(history.train["grad_norm"][line]) if line >= 0 else np.nan,
         "loss": float(losses[line]) if line >= 0 else np.nan,
         "learning_rate": float(peak_rate),
+        "rate_and_bound": float(peak_rate) * (1 + (0.0 if bounds_logits(history.run) else _TIE)),
     }
 
 
+def bounds_logits(run: Mapping[str, Any]) -> bool:
+    """Whether a run's record says that something bounds its attention logits: a norm of queries and
+    keys, a cap, sigma-Reparam or QK-clip."""
+    config = run.get("model_config", {})
+    bounds = ("qk_norm", "attn_logit_softcapping", "sigma_reparam")
+    optimizer = run.get("recipe", {}).get("optimizer", {})
+    return any(config.get(name) for name in bounds) or bool(optimizer.get("qk_clip"))
+
+
 def foretell(
-    features: Sequence[Mapping[str, float]], diverged: Sequence[bool] | np.ndarray
+    features: Sequence[Mapping[str, float]], unstable: Sequence[bool] | np.ndarray
 ) -> list[Predictor]:
     """AUC of every feature over runs, the references last; a run without a number is left out of
     that feature, and a feature without both kinds of runs has AUC NaN.
@@ -84,9 +101,9 @@ def foretell(
 
     Args:
         features: of each run, as `features_at` gives them.
-        diverged: (runs,) by the rule.
+        unstable: (runs,) by the rule.
     """
-    fates = np.asarray(diverged, dtype=bool)
+    fates = np.asarray(unstable, dtype=bool)
     found = []
     for name in FEATURES:
         scores = np.array([run.get(name, np.nan) for run in features], dtype=float)
@@ -97,45 +114,45 @@ def foretell(
                 feature=name,
                 auc=auc_interval(scores[known], fates[known]),
                 runs=int(known.sum()),
-                diverged=int(fates[known].sum()),
+                unstable=int(fates[known].sum()),
             )
         )
     return found
 
 
-def auc(scores: np.ndarray, diverged: np.ndarray) -> float:
+def auc(scores: np.ndarray, unstable: np.ndarray) -> float:
     """Area under the ROC curve, the Mann-Whitney U over the number of pairs; NaN without both
     kinds. Scores may be infinite, not NaN."""
-    scores, diverged = np.asarray(scores, dtype=float), np.asarray(diverged, dtype=bool)
+    scores, unstable = np.asarray(scores, dtype=float), np.asarray(unstable, dtype=bool)
     assert not np.isnan(scores).any()
-    wins = _wins(scores, diverged)
+    wins = _wins(scores, unstable)
     return float(wins.mean()) if wins.size else float("nan")
 
 
 def auc_interval(
     scores: np.ndarray,
-    diverged: np.ndarray,
+    unstable: np.ndarray,
     *,
     samples: int = _SAMPLES,
     confidence: float = CONFIDENCE,
 ) -> Interval:
-    """`auc` with its bootstrap interval; runs that diverged and runs that did not are resampled
-    each among themselves, so that both kinds are always there. A perfect AUC has an interval of no
-    width, which is of these runs only."""
-    scores, diverged = np.asarray(scores, dtype=float), np.asarray(diverged, dtype=bool)
-    value = auc(scores, diverged)
+    """`auc` with its bootstrap interval; unstable and stable runs are resampled each among
+    themselves, so that both kinds are always there. A perfect AUC has an interval of no width,
+    which is of these runs only."""
+    scores, unstable = np.asarray(scores, dtype=float), np.asarray(unstable, dtype=bool)
+    value = auc(scores, unstable)
     if np.isnan(value):
         return interval(value, np.array([]))
-    wins = _wins(scores, diverged)
+    wins = _wins(scores, unstable)
     rng = np.random.default_rng(0)
     counts = [rng.multinomial(n, np.full(n, 1 / n), size=samples) for n in wins.shape]
     found = ((counts[0] @ wins) * counts[1]).sum(axis=1) / wins.size
     return interval(value, found, confidence)
 
 
-def _wins(scores: np.ndarray, diverged: np.ndarray) -> np.ndarray:
-    """(diverged, not diverged), 1 where the first has the larger score and 0.5 for a tie."""
-    bad, good = scores[diverged][:, None], scores[~diverged][None, :]
+def _wins(scores: np.ndarray, unstable: np.ndarray) -> np.ndarray:
+    """(unstable, stable), 1 where the first has the larger score and 0.5 for a tie."""
+    bad, good = scores[unstable][:, None], scores[~unstable][None, :]
     return (bad > good) + 0.5 * (bad == good)
 
 
@@ -177,7 +194,7 @@ def fit_power_law(
 
     Args:
         sizes: (N,) above 0, at least two different ones.
-        values: (N,) above 0, of runs that have not diverged: after divergence logits are no law.
+        values: (N,) above 0, of stable runs: beyond the break logits are no law.
 
     Raises:
         UserError: for numbers without a logarithm, or a single size.

@@ -16,7 +16,7 @@ from hf_stable.wording import counted
 
 from .grid import recorded, unmarked
 from .paper import TABLE_3
-from .report_claims import Quality, paper_section, qualities, quality_section, strangers
+from .report_claims import Quality, Totals, paper_section, qualities, quality_section, strangers
 from .report_figures import (
     drawn,
     logit_scatter,
@@ -42,7 +42,8 @@ from .report_tables import (
     sensitivities,
     sensitivity_blocks,
 )
-from .study import BASELINE, Study, read_study
+from .rule import Thresholds, rise_and_rest
+from .study import BASELINE, Result, Study, read_study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,7 +82,10 @@ def write_report(folders: Sequence[Path], output: Path) -> None:
 def chapter(study: Study, key: str) -> list[Section]:
     """All sections on one study; `key` begins their anchors."""
     quality = qualities(study)
-    claims, totals = paper_section(study, f"{key}-paper", quality)
+    claims, totals = [], {}
+    if study.reproduces:
+        section, totals = paper_section(study, f"{key}-paper", quality)
+        claims = [section]
     left_out: list[LeftOut] = []
     sections = [
         grid_section(study, f"{key}-grid"),
@@ -91,30 +95,31 @@ def chapter(study: Study, key: str) -> list[Section]:
         highest_section(study, f"{key}-highest"),
         _logits(study, f"{key}-logits", left_out),
         *([quality_section(study, f"{key}-perplexity", quality)] if quality else []),
-        Section(f"{key}-predictors", "What foretells divergence", predictor_blocks(study)),
-        claims,
+        Section(f"{key}-predictors", "What foretells instability", predictor_blocks(study)),
+        *claims,
         _cost(study, f"{key}-cost"),
         _missing(study, f"{key}-missing", quality, left_out),
     ]
     return [_summary(study, key, totals), *sections]
 
 
-def _summary(study: Study, key: str, answers: dict[str, int]) -> Section:
+def _summary(study: Study, key: str, totals: Totals) -> Section:
     """The study in a few lines."""
     results = study.results
     planned, ended = len(results) + len(study.unfinished), len(results)
-    counts = Counter(result.status for result in results)
     lines = [
         f"{ended} of {counted(planned, 'run')} {'has' if planned == 1 else 'have'} ended: "
         f"{counted(len(study.methods), 'method')}, {counted(len(study.rates), 'learning rate')}, "
         f"{counted(len(study.seeds), 'seed')}, {counted(len(study.variants), 'variant')}.",
-        f"{sum(result.diverged for result in results)} diverged, {counts['stopped']} of them "
-        f"stopped early; {counts['failed']} failed.",
+        *_fates(results),
         f"Validation text, nats per token: unigram {_span([run.unigram for run in results])}, "
         f"bigram {_span([run.bigram for run in results])}; loss at the start "
         f"{_span([run.initial_loss for run in results])}.",
-        f"Against the paper, row by row: {answers.get('agree', 0)} agree, "
-        f"{answers.get('disagree', 0)} disagree, {answers.get('unresolved', 0)} unresolved.",
+    ]
+    lines += [
+        f"Against the paper, {asked}: "
+        f"{', '.join(f'{number} {answer}' for answer, number in sorted(answers.items()))}."
+        for asked, answers in totals.items()
     ]
     if bare := unmarked(study):
         lines.append(
@@ -126,6 +131,41 @@ def _summary(study: Study, key: str, answers: dict[str, int]) -> Section:
     rule = ", ".join(f"{name} {value}" for name, value in study.thresholds.items())
     lines += [f"The rule's thresholds: {rule}."] if rule else []
     return Section(key, f"Study {study.name}", [Items(lines)], level=2)
+
+
+def _fates(results: Sequence[Result]) -> list[str]:
+    """What became of the runs that have ended."""
+    counts = Counter(result.status for result in results)
+    stable = [run for run in results if run.stable]
+    lines = [
+        f"{len(stable)} stable, {sum(run.diverged for run in results)} diverged, "
+        f"{sum(run.collapsed for run in results)} collapsed or not learned, "
+        f"{counts['failed']} failed; {counts['stopped']} were stopped early.",
+        "Diverged is a number that is not finite, or a smoothed training loss that rose and stayed "
+        "up. Collapsed is a final validation loss near that of a unigram table, of a run whose "
+        f"loss need not have risen. {_rise_words(results)}",
+    ]
+    if stable:
+        degraded = sum(run.verdict.degraded for run in stable)
+        words = "stable runs are no better than a bigram table."
+        lines.append(f"{degraded} of the {len(stable)} {words}")
+    return lines
+
+
+def _rise_words(results: Sequence[Result]) -> str:
+    """The largest rise of a smoothed training loss, of which a divergence is made."""
+    rises = [
+        rise_and_rest(run.history.train, run.warmup_steps, _decay(run))[0]
+        for run in results
+        if run.history is not None and "loss" in run.history.train
+    ]
+    if not rises:
+        return "No run has log lines."
+    return f"The largest rise after warm-up in any of {len(rises)} runs was {max(rises):.2f} nats."
+
+
+def _decay(run: Result) -> float:
+    return Thresholds.from_dict(run.thresholds).decay
 
 
 def _span(values: Sequence[float], form: str = ".3f") -> str:
@@ -171,7 +211,7 @@ def _sensitivity(study: Study, key: str, left_out: list[LeftOut]) -> Section:
     }
     words = (
         "Small is robust only where the curve above it is low: a method that always fails has a "
-        "sensitivity near 0. See the warnings.",
+        "sensitivity near 0. Whiskers are the intervals over seeds of the table. See the warnings.",
         WORTSMAN,
     )
     figure = drawn(
@@ -252,7 +292,7 @@ def _missing(
     if BASELINE not in study.methods:
         lines.append(f"no ratios and differences: no method of the study is named {BASELINE}")
     absent = [method for method in TABLE_3 if method not in study.methods]
-    if absent:
+    if absent and study.reproduces:
         lines.append(f"methods of the paper that the study lacks: {', '.join(absent)}")
     lines += study.notes
     return Section(key, "What is missing", [Items(lines or ["Nothing."])])

@@ -164,7 +164,7 @@ def _curve_legend(figure: "Figure", methods: Sequence[str]) -> None:
     looks = [
         ("median and range of seeds", {"color": _OWN, "lw": 1.6}),
         ("stable", {"color": _OWN, "marker": "o", "ms": 3.5, "ls": "none"}),
-        ("diverged", {"color": _BAD, "marker": "x", "ms": 4.5, "ls": "none"}),
+        ("unstable", {"color": _BAD, "marker": "x", "ms": 4.5, "ls": "none"}),
         ("baseline", {"color": "#000000", "lw": 1.0, "ls": "--"}),
         ("other methods", {"color": _OTHERS, "lw": 1.2}),
         ("unigram", {"color": "#7a7f87", "ls": "-.", "lw": 0.9}),
@@ -195,7 +195,7 @@ def sensitivity_bars(
         NotRecorded: without any value.
     """
     if not values:
-        raise NotRecorded("no method has a loss at every learning rate of the grid")
+        raise NotRecorded("no method has a loss at every one of two learning rates or more")
     figure = canvas(WIDTH, (0.1 + 0.12 * len(variants)) * len(methods) + 0.9)
     axes = figure.subplots()
     height = 0.8 / len(variants)
@@ -205,10 +205,10 @@ def sensitivity_bars(
         found = np.array([values[method, variant] for _, method in chosen]).reshape(-1, 3)
         colour = _VARIANTS[index % len(_VARIANTS)]
         axes.barh(places, found[:, 0], 0.9 * height, color=colour, label=f"\u200b{variant}")
-        spread = np.nan_to_num(np.abs(found[:, 1:] - found[:, :1]).T)
-        axes.errorbar(
-            found[:, 0], places, xerr=spread, fmt="none", ecolor="#333333", elinewidth=1, capsize=2
-        )
+        known = ~np.isnan(found).any(axis=1)  # one seed has no interval
+        spread = np.abs(found[known, 1:] - found[known, :1]).T
+        look = {"fmt": "none", "ecolor": "#333333", "elinewidth": 1, "capsize": 2}
+        axes.errorbar(found[known, 0], places[known], xerr=spread, **look)
     axes.set_yticks(range(len(methods)), methods)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
@@ -252,7 +252,7 @@ def logit_scatter(
     signs = [Line2D([], [], color="#333333", marker=mark, ls="none", ms=4.5) for mark in "ox"]
     labels = [f"learning rate {plain_text(rate)}" for rate in rates]
     figure.legend(
-        [*dots, *signs], [*labels, "stable", "diverged"], loc="outside upper left", ncols=6
+        [*dots, *signs], [*labels, "stable", "unstable"], loc="outside upper left", ncols=6
     )
     return figure
 

@@ -1,4 +1,4 @@
-"""Sections of a report on telemetry: what foretells divergence, and logits across scales."""
+"""Sections of a report on telemetry: what foretells instability, and logits across scales."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -20,6 +20,7 @@ _WORDS = {
     "update_per_rate": "largest update ÷ learning rate",
     "grad_norm": "gradient norm",
     "learning_rate": "learning rate (reference)",
+    "rate_and_bound": "learning rate, then whether logits are bounded (reference)",
     "loss": "smoothed training loss (reference)",
 }
 
@@ -54,8 +55,8 @@ def logits(study: Study, fraction: float) -> dict[str, float]:
 
 
 def predictor_blocks(study: Study) -> list[Block]:
-    """AUC of each feature against divergence, at parts of the run."""
-    fates = {run.id: run.diverged for run in study.results}
+    """AUC of each feature against ending unstable, at parts of the run."""
+    fates = {run.id: run.unstable for run in study.results}
     rows: dict[str, list[str]] = {}
     counts = []
     for fraction in FRACTIONS:
@@ -65,30 +66,33 @@ def predictor_blocks(study: Study) -> list[Block]:
             row = rows.setdefault(found.feature, [_WORDS.get(found.feature, found.feature)])
             unknown = np.isnan(found.auc.value)
             row += ["–" if unknown else f"{found.auc.value:.3f}"]
-            row += [interval_words(found.auc[1:], ".3f"), f"{found.diverged}/{found.runs}"]
+            row += [interval_words(found.auc[1:], ".3f"), f"{found.unstable}/{found.runs}"]
     head = ["sign"]
     for fraction in FRACTIONS:
-        head += [f"AUC at {100 * fraction:.0f} %", "interval", "of"]
+        head += [f"AUC at {100 * fraction:.0f} %", "over runs", "of"]
     words = (
-        "The probability that a run that diverges has a worse number than one that does not: 0.5 "
-        "is no sign, 1 a perfect one; of how many diverged out of how many runs. Taken from the "
-        "last sample until then. The learning rate and the loss are what telemetry has to beat. "
-        "Intervals are 95 % of a bootstrap over "
-        "runs, those that diverged and those that did not each among themselves."
+        "The probability that a run that ends unstable (diverged or collapsed) has a worse number "
+        "than one that does not: 0.5 is no sign, 1 a perfect one; of how many unstable out of how "
+        "many runs. Taken from the last sample until then. The references are what telemetry has "
+        "to beat: the learning rate, the same where among equal rates a model comes first whose "
+        "attention logits nothing bounds (no norm of queries and keys, cap, sigma-Reparam or "
+        "QK-clip), which the plan says before any run, and the loss. Intervals are 95 % of a "
+        "bootstrap over runs, unstable and stable ones each among themselves. Runs of one method "
+        "are alike, so they are of these methods and learning rates, not of others."
     )
     if not max(number for number, _ in counts):
         return [Paragraph("Nothing: no ended run has log lines.")]
-    return [Paragraph(words), Table("Signs of divergence", head, list(rows.values()))]
+    return [Paragraph(words), Table("Signs of instability", head, list(rows.values()))]
 
 
 def logit_words(study: Study, points: Mapping[str, float]) -> str:
-    """How many runs diverged on either side of the line."""
+    """How many runs ended unstable on either side of the line."""
     runs = [run for run in study.results if run.id in points]
-    above = [run.diverged for run in runs if points[run.id] > LOGIT_LINE]
-    below = [run.diverged for run in runs if not points[run.id] > LOGIT_LINE]
+    above = [run.unstable for run in runs if points[run.id] > LOGIT_LINE]
+    below = [run.unstable for run in runs if not points[run.id] > LOGIT_LINE]
     return (
-        f"Of {len(above)} runs above the line at 10,000, {sum(above)} diverged; of {len(below)} "
-        f"at or below it, {sum(below)}."
+        f"Of {len(above)} runs above the line at 10,000, {sum(above)} ended unstable; of "
+        f"{len(below)} at or below it, {sum(below)}."
     )
 
 
@@ -116,7 +120,8 @@ def scale_section(studies: Sequence[Study], key: str, fraction: float) -> Sectio
     words = (
         "After Wortsman et al. 2023, section 3.3: the largest attention logit at "
         f"{100 * fraction:.0f} % of the run against the model's width, at one learning rate, over "
-        "runs that did not diverge, by a power law; and the width at which it would be 10,000."
+        "stable runs, by a power law; and the width at which it would be 10,000. The interval is "
+        "Student's t over runs."
     )
     blocks: list[Block] = [Paragraph(words)]
     if rows:
@@ -126,7 +131,7 @@ def scale_section(studies: Sequence[Study], key: str, fraction: float) -> Sectio
         blocks.append(
             Paragraph(
                 "Nothing: it needs runs of at least two widths at one learning rate that recorded "
-                "logits and did not diverge. Pass the folders of studies of other widths as well."
+                "logits and were stable. Pass the folders of studies of other widths as well."
             )
         )
     return Section(key, "Logit growth across scales", blocks, level=2)
@@ -135,7 +140,7 @@ def scale_section(studies: Sequence[Study], key: str, fraction: float) -> Sectio
 def _by_scale(
     studies: Sequence[Study], fraction: float
 ) -> dict[tuple[str, str, float], list[tuple[float, float]]]:
-    """(width, logit) of runs that did not diverge."""
+    """(width, logit) of stable runs."""
     found = defaultdict(list)
     for study in studies:
         points = logits(study, fraction)

@@ -11,7 +11,18 @@ import numpy as np
 from hf_stable.telemetry.reading.drawing import plain_text
 
 from .bootstrap import Interval
-from .grid import KINDS, Stable, count, judged, largest_stable, not_judged, recorded, reversals
+from .grid import (
+    KINDS,
+    Stable,
+    breaks,
+    count,
+    judged,
+    largest_stable,
+    not_judged,
+    recorded,
+    reversals,
+)
+from .paper import Span, span
 from .report_page import (
     Block,
     Cell,
@@ -23,10 +34,17 @@ from .report_page import (
     interval_words,
     variant_title,
 )
-from .sensitivity import Grid, best_rate, lr_sensitivity, stable_ratio, warnings
+from .sensitivity import (
+    Grid,
+    best_rate,
+    coverage_words,
+    edge_of_best,
+    lr_sensitivity,
+    warnings,
+)
 from .study import BASELINE, Result, Study
 
-_KIND_WORDS = {
+KIND_WORDS = {
     "middle": "(H1 + H2) / 2",
     "bigram": "H2, the bigram's",
     "unigram-0.2": "H1 - 0.2, near the unigram's",
@@ -35,12 +53,13 @@ _KIND_WORDS = {
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """A method of a variant: LR sensitivity in nats, best learning rate, and the largest stable one
-    over the baseline's (None without a baseline)."""
+    """A method of a variant: LR sensitivity in nats, best learning rate, whether that is an end of
+    the grid, and what is known of the break over the baseline's (None without one)."""
 
     value: Interval
     best: Interval
-    ratio: Interval | None
+    edge: str | None
+    ratio: Span | None
     seeds: int
     warnings: list[str]
 
@@ -50,10 +69,12 @@ def grid_section(study: Study, key: str) -> Section:
     stable = recorded(study)
     blocks: list[Block] = [
         Paragraph(
-            "Stable of ended seeds. s: stopped early as hopeless, which is diverged; f: failed "
-            "with an error twice, which is neither but counts against; w: waiting, not ended. The "
-            "largest stable learning rate is the largest such that at it and at all lower ones "
-            "more than half of the ended seeds are stable; ≥ marks the end of the grid."
+            "Stable of ended seeds; a run that is not stable diverged or collapsed. s: stopped "
+            "early as hopeless, which is unstable; f: failed with an error twice, which is neither "
+            "but counts against; w: waiting, not ended. The largest stable learning rate is the "
+            "largest such that at it and at all lower ones more than half of the ended seeds are "
+            "stable. A method breaks between that rate and the next, or beyond the grid, so its "
+            "breaking rate over the baseline's is a range; ≥ and ≤ mark an end of the grid."
         )
     ]
     blocks += [_grid_table(study, stable, variant, "", key) for variant in study.variants]
@@ -67,10 +88,11 @@ def _grid_table(study: Study, stable: Stable, variant: str, more: str, key: str 
     for method in study.methods:
         largest = largest_stable(study, stable, method, variant)
         cells = [count(study, stable, method, variant, rate).cell() for rate in rates]
-        ratio = _ratio_words(largest, base, rates)
+        ratio = "1" if method == BASELINE else _ratio_words(largest, base, rates)
         name = Name(method, _row_key(key, variant, method)) if key else method
         rows.append([name, *cells, _largest_words(largest, rates), ratio])
-    head = ["method \\ learning rate", *map(plain_text, rates), "largest stable", "÷ baseline"]
+    head = ["method \\ learning rate", *map(plain_text, rates), "largest stable"]
+    head += ["break ÷ baseline's"]
     return Table(variant_title(variant) + more, head, rows)
 
 
@@ -81,10 +103,11 @@ def _row_key(section: str, variant: str, method: str) -> str:
 
 
 def _ratio_words(largest: float | None, base: float | None, rates: Sequence[float]) -> str:
-    """Over the baseline's; where that is stable to the end of the grid nothing is known."""
-    if largest is None or not base or base == rates[-1]:
+    """What is known of the break over the baseline's."""
+    if largest is None or base is None:
         return "–"
-    return ("≥ " if largest == rates[-1] else "") + f"{largest / base:.3g}"
+    found = span({0: largest}, {0: base}, rates)
+    return "–" if found is None else found.words
 
 
 def _largest_words(largest: float | None, rates: Sequence[float]) -> str:
@@ -121,13 +144,13 @@ def rejudged_section(study: Study, key: str) -> Section:
             [method, *(_largest_words(order[method], study.rates_of(variant)) for order in orders)]
             for method in study.methods
         ]
-        head = ["largest stable learning rate", *(_KIND_WORDS[kind] for kind in KINDS)]
+        head = ["largest stable learning rate", *(KIND_WORDS[kind] for kind in KINDS)]
         blocks.append(Table(f"{variant_title(variant)}: by threshold", head, rows))
         blocks.append(Paragraph(_order_words(variant, orders)))
     for kind in KINDS:
         for variant in study.variants if kind != study.thresholds.get("collapse") else ():
             changed = _changed(study, grids[kind], variant)
-            words = f": collapse at {_KIND_WORDS[kind]}; judged otherwise: {changed or 'none'}"
+            words = f": collapse at {KIND_WORDS[kind]}; judged otherwise: {changed or 'none'}"
             blocks.append(_grid_table(study, grids[kind], variant, words))
     return Section(key, "Does the order depend on the rule?", blocks)
 
@@ -161,13 +184,17 @@ def _order_words(variant: str, orders: Sequence[dict[str, float | None]]) -> str
 
 
 def sensitivities(study: Study, variant: str) -> dict[str, Sensitivity]:
-    """Of every method that has at least one seed with a loss at each learning rate."""
+    """Of every method that has at least one seed with a loss at each of two learning rates or
+    more."""
+    if len(study.rates_of(variant)) < 2:
+        return {}
     grids = {method: complete(study, method, variant) for method in study.methods}
-    base, found = grids.get(BASELINE), {}
+    stable, rates, found = recorded(study), study.rates_of(variant), {}
+    base = breaks(study, stable, BASELINE, variant) if BASELINE in study.methods else {}
     for method, grid in grids.items():
         if grid is None:
             continue
-        ratio = None if base is None else stable_ratio(grid, base)
+        own = breaks(study, stable, method, variant)
         configs = [
             run.model_config
             for run in study.results
@@ -176,7 +203,8 @@ def sensitivities(study: Study, variant: str) -> dict[str, Sensitivity]:
         found[method] = Sensitivity(
             value=lr_sensitivity(grid.losses, grid.initial),
             best=best_rate(grid),
-            ratio=ratio,
+            edge=edge_of_best(grid),
+            ratio=span(own, base, rates),
             seeds=grid.num_seeds,
             warnings=warnings(
                 grid,
@@ -200,18 +228,18 @@ def complete(study: Study, method: str, variant: str) -> Grid | None:
         return None
     parts = [
         study.numbers(method, variant, number)[seeds]
-        for number in (lambda run: run.validation_loss, lambda run: run.initial_loss, _diverged)
+        for number in (lambda run: run.validation_loss, lambda run: run.initial_loss, _unstable)
     ]
     return Grid(
         rates=np.array(study.rates_of(variant)),
         losses=parts[0],
         initial=parts[1][:, 0],
-        diverged=parts[2] == 1,
+        unstable=parts[2] == 1,
     )
 
 
-def _diverged(run: Result) -> float:
-    return float(run.diverged)
+def _unstable(run: Result) -> float:
+    return float(run.unstable)
 
 
 def sensitivity_blocks(study: Study, found: dict[str, dict[str, Sensitivity]]) -> list[Block]:
@@ -220,13 +248,21 @@ def sensitivity_blocks(study: Study, found: dict[str, dict[str, Sensitivity]]) -
         Paragraph(
             "Wortsman et al. 2023, section 2.2: the mean over the grid of min(loss, loss at the "
             "start), less the smallest; in nats. Intervals are 95 % percentiles of the bootstrap "
-            "over seeds. A seed counts that has a loss at every learning rate."
+            "over seeds. A seed counts that has a loss at every learning rate. The last column is "
+            "what the grid allows for the breaking rate over the baseline's, over all seeds."
         )
     ]
+    seeds = [each.seeds for methods in found.values() for each in methods.values()]
+    if words := coverage_words(seeds):
+        blocks.append(Paragraph(f"Intervals over seeds. {words}"))
     for variant in study.variants:
+        if len(study.rates_of(variant)) == 1:
+            words = f"{variant_title(variant)}: one learning rate has no sensitivity."
+            blocks.append(Paragraph(words))
+            continue
         rows = [_sensitivity_row(method, each) for method, each in found[variant].items()]
-        head = ["method", "seeds", "sensitivity", "interval", "best rate", "interval"]
-        head += ["stable ÷ baseline", "interval"]
+        head = ["method", "seeds", "sensitivity", "over seeds", "best rate", "over seeds"]
+        head += ["break ÷ baseline's"]
         if rows:
             blocks.append(Table(f"{variant_title(variant)}: sensitivity", head, rows))
         lacking = [method for method in study.methods if method not in found[variant]]
@@ -234,8 +270,23 @@ def sensitivity_blocks(study: Study, found: dict[str, dict[str, Sensitivity]]) -
             names = ", ".join(lacking)
             text = f"{variant_title(variant)}: no seed has all learning rates yet: {names}."
             blocks.append(Paragraph(text))
+        if words := _one_sided(found[variant]):
+            blocks.append(Paragraph(f"{variant_title(variant)}: {words}"))
         blocks.append(Items(_warning_lines(variant, found[variant])))
     return [block for block in blocks if not isinstance(block, Items) or block.lines]
+
+
+def _one_sided(found: dict[str, Sensitivity]) -> str:
+    """How many methods have their best learning rate at an end of the grid."""
+    parts = []
+    for edge in ("lowest", "highest"):
+        own = sum(each.edge == edge for each in found.values())
+        if own:
+            parts.append(
+                f"{own} of {len(found)} methods have their best learning rate at the grid's "
+                f"{edge}: their sensitivity is one-sided."
+            )
+    return " ".join(parts)
 
 
 def _warning_lines(variant: str, found: dict[str, Sensitivity]) -> list[str]:
@@ -249,18 +300,13 @@ def _warning_lines(variant: str, found: dict[str, Sensitivity]) -> list[str]:
 
 
 def _sensitivity_row(method: str, found: Sensitivity) -> list[str]:
-    row = [
-        method,
-        str(found.seeds),
-        f"{found.value[0]:.3f}",
-        interval_words(found.value[1:], ".3f"),
-    ]
-    for each in (found.best, found.ratio):
-        if each is None:
-            row += ["–", "–"]
-        else:
-            row += [f"{each[0]:.3g}", interval_words(each[1:], ".3g")]
-    return row
+    row = [method, str(found.seeds)]
+    for each, form in ((found.value, ".3f"), (found.best, ".3g")):
+        ends = "one seed" if found.seeds == 1 else interval_words(each[1:], form)
+        row += [f"{each[0]:{form}}", ends]
+    if method == BASELINE:
+        return [*row, "1"]
+    return [*row, "–" if found.ratio is None else found.ratio.words]
 
 
 def highest_section(study: Study, key: str) -> Section:

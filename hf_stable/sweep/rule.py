@@ -1,9 +1,10 @@
-"""The declared rule: which runs diverged, which are degraded, which spiked, and which to stop.
+"""The declared rule: which runs diverged, collapsed, are degraded or spiked, and which to stop.
 
-Neither Rybakov et al. 2024 ("checking validation loss") nor Wortsman et al. 2023 gives one. Small
-models hardly ever reach a number that is not finite: they end where a table of unigrams is, and
-that is what the main criterion looks for. Thresholds are part of every record, and a recorded run
-can be judged again under others.
+Neither Rybakov et al. 2024 ("checking validation loss") nor Wortsman et al. 2023 gives one. Two
+kinds of runs are unstable. A diverged run has a number that is not finite, or a loss that rose and
+stayed up. A collapsed run ends near a table of unigrams, and its loss may never have risen: small
+models end this way far more often. Thresholds are part of every record, and a recorded run can be
+judged again under others.
 """
 
 import math
@@ -16,6 +17,8 @@ import numpy as np
 from hf_stable.errors import UserError
 
 Collapse = Literal["middle", "bigram", "unigram-0.2"]
+# How the reasons for which a run is diverged, and not collapsed, begin.
+_DIVERGED = ("non-finite", "blow-up")
 # The moving average has forgotten what is older: 0.9 ** 200 is 7e-10.
 _REACH = 1e-9
 
@@ -30,7 +33,7 @@ class Thresholds:
     mark of Wortsman et al. 2023), or the unigram's less 0.2."""
     decay: float = 0.9
     """Decay a step of the moving average of the training loss."""
-    blow_up: float = 1.0
+    blow_up: float = 0.5
     """Rise of that average above its lowest so far, after warm-up, that is a spike or a blow-up."""
     remaining: float = 0.25
     """What is left of a blow-up at the end of the run; with less, it was a spike."""
@@ -100,20 +103,45 @@ class Verdict:
     """What the rule says of a run.
 
     Args:
-        diverged: by at least one of the criteria.
-        degraded: not diverged, and no better than a bigram table.
-        spiked: the training loss blew up and came back, whatever else happened.
+        diverged: a number was not finite, or the training loss rose and stayed up.
+        collapsed: not diverged, and the final loss is that of a run that learned little, whether
+            it had ever been lower or not; or the run was stopped as hopeless.
+        degraded: neither, and no better than a bigram table.
+        spiked: the training loss rose and came back, whatever else happened.
         reasons: a sentence for each criterion that was met, e.g. "collapse: ...".
     """
 
     diverged: bool
     degraded: bool
     spiked: bool
+    collapsed: bool = False
     reasons: tuple[str, ...] = ()
+
+    @property
+    def stable(self) -> bool:
+        """Whether the run neither diverged nor collapsed."""
+        return not (self.diverged or self.collapsed)
 
     def to_dict(self) -> dict[str, Any]:
         """For records."""
         return {**asdict(self), "reasons": list(self.reasons)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Verdict":
+        """From a record. One without "collapsed" is older and calls every unstable run diverged;
+        its reasons tell the two kinds apart."""
+        reasons = tuple(str(each) for each in values.get("reasons") or ())
+        diverged, collapsed = bool(values.get("diverged")), values.get("collapsed")
+        if collapsed is None:
+            rose = any(each.startswith(_DIVERGED) for each in reasons)
+            diverged, collapsed = rose, diverged and not rose
+        return cls(
+            diverged=diverged,
+            degraded=bool(values.get("degraded")),
+            spiked=bool(values.get("spiked")),
+            collapsed=bool(collapsed),
+            reasons=reasons,
+        )
 
 
 def judge(
@@ -129,10 +157,10 @@ def judge(
     """Judge a run by its curves, by the rule of this module.
 
     Diverged is any of: "non-finite", a training loss, gradient norm or validation loss that is no
-    finite number; "collapse", a validation loss of at least `Thresholds.collapse_at`; "blow-up", a
-    moving average of the training loss that rose by more than `blow_up` above its lowest so far,
-    after warm-up, and ends more than `remaining` above its lowest; "hopeless", a run that was
-    stopped as such. Degraded is a validation loss from the bigram's on.
+    finite number; "blow-up", a moving average of the training loss that rose by more than `blow_up`
+    above its lowest so far, after warm-up, and ends more than `remaining` above its lowest.
+    Collapsed is, of all others: "collapse", a validation loss of at least `Thresholds.collapse_at`;
+    "hopeless", a run that was stopped as such. Degraded is a validation loss from the bigram's on.
 
     Args:
         train: columns of the log lines: "step" (T,) from 1, "loss" (T,) nats and, if there,
@@ -150,35 +178,34 @@ def judge(
     thresholds = thresholds or Thresholds()
     _require(train, validation_loss, stopped)
     loss = np.nan if validation_loss is None else float(validation_loss)
-    rise, left = _blow_up(train, warmup_steps, thresholds.decay)
+    rise, left = rise_and_rest(train, warmup_steps, thresholds.decay)
     blown, back = rise > thresholds.blow_up, left <= thresholds.remaining
-    reasons = [
-        *_non_finite(train, validation_loss),
-        *_collapse(loss, thresholds.collapse_at(unigram, bigram), thresholds.collapse),
-    ]
+    reasons = [*_non_finite(train, validation_loss)]
     if blown and not back:
         reasons.append(f"blow-up: smoothed loss rose by {rise:.2f}, ended {left:.2f} above lowest")
+    diverged = bool(reasons)
+    reasons += _collapse(loss, thresholds.collapse_at(unigram, bigram), thresholds.collapse)
     if stopped:
         reasons.append("hopeless: stopped early with a training loss far above a unigram table's")
-    diverged = bool(reasons)
-    degraded = not diverged and loss >= bigram
+    collapsed = bool(reasons) and not diverged
+    degraded = not reasons and loss >= bigram
     if degraded:
         reasons.append(f"degraded: validation loss {loss:.3f}, a bigram table has {bigram:.3f}")
     if blown and back:
         reasons.append(f"spike: smoothed loss rose by {rise:.2f} and came back")
-    return Verdict(diverged, degraded, blown and back, tuple(reasons))
+    return Verdict(diverged, degraded, blown and back, collapsed, tuple(reasons))
 
 
 def is_hopeless(
     losses: np.ndarray, step: int, total: int, unigram: float, thresholds: Thresholds | None = None
 ) -> bool:
-    """Whether to stop a run now, as diverged: a loss is not finite, or the moving average has been
+    """Whether to stop a run now, as unstable: a loss is not finite, or the moving average has been
     above unigram + `hopeless` for the last `hopeless_steps` steps, all of them after the part
     `hopeless_from` of the run.
 
     A run that would have come back later is stopped all the same. Losses that have been above a
     unigram's for so long did not come back in any run that we know of, but the rule cannot promise
-    it, which is why "stopped" is in the record beside "diverged".
+    it, which is why "stopped" is in the record beside the verdict.
 
     Args:
         losses: (step,) training losses of all steps so far, nats; a refused update's is NaN.
@@ -216,17 +243,11 @@ def smoothed(steps: np.ndarray, losses: np.ndarray, decay: float) -> np.ndarray:
     return np.array(smooth, dtype=float)
 
 
-def _require(train: Mapping[str, np.ndarray], validation_loss: float | None, stopped: bool) -> None:
-    if not len(train.get("step", ())) or "loss" not in train:
-        raise UserError("the run has no log lines with a step and a loss: run it again")
-    if validation_loss is None and not stopped:
-        raise UserError("validation_loss is null in a run that was not stopped: run it again")
-
-
-def _blow_up(
+def rise_and_rest(
     train: Mapping[str, np.ndarray], warmup_steps: float, decay: float
 ) -> tuple[float, float]:
-    """Largest rise after warm-up above the lowest so far, and the end above the lowest of all."""
+    """Largest rise after warm-up of the moving average above its lowest so far, and its end above
+    its lowest of all; nats."""
     steps = np.asarray(train["step"], dtype=float)
     smooth = smoothed(steps, np.asarray(train["loss"], dtype=float), decay)
     known = ~np.isnan(smooth)
@@ -236,6 +257,13 @@ def _blow_up(
     if not len(rises):
         return 0.0, 0.0
     return float(rises.max()), float(smooth[-1] - lowest[-1])
+
+
+def _require(train: Mapping[str, np.ndarray], validation_loss: float | None, stopped: bool) -> None:
+    if not len(train.get("step", ())) or "loss" not in train:
+        raise UserError("the run has no log lines with a step and a loss: run it again")
+    if validation_loss is None and not stopped:
+        raise UserError("validation_loss is null in a run that was not stopped: run it again")
 
 
 def _collapse(loss: float, limit: float, kind: str) -> Iterator[str]:

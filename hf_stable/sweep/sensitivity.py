@@ -1,12 +1,13 @@
-"""Learning-rate sensitivity, the best and the largest stable learning rate, and their ratios.
+"""Learning-rate sensitivity, the best and the largest stable learning rate.
 
 Rows are seeds, columns are learning rates. Intervals are percentiles of the bootstrap over seeds,
 whole rows at a time: of three seeds it is about the range of the three, which covers the truth
-three times in four and not nineteen in twenty.
+three times in four and not nineteen in twenty (`coverage_words`). One seed has no interval.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -16,6 +17,11 @@ from .bootstrap import CONFIDENCE, SAMPLES, SEED, Interval, interval, resampled
 
 # Fewer than this say nothing of spread, and a majority of two is both.
 MIN_SEEDS = 3
+# Up to so many seeds a bootstrap's 95 % interval of a mean is their range: of three, the resample
+# that takes the lowest seed thrice is 1 in 27, which is more than 2.5 %.
+_RANGE = 3
+# From so many seeds on, a bootstrap's interval is about what it is called.
+_MANY = 20
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Grid:
         rates: (R,) peak learning rates, ascending.
         losses: (S, R) final validation losses, nats a token; what is not finite counts as initial.
         initial: (S,) or a number: loss before the first update, nats a token.
-        diverged: (S, R) by the rule.
+        unstable: (S, R) whether a run diverged or collapsed, by the rule.
 
     Raises:
         UserError: when shapes disagree, rates are not ascending or an initial loss is not finite.
@@ -35,15 +41,15 @@ class Grid:
     rates: np.ndarray
     losses: np.ndarray
     initial: np.ndarray
-    diverged: np.ndarray
+    unstable: np.ndarray
 
     def __post_init__(self) -> None:
-        for name, kind in (("rates", float), ("losses", float), ("diverged", bool)):
+        for name, kind in (("rates", float), ("losses", float), ("unstable", bool)):
             object.__setattr__(self, name, np.asarray(self.__dict__[name], dtype=kind))
         shape = self.losses.shape
-        if len(shape) != 2 or not all(shape) or self.diverged.shape != shape:
+        if len(shape) != 2 or not all(shape) or self.unstable.shape != shape:
             raise UserError(
-                f"losses are {shape} and diverged {self.diverged.shape}; both have to be "
+                f"losses are {shape} and unstable {self.unstable.shape}; both have to be "
                 "(seeds, learning rates), with at least one of each"
             )
         if self.rates.shape != shape[1:] or not (np.diff(self.rates) > 0).all():
@@ -116,9 +122,9 @@ def best_rate(grid: Grid, *, samples: int = SAMPLES, confidence: float = CONFIDE
     return _over_seeds(grid.capped, _best(grid), samples, confidence)
 
 
-def stable_by_majority(diverged: np.ndarray) -> np.ndarray:
-    """(..., R), whether more than half of the seeds of (..., S, R) did not diverge."""
-    return np.asarray(diverged).mean(axis=-2) < 0.5
+def stable_by_majority(unstable: np.ndarray) -> np.ndarray:
+    """(..., R), whether more than half of the seeds of (..., S, R) are stable."""
+    return np.asarray(unstable).mean(axis=-2) < 0.5
 
 
 def largest_stable(
@@ -129,7 +135,7 @@ def largest_stable(
     0 stands for none: less than the lowest of the grid. The highest of the grid stands for "that or
     more": `warnings` says so.
     """
-    return _over_seeds(grid.diverged.astype(float), _largest(grid), samples, confidence)
+    return _over_seeds(grid.unstable.astype(float), _largest(grid), samples, confidence)
 
 
 def best_ratio(
@@ -140,13 +146,22 @@ def best_ratio(
     return _ratio(values, samples, confidence)
 
 
-def stable_ratio(
-    grid: Grid, reference: Grid, *, samples: int = SAMPLES, confidence: float = CONFIDENCE
-) -> Interval:
-    """`largest_stable` over a reference's: 0 where the method has none, infinite where the
-    reference has none, NaN where both have none. Seeds of the two are resampled apart."""
-    values = [(each.diverged.astype(float), _largest(each)) for each in (grid, reference)]
-    return _ratio(values, samples, confidence)
+def coverage_words(seeds: Collection[int]) -> str:
+    """Sentences on what the bootstrap's 95 % intervals over so many seeds are worth.
+
+    Of up to three seeds the interval of a mean is their range, which holds the truth but with the
+    probability that all lie on one side of it.
+    """
+    few = sorted({number for number in seeds if 1 < number <= _RANGE})
+    parts = [
+        f"over {number} seeds they cover the truth about {100 - 200 / 2**number:.0f} % of the time"
+        for number in few
+    ]
+    if any(_RANGE < number < _MANY for number in seeds):
+        parts.append(f"over fewer than {_MANY} seeds they are too narrow")
+    words = [f"Their real coverage is less than 95 %: {'; '.join(parts)}."] if parts else []
+    words += ["One seed has no interval."] if 1 in seeds else []
+    return " ".join(words)
 
 
 def warnings(grid: Grid, *, sigma_reparam: bool = False, layer_rates: bool = False) -> list[str]:
@@ -177,16 +192,15 @@ def warnings(grid: Grid, *, sigma_reparam: bool = False, layer_rates: bool = Fal
 
 
 def _about_fate(grid: Grid) -> list[str]:
-    stable = stable_by_majority(grid.diverged)
+    stable = stable_by_majority(grid.unstable)
     if not stable.any():
         return [
             "It fails at every learning rate: a sensitivity near 0 means that it is always bad, "
             "not that it is robust."
         ]
     found = []
-    best = float(_best(grid)(grid.capped.mean(axis=0)))
-    if best in (grid.rates[0], grid.rates[-1]):
-        side = "lowest" if best == grid.rates[0] else "highest"
+    if side := edge_of_best(grid):
+        best = grid.rates[0 if side == "lowest" else -1]
         found.append(
             f"The best learning rate is the grid's {side}, {best:g}: a better one may lie beyond, "
             "and sensitivity is measured over one side of the optimum only."
@@ -198,10 +212,18 @@ def _about_fate(grid: Grid) -> list[str]:
         )
     elif stable[np.argmin(stable) :].any():
         found.append(
-            "It is stable at a learning rate above one where it diverged: the largest stable one "
-            "is taken below the first failure."
+            "It is stable at a learning rate above one where it is not: the largest stable one is "
+            "taken below the first failure."
         )
     return found
+
+
+def edge_of_best(grid: Grid) -> Literal["lowest", "highest"] | None:
+    """The end of the grid at which the best learning rate lies; None within the grid."""
+    best = float(_best(grid)(grid.capped.mean(axis=0)))
+    if best == grid.rates[0]:
+        return "lowest"
+    return "highest" if best == grid.rates[-1] else None
 
 
 def _initial(initial: np.ndarray | float, num_seeds: int) -> np.ndarray:
@@ -238,7 +260,7 @@ def _largest(grid: Grid) -> Callable[[np.ndarray], np.ndarray]:
     with_none = np.concatenate([[0.0], grid.rates])
 
     def largest(parts: np.ndarray) -> np.ndarray:
-        """From the part of seeds that diverged, (..., R)."""
+        """From the part of seeds that are unstable, (..., R)."""
         return with_none[np.logical_and.accumulate(parts < 0.5, axis=-1).sum(axis=-1)]
 
     return largest
@@ -250,7 +272,9 @@ def _over_seeds(
     samples: int,
     confidence: float,
 ) -> Interval:
-    """Of a statistic of the mean over seeds of (S, R) rows."""
+    """Of a statistic of the mean over seeds of (S, R) rows; NaN ends with one seed."""
+    if len(rows) == 1:
+        return Interval(float(statistic(rows[0])), np.nan, np.nan)
     found = resampled(lambda index: statistic(rows[index].mean(axis=1)), len(rows), samples)
     return interval(float(statistic(rows.mean(axis=0))), found, confidence)
 

@@ -18,6 +18,8 @@ import numpy as np
 from hf_stable.errors import UserError
 from hf_stable.telemetry.reading.history import History, read_history
 
+from .rule import Verdict
+
 BASELINE = "baseline"
 STATUSES = ("finished", "stopped", "failed")
 _NUMBERS = ("seconds", "initial_loss", "validation_loss", "unigram", "bigram", "warmup_steps")
@@ -38,12 +40,12 @@ class Result:
     """One run that has ended. Losses in nats per token, NaN where there is none.
 
     Args:
-        status: "finished"; "stopped" by the rule as hopeless, which is diverged; or "failed", which
-            is neither stable nor diverged.
+        status: "finished"; "stopped" by the rule, which is unstable; or "failed", which is neither
+            stable nor unstable.
         flops: of all its training; None where it is not known.
         initial_loss: of the first batch, before any update.
         unigram, bigram: entropies of the text that it was validated on.
-        verdict: as recorded: "diverged", "degraded", "spiked", "reasons".
+        verdict: as recorded.
         history: its records; None where they are missing or damaged.
     """
 
@@ -62,15 +64,25 @@ class Result:
     bigram: float
     warmup_steps: float
     thresholds: dict[str, Any]
-    verdict: dict[str, Any]
+    verdict: Verdict
     history: History | None
 
     @property
     def diverged(self) -> bool:
-        """By the verdict in its record."""
-        return self.status == "stopped" or (
-            self.status == "finished" and bool(self.verdict.get("diverged"))
-        )
+        """Whether a number was not finite or the loss rose and stayed up, by its record."""
+        return self.status != "failed" and self.verdict.diverged
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether it learned little without having diverged, by its record."""
+        if self.status == "failed" or self.diverged:
+            return False
+        return self.status == "stopped" or self.verdict.collapsed
+
+    @property
+    def unstable(self) -> bool:
+        """Whether it diverged or collapsed."""
+        return self.diverged or self.collapsed
 
     @property
     def capped_loss(self) -> float:
@@ -92,8 +104,8 @@ class Result:
 
     @property
     def stable(self) -> bool:
-        """Whether it was trained to its end and did not diverge."""
-        return self.status == "finished" and not self.diverged
+        """Whether it was trained to its end and neither diverged nor collapsed."""
+        return self.status == "finished" and not self.unstable
 
 
 @dataclass(frozen=True)
@@ -102,7 +114,10 @@ class Study:
 
     Args:
         methods, variants, seeds: in the order of the plan. rates: ascending.
-        thresholds: of the divergence rule, as planned.
+        thresholds: of the rule, as planned.
+        reproduces: tables of the paper that the plan says it reproduces.
+        claims_revision: commit of the claims on them when the study began; None where that is not
+            recorded.
         results: of the runs that have ended, in the order of the plan.
         unfinished: ids of planned runs without a result, in the order of the plan.
         awaited: places of those of them whose id says where they stand.
@@ -117,6 +132,8 @@ class Study:
     rates: list[float]
     seeds: list[int]
     thresholds: dict[str, Any]
+    reproduces: list[str]
+    claims_revision: str | None
     results: list[Result]
     unfinished: list[str]
     awaited: list[Place]
@@ -181,6 +198,8 @@ def read_study(folder: Path) -> Study:
             rates=sorted(float(each) for each in plan["learning_rates"]),
             seeds=seeds,
             thresholds=dict(plan.get("thresholds") or {}),
+            reproduces=[str(each) for each in plan.get("reproduces") or ()],
+            claims_revision=plan.get("claims_revision"),
             results=results,
             unfinished=unfinished,
             awaited=[places[each] for each in unfinished if each in places],
@@ -228,7 +247,7 @@ def _result(folder: Path, notes: list[str]) -> Result:
             flops=content.get("flops"),
             **{key: _number(content.get(key)) for key in _NUMBERS},
             thresholds=dict(content.get("thresholds") or {}),
-            verdict=dict(content.get("verdict") or {}),
+            verdict=Verdict.from_dict(content.get("verdict") or {}),
             history=_history(folder, notes if content["status"] != "failed" else []),
         )
     except (KeyError, TypeError, ValueError) as error:

@@ -211,7 +211,32 @@ def _rule_words(
         _table(["rule", *KINDS], rows),
         f"Fired with every diverging seed and with no other run: {', '.join(telling) or 'none'}. "
         f"Fired even in every calm run, so of no use here: {', '.join(false) or 'none'}.",
+        _early_words(rules, leads),
     ]
+
+
+def _early_words(rules: dict[str, dict[str, dict[int, int]]], leads: list[dict[str, Any]]) -> str:
+    """Which alarms came before the loss moved, and how often they fired where it did not."""
+    onsets = {row["seed"]: row["onset"] for row in leads if row["onset"] is not None}
+    early = {
+        rule: kinds
+        for rule, kinds in sorted(rules.items())
+        if onsets
+        and all(kinds["diverging"].get(seed, np.inf) < onset for seed, onset in onsets.items())
+    }
+    words = [
+        f"`{rule}` ({len(kinds['converging'])} of {len(leads)} converging runs and "
+        f"{len(kinds['calm'])} of {len(leads)} calm ones)"
+        for rule, kinds in early.items()
+    ]
+    specific = [
+        f"`{rule}`" for rule, kinds in early.items() if not kinds["converging"] | kinds["calm"]
+    ]
+    return (
+        "Fired before the loss moved with every diverging seed (and in these of the other runs): "
+        f"{', '.join(words) or 'none'}. "
+        f"Of them, early and specific: {', '.join(specific) or 'none'}."
+    )
 
 
 def _distances(steps: dict[int, int], leads: list[dict[str, Any]]) -> str:

@@ -12,6 +12,8 @@ MADE = Made(
     odd_limits={"soft_cap": 0.1},
     variants=VARIANTS,
     documents=40,
+    reproduces=("table_3", "table_4"),
+    configs={"qk_norm": {"qk_norm": "head"}},
     losses={
         **{("baseline", VARIANTS[0], 0.1, seed): 3.15 for seed in range(3)},
         **{("qk_norm", VARIANTS[0], 0.1, seed): 2.95 for seed in range(3)},

@@ -36,6 +36,7 @@ class Made:
         documents: of the perplexity records; 0 writes none.
         configs: by method, fields of the model's config beside its size.
         bigram: cross-entropy of a bigram table, nats.
+        reproduces: tables of the paper. claims_revision: commit of their claims.
     """
 
     name: str = "made"
@@ -52,6 +53,8 @@ class Made:
     device: str = "cpu (1 threads)"
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     bigram: float = BIGRAM
+    reproduces: Sequence[str] = ()
+    claims_revision: str | None = None
 
 
 Place = tuple[str, str, float, int]
@@ -81,6 +84,8 @@ def write_study(folder: Path, made: Made | None = None) -> Path:
         "learning_rates": sorted(made.rates),
         "seeds": list(made.seeds),
         "thresholds": thresholds,
+        "reproduces": list(made.reproduces),
+        "claims_revision": made.claims_revision,
         "runs": [identity(place) for place in places(made)],
     }
     write_json(folder / "plan.json", plan)

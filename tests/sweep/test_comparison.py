@@ -10,6 +10,7 @@ from hf_stable.sweep.comparison import (
     compare,
     holm,
     needed_documents,
+    over_seeds,
     paired_difference,
 )
 
@@ -126,6 +127,22 @@ def test_the_same_checkpoint_twice_is_no_difference(sums):
 def test_p_value_is_never_zero():
     found = paired_difference(*pair(np.random.default_rng(0), 100, gap=1.0), samples=999)
     assert found.p_value == pytest.approx(2 / 1000)
+
+
+def test_the_interval_over_seeds_is_scipys_t_interval():
+    values = [-0.057, -0.0435, -0.02, -0.05]
+    found = over_seeds(values)
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert found == pytest.approx((np.mean(values), *expected))
+    assert over_seeds([0.3]).value == 0.3 and np.isnan(over_seeds([0.3])[1:]).all()
+
+
+@pytest.mark.parametrize("num_seeds", [2, 3, 5])
+def test_the_interval_over_seeds_covers_as_it_is_called(num_seeds):
+    rng = np.random.default_rng(0)
+    found = [over_seeds(rng.normal(0.1, 0.3, num_seeds)) for _ in range(2000)]
+    covered = np.mean([each.low <= 0.1 <= each.high for each in found])
+    assert covered == pytest.approx(0.95, abs=0.015)
 
 
 def test_holm_is_the_table_by_hand():

@@ -20,7 +20,7 @@ from hf_stable.sweep import execute as executing
 from hf_stable.sweep.execute import Progress, execute
 from hf_stable.sweep.jobs import Jobs, Work
 from hf_stable.sweep.plan import Plan, load_plan, planned_runs, write_plan
-from hf_stable.sweep.rule import Thresholds
+from hf_stable.sweep.rule import Thresholds, Verdict
 from hf_stable.sweep.study import read_study
 from hf_stable.sweep.worker import work
 from hf_stable.telemetry.reading.history import read_history
@@ -193,7 +193,7 @@ def test_what_fails_twice_is_recorded_and_the_rest_goes_on(
     assert [result["status"] for name, result in found.items() if name != broken.id] == ["finished"]
 
 
-def test_hopeless_runs_are_stopped_and_counted_as_diverged(folder: Path) -> None:
+def test_hopeless_runs_are_stopped_and_counted_as_unstable(folder: Path) -> None:
     wild = ("optimizer.max_grad_norm=null", "optimizer.weight_decay=0.0")
     plan = plan_of(folder, "hopeless", "10.0", *wild)
     hasty = Thresholds(hopeless=0.01, hopeless_steps=2, hopeless_from=0.1)
@@ -201,7 +201,7 @@ def test_hopeless_runs_are_stopped_and_counted_as_diverged(folder: Path) -> None
     for result in results(plan).values():
         assert result["status"] == "stopped"
         assert result["steps"] < 12
-        assert result["verdict"]["diverged"]
+        assert not Verdict.from_dict(result["verdict"]).stable
 
 
 @pytest.mark.usefixtures("warm_workers")

@@ -1,10 +1,14 @@
 """A plan is pure: the same file gives the same runs, and what cannot work is named."""
 
+import json
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from hf_stable.errors import RecipeError
+from hf_stable.records import last_change
+from hf_stable.sweep import plan as plan_module
 from hf_stable.sweep.plan import load_plan, planned_runs, read_plan, write_plan
 from hf_stable.sweep.rule import Thresholds
 
@@ -86,6 +90,46 @@ def test_workers_read_the_plan_that_was_written(tmp_path: Path) -> None:
     assert same == thresholds
 
 
+def test_the_commit_of_the_claims_is_that_of_the_studys_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def revision(text: str, output: str) -> object:
+        plan = load_plan(write(tmp_path, text), None, str(tmp_path / output))
+        folder = write_plan(plan, planned_runs(plan), Thresholds())
+        return json.loads((folder / "plan.json").read_text(encoding="utf-8"))["claims_revision"]
+
+    reproducing = PLAN + "reproduces: [table_3]\n"
+    monkeypatch.setattr(plan_module, "last_change", lambda _: "first")
+    assert revision(PLAN, "plain") is None
+    assert revision(reproducing, "claiming") == "first"
+    monkeypatch.setattr(plan_module, "last_change", lambda _: "later")
+    assert revision(reproducing, "claiming") == "first"
+    # What was not recorded before the first run is not recorded after it.
+    assert revision(reproducing, "plain") is None
+
+
+def test_the_last_change_of_a_file_is_its_commit(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        name = ["-c", "user.name=n", "-c", "user.email=e@f"]
+        command = ["git", "-C", str(tmp_path), *name, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    for name in ("claims", "other"):
+        (tmp_path / name).write_text("one")
+    assert last_change(tmp_path / "claims") is None  # no checkout
+    git("init", "-q")
+    git("add", "claims")
+    git("commit", "-qm", "claims")
+    committed = git("rev-parse", "HEAD")
+    git("add", "other")
+    git("commit", "-qm", "other")
+    assert last_change(tmp_path / "claims") == committed != git("rev-parse", "HEAD")
+    (tmp_path / "claims").write_text("two")
+    assert last_change(tmp_path / "claims") == f"{committed}-dirty"
+    (tmp_path / "new").write_text("")
+    assert last_change(tmp_path / "new") is None
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -97,6 +141,7 @@ def test_workers_read_the_plan_that_was_written(tmp_path: Path) -> None:
             "qk_nrom.yaml: there is no such file.*did you mean techniques/qk_norm",
         ),
         (("name: p", "name: a/b"), "name: found 'a/b'"),
+        (("name: p", "name: p\nreproduces: [table_5]"), "reproduces.0: found 'table_5'"),
         (("name: p", "name: p\nthresholds: {{colapse: middle}}"), "plan.yaml: .*colapse unknown"),
     ],
 )

@@ -1,5 +1,6 @@
 """What foretells divergence: AUC against scipy, features by hand, power laws that are recovered."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,28 @@ def test_features_of_a_run_without_samples_are_no_numbers():
         features_at(history(), 0, 20, 0.3)
 
 
+@pytest.mark.parametrize(
+    ("model", "optimizer", "bounded"),
+    [
+        ({}, {}, False),
+        ({"qk_norm": None, "sigma_reparam": False}, {"qk_clip": None}, False),
+        ({"qk_norm": "head"}, {}, True),
+        ({"attn_logit_softcapping": 50.0}, {}, True),
+        ({"sigma_reparam": True}, {}, True),
+        ({}, {"qk_clip": 100.0}, True),
+    ],
+)
+def test_the_plans_reference_breaks_ties_of_the_rate_by_bounds(model, optimizer, bounded):
+    def reference(rate: float, **run: object) -> float:
+        return features_at(replace(history(), run=run), 0.5, 20, rate)["rate_and_bound"]
+
+    free = reference(0.1)
+    own = reference(0.1, model_config=model, recipe={"optimizer": optimizer})
+    assert (own < free) == bounded and own <= free
+    # A larger rate is worse whatever bounds the logits.
+    assert reference(0.10001, model_config={"qk_norm": "head"}) > free
+
+
 def test_foretelling_knows_which_side_is_bad_and_leaves_out_what_has_no_number():
     diverged = [True, True, False, False, False]
     runs = [
@@ -148,7 +171,7 @@ def test_foretelling_knows_which_side_is_bad_and_leaves_out_what_has_no_number()
     found = {each.feature: each for each in foretell(runs, diverged)}
     assert list(found) == list(FEATURES)
     assert found["max_logit"].auc == (1, 1, 1)
-    assert (found["max_logit"].runs, found["max_logit"].diverged) == (4, 2)
+    assert (found["max_logit"].runs, found["max_logit"].unstable) == (4, 2)
     assert found["entropy"].auc.value == 1
     assert found["learning_rate"].auc.value == 0.5
     assert found["loss"].runs == 0

@@ -40,6 +40,7 @@ def kinds(found: Verdict) -> list[str]:
 
 def test_healthy():
     assert verdict(HEALTHY) == Verdict(diverged=False, degraded=False, spiked=False)
+    assert verdict(HEALTHY).stable
 
 
 def test_a_spike_that_recovers_is_spiked_and_not_diverged():
@@ -67,21 +68,53 @@ def test_a_rise_within_the_warm_up_does_not_count():
 
 def test_the_plateau_of_a_unigram_table_is_a_collapse():
     found = verdict(PLATEAU, 3.4)
-    assert (found.diverged, found.degraded) == (True, False)
-    assert kinds(found) == ["collapse"]
+    assert (found.diverged, found.collapsed, found.degraded) == (False, True, False)
+    assert kinds(found) == ["collapse"] and not found.stable
+
+
+def test_a_run_that_has_not_learned_yet_is_no_divergence():
+    found = verdict(curve((1, 5.5), (300, 4.9)))
+    assert (found.diverged, found.collapsed) == (False, True)
+
+
+def test_a_run_that_rose_is_diverged_and_not_collapsed():
+    rose = verdict(HEALTHY + curve((150, 0), (160, 4), (300, 4)))
+    assert kinds(rose) == ["blow-up", "collapse"]
+    assert (rose.diverged, rose.collapsed) == (True, False)
+
+
+@pytest.mark.parametrize("losses", [HEALTHY, PLATEAU, DEGRADED, SPIKE, DRIFT])
+def test_a_verdict_is_read_back_from_its_record(losses):
+    found = verdict(losses)
+    assert Verdict.from_dict(found.to_dict()) == found
+
+
+def test_an_older_record_is_told_apart_by_its_reasons():
+    """It called every unstable run diverged."""
+    for losses in (
+        HEALTHY,
+        PLATEAU,
+        DEGRADED,
+        DRIFT,
+        HEALTHY + curve((150, 0), (160, 4), (300, 4)),
+    ):
+        found = verdict(losses)
+        older = {**found.to_dict(), "diverged": not found.stable}
+        del older["collapsed"]
+        assert Verdict.from_dict(older) == found
 
 
 def test_between_bigram_and_middle_is_degraded_and_the_borders_belong_above():
-    for loss, diverged, degraded in (
+    for loss, collapsed, degraded in (
         (BIGRAM - 1e-9, False, False),
         (BIGRAM, False, True),
         (MIDDLE - 1e-9, False, True),
         (MIDDLE + 1e-9, True, False),
     ):
         found = verdict(DEGRADED, loss)
-        assert (found.diverged, found.degraded) == (diverged, degraded), loss
+        assert (found.collapsed, found.degraded) == (collapsed, degraded), loss
     # Numbers that binary fractions hold: the middle itself is a collapse.
-    assert judge(columns(DEGRADED), 3.0, unigram=3.5, bigram=2.5, warmup_steps=30).diverged
+    assert judge(columns(DEGRADED), 3.0, unigram=3.5, bigram=2.5, warmup_steps=30).collapsed
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -102,13 +135,14 @@ def test_a_run_of_nothing_but_nan_is_judged():
     assert kinds(verdict(np.full(STEPS, np.nan), np.nan)) == ["non-finite", "non-finite"]
 
 
-def test_a_stopped_run_is_diverged_without_a_validation_loss_and_under_all_thresholds():
+def test_a_stopped_run_is_unstable_without_a_validation_loss_and_under_all_thresholds():
     losses = curve((1, 5.5), (100, 4.5), (300, 4.5))[:170]
     for kind in ("middle", "bigram", "unigram-0.2"):
         found = judge(
             columns(losses), None, UNIGRAM, BIGRAM, WARMUP, Thresholds(collapse=kind), stopped=True
         )
         assert kinds(found) == ["hopeless"]
+        assert (found.diverged, found.collapsed) == (False, True)
 
 
 def test_thresholds_judge_records_again():
@@ -116,7 +150,7 @@ def test_thresholds_judge_records_again():
     for kind, limit in (("middle", MIDDLE), ("bigram", BIGRAM), ("unigram-0.2", UNIGRAM - 0.2)):
         for loss in (2.7, 2.9, 3.15, 3.3):
             found = verdict(losses, loss, thresholds=Thresholds(collapse=kind))
-            assert found.diverged == (loss >= limit), (kind, loss)
+            assert found.collapsed == (loss >= limit), (kind, loss)
     assert verdict(SPIKE, thresholds=Thresholds(blow_up=5)).reasons == ()
     assert verdict(DRIFT, thresholds=Thresholds(remaining=2)).spiked
 
@@ -188,22 +222,22 @@ def synthetic(rng: np.random.Generator) -> tuple[np.ndarray, float]:
     return losses, float(losses[-5:].mean())
 
 
-def test_the_early_stop_never_fires_on_a_run_that_is_not_diverged_in_the_end():
+def test_the_early_stop_never_fires_on_a_run_that_is_stable_in_the_end():
     rng = np.random.default_rng(1)
     stopped, fates = 0, {True: 0, False: 0}
     for _ in range(200):
         losses, validation = synthetic(rng)
-        diverged = verdict(losses, validation).diverged
-        fates[diverged] += 1
+        stable = verdict(losses, validation).stable
+        fates[stable] += 1
         if any(is_hopeless(losses[:step], step, STEPS, UNIGRAM) for step in range(121, STEPS + 1)):
             stopped += 1
-            assert diverged
-    assert stopped > 40 and fates[False] > 60
+            assert not stable
+    assert stopped > 40 and fates[True] > 60
 
 
 def test_its_price_is_a_run_that_would_have_come_back_after_fifty_steps():
     losses = HEALTHY + curve((130, 0), (131, 4), (220, 4), (221, 0))
-    assert not verdict(losses).diverged
+    assert verdict(losses).stable
     assert stops(losses) is not None
 
 
@@ -215,6 +249,7 @@ def test_thresholds_and_verdicts_survive_records():
         "diverged": False,
         "degraded": False,
         "spiked": True,
+        "collapsed": False,
         "reasons": list(verdict(SPIKE).reasons),
     }
 

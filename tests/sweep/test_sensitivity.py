@@ -1,6 +1,7 @@
 """Sensitivity and stable learning rates, against loops and by laws."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from hf_stable.sweep.sensitivity import (
     Grid,
     best_rate,
     best_ratio,
+    coverage_words,
+    edge_of_best,
     largest_stable,
     loss_bands,
     lr_sensitivity,
     sensitivity_difference,
     stable_by_majority,
-    stable_ratio,
 )
 
 RATES = np.array([0.01, 0.03, 0.1, 0.3])
@@ -31,9 +33,9 @@ def noisy(num_seeds: int, seed: int = 0, spread: float = 0.1) -> np.ndarray:
     return CURVE + spread * rng.normal(size=(num_seeds, len(CURVE)))
 
 
-def grid(losses=None, diverged=NONE, num_seeds: int = 3, initial=INITIAL) -> Grid:
+def grid(losses=None, unstable=NONE, num_seeds: int = 3, initial=INITIAL) -> Grid:
     losses = noisy(num_seeds) if losses is None else np.asarray(losses)
-    return Grid(RATES, losses, initial, np.broadcast_to(diverged, losses.shape))
+    return Grid(RATES, losses, initial, np.broadcast_to(unstable, losses.shape))
 
 
 def by_loop(losses, initial) -> float:
@@ -57,7 +59,14 @@ def test_sensitivity_is_the_loop_of_the_definition(num_seeds):
 
 def test_sensitivity_of_one_seed_is_the_papers_formula_by_hand():
     # (0.3 + 0 + 0.4 + 1.8) / 4
-    assert lr_sensitivity(CURVE[None], INITIAL) == pytest.approx((0.625, 0.625, 0.625))
+    found = lr_sensitivity(CURVE[None], INITIAL)
+    assert found.value == pytest.approx(0.625)
+
+
+def test_one_seed_has_no_interval():
+    one = grid(CURVE[None])
+    for found in (lr_sensitivity(CURVE[None], INITIAL), best_rate(one), largest_stable(one)):
+        assert np.isfinite(found.value) and np.isnan(found[1:]).all()
 
 
 def test_what_is_not_finite_or_above_the_initial_loss_counts_as_the_initial_loss():
@@ -141,6 +150,31 @@ def test_three_seeds_cover_three_times_in_four_and_twenty_nine_times_in_ten():
         assert hits / 400 == pytest.approx(expected, abs=0.07)
 
 
+@pytest.mark.parametrize("num_seeds", [2, 3])
+def test_the_coverage_that_is_told_is_the_measured_one(num_seeds):
+    rng, hits = np.random.default_rng(1), 0
+    for _ in range(1000):
+        losses = np.stack([np.zeros(num_seeds), rng.normal(10, 1, num_seeds)], axis=1)
+        _, low, high = lr_sensitivity(losses, 50)
+        hits += low <= 5 <= high
+    (told,) = re.findall(r"about (\d+) % of the time", coverage_words([num_seeds]))
+    assert hits / 10 == pytest.approx(float(told), abs=5)
+
+
+def test_intervals_that_are_too_narrow_are_told_and_others_not():
+    assert coverage_words([30]) == coverage_words([]) == ""
+    assert coverage_words([1]) == "One seed has no interval."
+    assert "too narrow" in coverage_words([5])
+
+
+def test_the_edge_of_the_best_rate():
+    assert edge_of_best(grid()) is None
+    assert edge_of_best(grid(np.sort(noisy(3)))) == "lowest"
+    assert edge_of_best(grid(-np.sort(-noisy(3)))) == "highest"
+    # Nothing was trained, so nothing is best.
+    assert edge_of_best(grid(np.full((3, 4), np.nan))) is None
+
+
 def test_best_rate():
     found = best_rate(grid(noisy(3, spread=0.01)))
     assert found == (0.03, 0.03, 0.03)
@@ -151,7 +185,7 @@ def test_best_rate():
 
 
 @pytest.mark.parametrize(
-    ("diverged", "expected"),
+    ("unstable", "expected"),
     [
         ([NONE, NONE, NONE], 0.3),
         ([[0, 0, 0, 1]] * 3, 0.1),
@@ -164,45 +198,26 @@ def test_best_rate():
         ([[0, 0, 0, 1], NONE], 0.1),
     ],
 )
-def test_largest_stable_rate_by_hand(diverged, expected):
-    losses = noisy(len(diverged))
-    assert largest_stable(grid(losses, diverged)).value == expected
+def test_largest_stable_rate_by_hand(unstable, expected):
+    losses = noisy(len(unstable))
+    assert largest_stable(grid(losses, unstable)).value == expected
 
 
 def test_interval_of_the_largest_stable_rate_is_that_of_all_resamples():
-    diverged = np.array([[0, 0, 1, 1], [0, 0, 0, 1], [0, 0, 0, 1]])
+    unstable = np.array([[0, 0, 1, 1], [0, 0, 0, 1], [0, 0, 0, 1]])
     found = []
     for index in itertools.product(range(3), repeat=3):
-        bad = diverged[list(index)].sum(axis=0) >= 2
+        bad = unstable[list(index)].sum(axis=0) >= 2
         found.append(RATES[list(bad).index(True) - 1])
     # Two of three resampled seeds are the first in 7 of 27 resamples.
     assert sorted(found) == [0.03] * 7 + [0.1] * 20
-    assert largest_stable(grid(diverged=diverged)) == (0.1, 0.03, 0.1)
-    assert largest_stable(grid(diverged=diverged), confidence=0.4) == (0.1, 0.1, 0.1)
+    assert largest_stable(grid(unstable=unstable)) == (0.1, 0.03, 0.1)
+    assert largest_stable(grid(unstable=unstable), confidence=0.4) == (0.1, 0.1, 0.1)
 
 
 def test_majority():
-    diverged = np.array([[0, 1, 1], [0, 0, 1], [0, 0, 0], [1, 1, 0]], dtype=bool)
-    assert stable_by_majority(diverged).tolist() == [True, False, False]
-
-
-def test_ratios_and_where_one_of_the_two_is_off_the_grid():
-    low, middle, none = ([[0, *[1] * 3]] * 3, [[0, 0, 0, 1]] * 3, [TOP] * 3)
-    ratio = stable_ratio(grid(diverged=middle), grid(diverged=low))
-    assert ratio == pytest.approx((10, 10, 10))
-    back = stable_ratio(grid(diverged=low), grid(diverged=middle))
-    assert np.multiply(ratio, back) == pytest.approx([1, 1, 1])
-    assert stable_ratio(grid(diverged=none), grid(diverged=low)) == (0, 0, 0)
-    assert stable_ratio(grid(diverged=low), grid(diverged=none)) == (np.inf,) * 3
-    assert np.isnan(stable_ratio(grid(diverged=none), grid(diverged=none))).all()
-
-
-def test_interval_of_a_ratio_takes_the_spread_of_both():
-    mixed = np.array([[0, 0, 1, 1], [0, 0, 0, 1], [0, 0, 0, 1]])
-    steady = [[0, 1, 1, 1]] * 3
-    assert stable_ratio(grid(diverged=mixed), grid(diverged=steady)) == pytest.approx((10, 3, 10))
-    found = stable_ratio(grid(diverged=mixed), grid(diverged=mixed))
-    assert found == pytest.approx((1, 0.3, 10 / 3))
+    unstable = np.array([[0, 1, 1], [0, 0, 1], [0, 0, 0], [1, 1, 0]], dtype=bool)
+    assert stable_by_majority(unstable).tolist() == [True, False, False]
 
 
 def test_best_ratio():
@@ -231,16 +246,16 @@ def test_difference_of_sensitivities_flips_with_the_two_and_is_wide_enough():
 
 def test_warnings_say_where_the_definition_does_not_apply():
     kept = [[0, 0, 0, 1]] * 3
-    assert sensitivity.warnings(grid(diverged=kept)) == []
+    assert sensitivity.warnings(grid(unstable=kept)) == []
     cases = [
-        ({"sigma_reparam": True}, grid(diverged=kept), "spectral norm"),
-        ({"layer_rates": True}, grid(diverged=kept), "muP"),
-        ({}, grid(diverged=[[0, 0, 0, 1]] * 2, num_seeds=2), "only 2 complete seed"),
-        ({}, grid(diverged=TOP), "fails at every learning rate"),
-        ({}, grid(np.sort(noisy(3)), diverged=kept), "lowest, 0.01"),
-        ({}, grid(-np.sort(-noisy(3)), diverged=kept), "highest, 0.3"),
+        ({"sigma_reparam": True}, grid(unstable=kept), "spectral norm"),
+        ({"layer_rates": True}, grid(unstable=kept), "muP"),
+        ({}, grid(unstable=[[0, 0, 0, 1]] * 2, num_seeds=2), "only 2 complete seed"),
+        ({}, grid(unstable=TOP), "fails at every learning rate"),
+        ({}, grid(np.sort(noisy(3)), unstable=kept), "lowest, 0.01"),
+        ({}, grid(-np.sort(-noisy(3)), unstable=kept), "highest, 0.3"),
         ({}, grid(), "lower bounds"),
-        ({}, grid(diverged=[[0, 1, 0, 1]] * 3), "above one where it diverged"),
+        ({}, grid(unstable=[[0, 1, 0, 1]] * 3), "above one where it is not"),
     ]
     for options, runs, words in cases:
         (sentence,) = sensitivity.warnings(runs, **options)
@@ -250,11 +265,11 @@ def test_warnings_say_where_the_definition_does_not_apply():
 def test_one_seed_with_its_best_at_the_edge_is_no_warning():
     losses = noisy(3, spread=0)
     losses[0] = np.sort(losses[0])
-    assert sensitivity.warnings(grid(losses, diverged=[[0, 0, 0, 1]] * 3)) == []
+    assert sensitivity.warnings(grid(losses, unstable=[[0, 0, 0, 1]] * 3)) == []
 
 
 def test_a_method_that_always_fails_has_no_warning_of_its_edge():
-    found = sensitivity.warnings(grid(np.full((3, 4), np.nan), diverged=TOP))
+    found = sensitivity.warnings(grid(np.full((3, 4), np.nan), unstable=TOP))
     assert len(found) == 1
 
 
@@ -262,7 +277,7 @@ def test_a_method_that_always_fails_has_no_warning_of_its_edge():
     ("change", "words"),
     [
         ({"losses": CURVE}, "seeds, learning rates"),
-        ({"diverged": np.zeros((2, 4))}, "seeds, learning rates"),
+        ({"unstable": np.zeros((2, 4))}, "seeds, learning rates"),
         ({"rates": RATES[::-1]}, "ascending"),
         ({"rates": RATES[:3]}, "give 4"),
         ({"initial": np.nan}, "initial losses are nan"),
@@ -270,7 +285,7 @@ def test_a_method_that_always_fails_has_no_warning_of_its_edge():
     ],
 )
 def test_grids_that_do_not_fit_are_named(change, words):
-    whole = {"rates": RATES, "losses": noisy(3), "initial": INITIAL, "diverged": np.zeros((3, 4))}
+    whole = {"rates": RATES, "losses": noisy(3), "initial": INITIAL, "unstable": np.zeros((3, 4))}
     with pytest.raises(UserError, match=words):
         Grid(**{**whole, **change})
 

@@ -75,13 +75,13 @@ def test_a_study_that_has_only_a_plan_can_be_read(tmp_path: Path) -> None:
     assert grid.breaks(study, stable, "baseline", "") == {}
 
 
-def test_stopped_is_diverged_and_failed_is_neither(tmp_path: Path) -> None:
+def test_stopped_is_unstable_and_failed_is_neither(tmp_path: Path) -> None:
     stopped, failed = ("baseline", "", 0.3, 0), ("baseline", "", 0.01, 1)
     made = Made(statuses={stopped: "stopped", failed: "failed"})
     study = read_study(write_study(tmp_path, made))
     runs = {run.id: run for run in study.results}
-    assert runs[identity(stopped)].diverged and not runs[identity(stopped)].stable
-    assert not runs[identity(failed)].diverged and not runs[identity(failed)].stable
+    assert runs[identity(stopped)].unstable and not runs[identity(stopped)].stable
+    assert not runs[identity(failed)].unstable and not runs[identity(failed)].stable
     assert math.isnan(runs[identity(failed)].capped_loss)
     assert not study.notes
     found = grid.count(study, grid.recorded(study), "baseline", "", 0.01)
@@ -107,7 +107,7 @@ def test_a_damaged_log_is_noted_and_the_result_kept(tmp_path: Path) -> None:
     assert len(study.notes) == 1 and identity(place) in study.notes[0]
     assert str(tmp_path) not in study.notes[0]
     run = study.cell("baseline", "", 0.01)[0]
-    assert run.history is None and run.diverged
+    assert run.history is None and run.collapsed and not run.diverged
     assert grid.not_judged(study) == [run.id]
     # Without a log the verdict recorded stays, though H1 - 0.2 is above this loss.
     assert not grid.judged(study, "unigram-0.2")[run.id]
