@@ -159,7 +159,8 @@ class Progress:
         verdicts = [_verdict(result) for result in done if result["status"] != "failed"]
         diverged = sum(verdict.diverged for verdict in verdicts)
         collapsed = sum(verdict.collapsed for verdict in verdicts)
-        text = f"{len(done)} of {counted(len(self._runs), 'run')}: {sum(map(_is_stable, done))} stable"
+        text = f"{len(done)} of {counted(len(self._runs), 'run')}: "
+        text += f"{sum(map(_is_stable, done))} stable"
         text += f", {diverged} diverged" if diverged else ""
         text += f", {collapsed} collapsed or not learned" if collapsed else ""
         text += f" ({counts['stopped']} stopped early)" if counts["stopped"] else ""
