@@ -267,7 +267,7 @@ def _tell_of_text(recipe: Recipe, train: list[Source], validation: list[Source])
             "data: too few documents to hold out whole ones; the end of each is validation text "
             f"(data.holdout {recipe.data.holdout:g}, unless data.validation names other text)"
         )
-    memory = Path(recipe.data.cache) / "hashes.json"
+    memory = _cache(recipe) / "hashes.json"
     parts = [identify(expand(sources), memory) for sources in (train, validation)]
     lines = repeated_lines(parts[0], "data.train")
     if recipe.data.validation:
