@@ -438,7 +438,7 @@ def parse(version: str, arguments: Sequence[str]) -> Namespace:
         UserError: names the argument and the remedy.
     """
     parser = build_parser(version)
-    commands: dict[str, Parser] = next(
+    commands: Any = next(  # parsers by name
         action.choices for action in parser._actions if action.dest == "subcommand"
     )
     check_command(arguments, list(commands))
