@@ -15,7 +15,7 @@ PATH_TYPES = (arguments.path, arguments.output_file, arguments.output_folder)
 NO_PATHS = {
     *("--column", "--commit-message", "--license", "--license-link", "--license-name"),
     *("--max-shard-size", "--name", "--prompt", "--revision", "--set", "--slurm", "--split"),
-    "--tag",
+    *("--tag", "NAME"),
 }
 
 
@@ -71,7 +71,8 @@ def test_every_output_option_is_refused_where_it_cannot_be_written(tmp_path: Pat
     (tmp_path / "file").write_text("")
     wrong = {arguments.output_file: tmp_path, arguments.output_folder: tmp_path / "file"}
     outputs = [each for each in options() if label(each[1]) in ("--output", "--html", "--json")]
-    outputs = [each for each in outputs if each[0] != "push"]
+    # A repository of the Hub; a file or a folder, refused where it exists.
+    outputs = [each for each in outputs if each[0] not in ("push", "recipes")]
     assert len(outputs) >= 11
     for _, action in outputs:
         assert callable(action.type) and action.type in wrong
