@@ -233,6 +233,24 @@ def linear_cross_entropy(
     )
 
 
+def logits_cross_entropy(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    num_items: torch.Tensor | int | None = None,
+    z_loss: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`linear_cross_entropy` of logits that are there, (T, V), after their cap."""
+    logits = logits.to(statistics_dtype(logits))
+    labelled = labels >= 0
+    lse = logits.logsumexp(-1)
+    picked = logits.gather(-1, labels.clamp(min=0)[:, None])[:, 0]
+    count = labelled.sum() if num_items is None else num_items
+    ce = torch.where(labelled, lse - picked, 0).sum() / count
+    z = z_loss * torch.where(labelled, lse.square(), 0).sum() / count
+    return ce + z, ce.detach(), z.detach()
+
+
 class LinearCrossEntropyInterface(GeneralInterface):
     """What computes the loss of the head, by the device type of its hidden states.
 

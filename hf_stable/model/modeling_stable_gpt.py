@@ -44,6 +44,7 @@ from .host_stable_gpt import (
     one_cache,
     warn_if_untested,
 )
+from .loss_stable_gpt import logits_cross_entropy
 from .parallel_stable_gpt import check_parallelism
 from .sigma_stable_gpt import StableGPTSigmaLinear, follow_weights, init_sigma, power_iterate
 from .slots_stable_gpt import (
@@ -53,6 +54,7 @@ from .slots_stable_gpt import (
     StableGPTLinear,
     StableGPTNorm,
     StableGPTRotaryEmbedding,
+    cap_logits,
     embedding_std,
     init_matrix,
 )
@@ -353,13 +355,14 @@ class StableGPTForCausalLM(StableGPTPreTrainedModel, StableGPTGenerationMixin):
         self.model = StableGPTModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = StableGPTHead(config)
+        self.logit_cap = config.final_logit_softcapping
         self.loss_watch = StableGPTLossWatch(config.z_loss)
         if config.z_loss:
             self.model.register_forward_pre_hook(self.loss_watch.before_decoder)
         self.post_init()
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Give the head another weight; a plain linear layer would lose the cap and the loss."""
+        """Give the head another weight; a plain linear layer would lose the chunked loss."""
         if new_embeddings.bias is not None:
             raise ValueError("lm_head has no bias, but the new output embedding has one.")
         self.lm_head.weight = new_embeddings.weight
@@ -414,14 +417,14 @@ class StableGPTForCausalLM(StableGPTPreTrainedModel, StableGPTGenerationMixin):
         if shift_labels is not None:
             self.loss_watch.answer()
             targets = self._targets(shift_labels, hidden_states.shape[:2], ignore_index)
-            loss, ce_loss, z_loss = self.lm_head(hidden_states, targets, num_items_in_batch)
+            loss, ce_loss, z_loss = self._loss(hidden_states, targets, num_items_in_batch)
         skip = self.training if skip_logits is None else skip_logits
         logits = None
         if shift_labels is None or not skip:
             kept = (
                 slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             )
-            logits = self.lm_head(hidden_states[:, kept])
+            logits = cap_logits(self.lm_head(hidden_states[:, kept]), self.logit_cap)
         return StableGPTCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -430,6 +433,21 @@ class StableGPTForCausalLM(StableGPTPreTrainedModel, StableGPTGenerationMixin):
             ce_loss=ce_loss,
             z_loss=z_loss,
             **{CACHE: outputs.cache},
+        )
+
+    def _loss(
+        self,
+        hidden_states: torch.Tensor,
+        targets: torch.Tensor,
+        num_items: torch.Tensor | int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The head's loss in chunks; where something wraps the head, as PEFT does, from logits."""
+        if isinstance(self.lm_head, StableGPTHead):
+            return self.lm_head(hidden_states, targets, num_items)
+        logits = cap_logits(self.lm_head(hidden_states), self.logit_cap).flatten(0, -2)
+        labels = targets.to(logits.device).flatten()
+        return logits_cross_entropy(
+            logits, labels, num_items=num_items, z_loss=self.loss_watch.z_loss
         )
 
     def _targets(

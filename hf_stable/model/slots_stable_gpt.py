@@ -174,8 +174,9 @@ class StableGPTRotaryEmbedding(nn.Module):
 
 
 class StableGPTHead(StableGPTLinear):
-    """Logits with their cap, or the loss. It owns the loss so that sharded training gathers its
-    weight by its own forward, and so that training never holds logits of all tokens."""
+    """Logits before their cap, as any linear layer's, or the loss. It owns the loss so that sharded
+    training gathers its weight by its own forward, and training never holds logits of all tokens.
+    """
 
     def __init__(self, config: StableGPTConfig) -> None:
         super().__init__(config.hidden_size, config.vocab_size)
@@ -200,11 +201,13 @@ class StableGPTHead(StableGPTLinear):
                 cap=self.cap,
                 z_loss=self.z_loss,
             )
-        logits = super().forward(hidden_states)
-        # The cap in fp32, as in the loss: bf16 would round a capped logit of 30 to eighths.
-        return (
-            logits if self.cap is None else softcap(logits.to(statistics_dtype(logits)), self.cap)
-        )
+        return super().forward(hidden_states)
+
+
+def cap_logits(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """Logits of the vocabulary with their tanh cap; None is off."""
+    # The cap in fp32, as in the loss: bf16 would round a capped logit of 30 to eighths.
+    return logits if cap is None else softcap(logits.to(statistics_dtype(logits)), cap)
 
 
 # init: how weights begin ----------------------------------------------------------------------

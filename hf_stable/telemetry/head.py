@@ -13,7 +13,6 @@ from hf_stable.model.loss_stable_gpt import (
     RowFunction,
     linear_cross_entropy,
 )
-from hf_stable.model.slots_stable_gpt import StableGPTHead
 
 from .gauges import Gauges, Reduced, world_size
 from .names import Numbers
@@ -27,8 +26,7 @@ class HeadGauge:
     """Hooks of one head, which must not be compiled."""
 
     def __init__(self, head: nn.Module, gauges: Gauges, cap: float | None) -> None:
-        # StableGPT's logits come out capped, those of other families are capped later.
-        self._is_capped, self._cap = isinstance(head, StableGPTHead) and cap is not None, cap
+        self._cap = cap
         self._input = gauges.sums("head/input", 2)
         self._input_grad = gauges.gradient_sums("head/input_grad", 2)
         # log Z, targets; logits, their number; z-losses, their number.
@@ -99,10 +97,8 @@ class HeadGauge:
 
     def _look_at_logits(self, logits: torch.Tensor) -> None:
         for rows in logits.flatten(0, -2).split(_ROWS):
-            wide = rows.to(statistics_dtype(rows))
-            if not self._is_capped:
-                self._add_logits(rows)
-                wide = softcap(wide, self._cap)
+            self._add_logits(rows)
+            wide = softcap(rows.to(statistics_dtype(rows)), self._cap)
             log_z = wide.logsumexp(-1)
             self._add_log_z(log_z, torch.ones_like(log_z, dtype=torch.bool))
 

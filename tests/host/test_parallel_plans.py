@@ -37,6 +37,7 @@ CASES: dict[str, tuple[dict[str, int], str, dict[str, Any]]] = {
         {"final_logit_softcapping": 0.5, "z_loss": 0.1, "embedding_norm": True, "norm_bias": True},
     ),
     "tensor-gated": (TENSOR, "gated_mlp", {"linear_bias": "all", "parallel_residual": True}),
+    "pipeline-head": (PIPELINE, "baseline", {"final_logit_softcapping": 0.5}),
     "pipeline-qk_norm_cap": (PIPELINE, "qk_norm_cap", {"embedding_scale": 3.0}),
     "pipeline-sigma_reparam": (PIPELINE, "sigma_reparam", {"tie_word_embeddings": True}),
     "pipeline-embed_norm": (PIPELINE, "embed_norm", NO_RANGE),
