@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +27,7 @@ from hf_stable.checkpoints.directory import step_of
 from hf_stable.corpus import prepare_corpus
 from hf_stable.errors import CheckpointError, DivergedError
 from hf_stable.guard import Observation, read_rollbacks, replay
-from hf_stable.preemption import EXIT_PREEMPTED, MARKER
+from hf_stable.preemption import EXIT_INTERRUPTED, EXIT_PREEMPTED, MARKER
 from hf_stable.recipes import Recipe, dump
 from hf_stable.telemetry.reading.history import read_history
 from hf_stable.training import TrainResult, train
@@ -103,6 +104,8 @@ def test_the_command_says_that_it_was_preempted(tmp_path: Path, monkeypatch) -> 
     result = TrainResult(tmp_path, 3, math.nan, preempted=True)
     monkeypatch.setattr(training, "train", lambda *_, **__: result)
     assert cli.main(["train", str(recipe)]) == EXIT_PREEMPTED
+    result = replace(result, signal=signal.SIGINT)
+    assert cli.main(["train", str(recipe)]) == EXIT_INTERRUPTED == 128 + signal.SIGINT
 
 
 class Died(BaseException):

@@ -197,3 +197,13 @@ def test_numbers_are_read_back_as_they_were() -> None:
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     labels = [run.label for run in dress([small(tmp_path / "a"), small(tmp_path / "b")])]
     assert len(set(labels)) == 2 and "a" in labels[0]
+
+
+def test_one_sample_is_said_and_not_drawn(tmp_path: Path) -> None:
+    one, two = (small(tmp_path / name, every=every) for name, every in (("one", 100), ("two", 20)))
+    assert len(one.steps) == 1
+    figures, left_out = drawn([one])
+    assert set(figures) == {"loss", "rates"}
+    assert len(left_out) > 5
+    assert all("one sample" in reason for reason in left_out.values())
+    assert len(drawn([one, two])[0]) > 5
