@@ -102,7 +102,7 @@ def sources_of(recipe: Recipe) -> tuple[list[Source], list[Source]]:
 
 
 def describe_data(recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
-    """What run.json says of the text, by "train" and "validation", with the recipe's licences.
+    """Return run.json's section on the text, by "train" and "validation", with its licenses.
 
     Validation text that is training text too is told by "share_in_training".
     """
@@ -189,7 +189,7 @@ def _tokenizer_text(
 
 
 def _cache(recipe: Recipe) -> Path:
-    """Where token files and trained tokenizers are kept."""
+    """Return the folder where token files and trained tokenizers are kept."""
     return Path(recipe.data.cache or Path(HF_HOME) / "hf_stable")
 
 

@@ -46,7 +46,7 @@ def run_lock(run: Path) -> Iterator[None]:
 
 
 def is_free(run: Path) -> bool | None:
-    """Whether no process trains in a run's folder; None where that cannot be told from a lock."""
+    """Return whether no process trains in a run's folder, or None where there is no lock."""
     file = run / ".lock"
     if not file.is_file():
         return None

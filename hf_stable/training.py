@@ -64,7 +64,7 @@ def train(recipe: Recipe, *, resume: str = "auto", stop: Stop | None = None) -> 
     Args:
         resume: "auto" resumes from the newest checkpoint in the recipe's output folder, if there is
             one, and refuses another recipe or other data than that run's; "longer" allows more
-            steps than that run's, and plans the learning rate anew for them; "changed" allows any
+            steps than that run's, and plans the learning rate again for them; "changed" allows any
             difference; "never" refuses a folder that holds a run. A run that has finished is left
             as it is, unless it is to be longer.
         stop: asked after every step; a run that it ends is validated, and writes no model.

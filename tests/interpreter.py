@@ -1,6 +1,6 @@
 """Triton's interpreter without the third of its time that it spends on patching `triton.language`.
 
-Every call of a device function patches the language anew, which walks through all of its members,
+Every call of a device function patches the language again, which walks through all of its members,
 though the launch of the kernel around it has done so already. Here a launch patches each module
 once. What is interpreted stays the same.
 """

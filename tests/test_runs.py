@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, and what a second start of it does."""
+"""Files that a run leaves in its folder, and a second start of it."""
 
 import shutil
 from functools import partial

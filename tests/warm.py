@@ -192,7 +192,7 @@ def _run(arguments: list[str]) -> None:
 
 
 def _end(run: Callable[[], None]) -> None:
-    """End as the interpreter does after `run`, but for taking torch apart, which takes a second."""
+    """End as the interpreter does after `run`, without taking torch apart, which takes a second."""
     code = 0
     try:
         run()

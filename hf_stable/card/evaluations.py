@@ -53,7 +53,7 @@ class Evaluation:
 
 
 def find_evaluations(run: Path) -> list[Path]:
-    """What `hf-stable evaluate RUN` left in RUN/evaluation.json, and others beside it, by name."""
+    """Return the run's evaluation files, by name; `hf-stable evaluate RUN` writes the first."""
     return sorted(run.glob("evaluation*.json"))
 
 
@@ -76,7 +76,7 @@ def read_evaluation(file: Path, run: Path) -> Evaluation:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{file} is no evaluation ({type(error).__name__}: {error}): write it anew with "
+            f"{file} is no evaluation ({type(error).__name__}: {error}): repeat it with with "
             f"{_command(file, run)}"
         ) from error
 
@@ -95,8 +95,8 @@ def _check_weights(file: Path, measured: dict[str, str] | None, run: Path) -> No
     there = weights_of(run / "model")
     if measured and there and measured != there:
         raise UserError(
-            f"{file} was measured on other weights than those in {run / 'model'}: write it anew "
-            f"with {_command(file, run)}"
+            f"{file} was measured on other weights than those in {run / 'model'}: evaluate "
+            f"again: {_command(file, run)}"
         )
 
 

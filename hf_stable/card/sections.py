@@ -179,7 +179,7 @@ def _data(facts: Facts, part: str) -> Made:
 
 
 def _tails(facts: Facts, part: str) -> list[str]:
-    """How documents are divided, where they are too few to hold out whole ones."""
+    """Return how documents are divided, where they are too few to hold out whole ones."""
     contents = [source.get("content") or {} for source in facts.sources(part)]
     shares = {each["holdout"] for each in contents if each.get("holdout_by") == "tail"}
     return [f"the end of each document, {share:.2%} of it" for share in sorted(shares)]

@@ -138,7 +138,7 @@ def _train_parser(subcommands: Any) -> None:
         default="auto",
         help="auto: resume from the newest checkpoint in the folder, if recipe and data are those "
         "of its run; longer: also with more training.steps (or tokens), for which the learning "
-        "rate is planned anew; changed: with any difference; never: refuse a used folder",
+        "rate is planned again; changed: with any difference; never: refuse a used folder",
     )
 
 

@@ -162,7 +162,7 @@ EVERYWHERE: dict[str, Rule] = {
 
 @dataclass
 class Mapped:
-    """What became of the fields of a source.
+    """Fields of a source, by what became of them.
 
     Args:
         fields: ours.

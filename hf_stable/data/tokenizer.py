@@ -232,7 +232,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def _is_bare_gpt2(folder: Path) -> bool:
-    """Whether a folder has GPT-2's two files only, with its end of text among the tokens."""
+    """Return whether a folder has GPT-2's two files only, with its end of text among the tokens."""
     if not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
         return False
     if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):

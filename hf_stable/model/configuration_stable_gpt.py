@@ -153,7 +153,7 @@ _KINDS = {
 
 
 def _allowed(annotation: Any) -> list[str]:
-    """What a field with this annotation may be, in words."""
+    """Return the values that an annotation allows, in words."""
     if get_origin(annotation) in (Union, UnionType):
         kinds = get_args(annotation)
         if float in kinds:

@@ -191,7 +191,7 @@ class Progress:
 
 
 def _is_stable(result: dict[str, Any]) -> bool:
-    """Whether a run neither diverged nor collapsed; one that failed has shown nothing."""
+    """Return whether a run neither diverged nor collapsed; one that failed has shown nothing."""
     return result["status"] != "failed" and _verdict(result).stable
 
 

@@ -1,4 +1,4 @@
-"""What the paper found, what is claimed of it, and by which rule a study answers.
+"""The paper's findings, the claims about them, and the rule by which a study answers.
 
 Rybakov et al. 2024 (arXiv 2410.16682v1), Tables 3 and 4. Every answer is agree, disagree or
 unresolved, and unresolved unless seeds or intervals separate; or it is withheld, because the
@@ -68,7 +68,7 @@ TABLE_4_RULE = (
 
 @dataclass(frozen=True)
 class Span:
-    """What a grid allows for a ratio of two breaks: each lies between two rates, or beyond them."""
+    """Range that a grid allows for a ratio of breaks: each is between two rates or beyond them."""
 
     low: float
     high: float

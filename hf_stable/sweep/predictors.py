@@ -1,4 +1,4 @@
-"""How well telemetry early in a run foretells that it ends unstable, and logit growth by scale.
+"""Predictors of instability from a run's first steps, and logit growth by scale.
 
 Unstable is diverged or collapsed.
 """
@@ -82,8 +82,10 @@ def features_at(
 
 
 def bounds_logits(run: Mapping[str, Any]) -> bool:
-    """Whether a run's record says that something bounds its attention logits: a norm of queries and
-    keys, a cap, sigma-Reparam or QK-clip."""
+    """Return whether something bounds a run's attention logits, by its record.
+
+    It is a norm of queries and keys, a cap, sigma-Reparam or QK-clip.
+    """
     config = run.get("model_config", {})
     bounds = ("qk_norm", "attn_logit_softcapping", "sigma_reparam")
     optimizer = run.get("recipe", {}).get("optimizer", {})

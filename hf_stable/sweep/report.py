@@ -134,7 +134,7 @@ def _summary(study: Study, key: str, totals: Totals) -> Section:
 
 
 def _fates(results: Sequence[Result]) -> list[str]:
-    """What became of the runs that have ended."""
+    """Return lines on how the finished runs ended."""
     counts = Counter(result.status for result in results)
     stable = [run for run in results if run.stable]
     lines = [

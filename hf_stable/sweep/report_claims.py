@@ -185,7 +185,7 @@ def _seeds_words(found: Interval, seeds: int) -> str:
 
 
 def _verdict(found: Compared) -> Cell:
-    """By the interval over seeds."""
+    """Return the answer by the interval over seeds."""
     if len(found.by_seed) < 2:
         return Cell("one seed", "none")
     if not found.over_seeds.excludes_zero:
@@ -237,7 +237,7 @@ def paper_section(study: Study, key: str, found: Sequence[Quality]) -> tuple[Sec
 
 
 def _beforehand(study: Study) -> str:
-    """What the records show of the claims having been written before the runs."""
+    """Return what the records show of the claims having been written before the runs."""
     revision = study.claims_revision
     if revision is None:
         return (

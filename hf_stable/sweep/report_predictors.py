@@ -86,7 +86,7 @@ def predictor_blocks(study: Study) -> list[Block]:
 
 
 def logit_words(study: Study, points: Mapping[str, float]) -> str:
-    """How many runs ended unstable on either side of the line."""
+    """Return how many runs ended unstable on either side of the line."""
     runs = [run for run in study.results if run.id in points]
     above = [run.unstable for run in runs if points[run.id] > LOGIT_LINE]
     below = [run.unstable for run in runs if not points[run.id] > LOGIT_LINE]

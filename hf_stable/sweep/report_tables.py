@@ -103,7 +103,7 @@ def _row_key(section: str, variant: str, method: str) -> str:
 
 
 def _ratio_words(largest: float | None, base: float | None, rates: Sequence[float]) -> str:
-    """What is known of the break over the baseline's."""
+    """Return what is known of the break over the baseline's."""
     if largest is None or base is None:
         return "–"
     found = span({0: largest}, {0: base}, rates)
@@ -184,8 +184,7 @@ def _order_words(variant: str, orders: Sequence[dict[str, float | None]]) -> str
 
 
 def sensitivities(study: Study, variant: str) -> dict[str, Sensitivity]:
-    """Of every method that has at least one seed with a loss at each of two learning rates or
-    more."""
+    """Return the sensitivity of each method with a seed whose loss is known at two rates."""
     if len(study.rates_of(variant)) < 2:
         return {}
     grids = {method: complete(study, method, variant) for method in study.methods}
@@ -277,7 +276,7 @@ def sensitivity_blocks(study: Study, found: dict[str, dict[str, Sensitivity]]) -
 
 
 def _one_sided(found: dict[str, Sensitivity]) -> str:
-    """How many methods have their best learning rate at an end of the grid."""
+    """Return how many methods have their best learning rate at an end of the grid."""
     parts = []
     for edge in ("lowest", "highest"):
         own = sum(each.edge == edge for each in found.values())

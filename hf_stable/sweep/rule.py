@@ -119,7 +119,7 @@ class Verdict:
 
     @property
     def stable(self) -> bool:
-        """Whether the run neither diverged nor collapsed."""
+        """True if the run neither diverged nor collapsed."""
         return not (self.diverged or self.collapsed)
 
     def to_dict(self) -> dict[str, Any]:
@@ -199,9 +199,10 @@ def judge(
 def is_hopeless(
     losses: np.ndarray, step: int, total: int, unigram: float, thresholds: Thresholds | None = None
 ) -> bool:
-    """Whether to stop a run now, as unstable: a loss is not finite, or the moving average has been
-    above unigram + `hopeless` for the last `hopeless_steps` steps, all of them after the part
-    `hopeless_from` of the run.
+    """Return whether to stop a run now, as unstable.
+
+    A loss is not finite, or the moving average has been above unigram + `hopeless` for the last
+    `hopeless_steps` steps, all of them after the part `hopeless_from` of the run.
 
     A run that would have come back later is stopped all the same. Losses that have been above a
     unigram's for so long did not come back in any run that we know of, but the rule cannot promise

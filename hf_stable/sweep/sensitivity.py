@@ -272,7 +272,7 @@ def _over_seeds(
     samples: int,
     confidence: float,
 ) -> Interval:
-    """Of a statistic of the mean over seeds of (S, R) rows; NaN ends with one seed."""
+    """Return the interval of a statistic of (S, R) rows' mean over seeds; NaN ends with one."""
     if len(rows) == 1:
         return Interval(float(statistic(rows[0])), np.nan, np.nan)
     found = resampled(lambda index: statistic(rows[index].mean(axis=1)), len(rows), samples)

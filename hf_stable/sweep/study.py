@@ -69,19 +69,19 @@ class Result:
 
     @property
     def diverged(self) -> bool:
-        """Whether a number was not finite or the loss rose and stayed up, by its record."""
+        """True if a number was not finite or the loss rose and stayed up, by its record."""
         return self.status != "failed" and self.verdict.diverged
 
     @property
     def collapsed(self) -> bool:
-        """Whether it learned little without having diverged, by its record."""
+        """True if it learned little without having diverged, by its record."""
         if self.status == "failed" or self.diverged:
             return False
         return self.status == "stopped" or self.verdict.collapsed
 
     @property
     def unstable(self) -> bool:
-        """Whether it diverged or collapsed."""
+        """True if it diverged or collapsed."""
         return self.diverged or self.collapsed
 
     @property
@@ -104,7 +104,7 @@ class Result:
 
     @property
     def stable(self) -> bool:
-        """Whether it was trained to its end and neither diverged nor collapsed."""
+        """True if it was trained to its end and neither diverged nor collapsed."""
         return self.status == "finished" and not self.unstable
 
 

@@ -21,7 +21,7 @@ _CLOSE = 0.1
 
 
 def idle_caps(study: Study, runs: Sequence[Result]) -> dict[str, Withheld]:
-    """By method, "vacuous" where its cap on attention logits never acted in any of the runs.
+    """Return, by method, "vacuous" where its cap on attention logits never acted in a run.
 
     A cap acted where a logit, before it, reached it. Nothing is said of a method with a run whose
     logits were not recorded.
@@ -51,8 +51,9 @@ def largest_logit(run: Result) -> float:
 
 
 def other_geometry(study: Study, runs: Sequence[Result]) -> dict[str, Withheld]:
-    """By method, "withdrawn" where it norms the output of blocks and weights do not begin as in the
-    paper, of which 0.02 at 1,024 channels is sqrt(2 / (5 channels)).
+    """Return, by method, "withdrawn" where it norms outputs and weights begin unlike the paper's.
+
+    The paper's 0.02 at 1,024 channels is sqrt(2 / (5 channels)).
 
     Then the share of the token embedding in the residual stream at the start is another one than in
     the baseline, and a difference of the two is not that of the method alone.
@@ -73,7 +74,7 @@ def other_geometry(study: Study, runs: Sequence[Result]) -> dict[str, Withheld]:
 
 
 def _mismatch(config: Mapping[str, Any]) -> str | None:
-    """What differs from the paper's initialization, or None."""
+    """Return what differs from the paper's initialization, or None."""
     width, std = config.get("hidden_size"), config.get("initializer_range")
     if config.get("embedding_std") is not None:
         return f"embeddings begin with a std of {config['embedding_std']:g}"

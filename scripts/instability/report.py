@@ -216,7 +216,7 @@ def _rule_words(
 
 
 def _early_words(rules: dict[str, dict[str, dict[int, int]]], leads: list[dict[str, Any]]) -> str:
-    """Which alarms came before the loss moved, and how often they fired where it did not."""
+    """Return which alarms came before the loss moved, and how often they fired where it did not."""
     onsets = {row["seed"]: row["onset"] for row in leads if row["onset"] is not None}
     early = {
         rule: kinds

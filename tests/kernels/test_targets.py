@@ -14,7 +14,7 @@ SHARED_MEMORY = 227 * 1024
 
 
 def _compile(*arguments: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """By size: what is measured of each kernel."""
+    """Return, by size, what is measured of each kernel."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     answer = subprocess.run(
         [sys.executable, "-m", "tests.kernels.targets", *arguments],
@@ -53,7 +53,7 @@ def test_attention_runs_on_tensor_cores_without_spills(width: int) -> None:
     "width", [64, *(pytest.param(width, marks=pytest.mark.slow) for width in (32, 128, 256))]
 )
 def test_all_forms_of_attention_keep_their_registers(width: int) -> None:
-    """By the registers of sm_90 tiles were chosen; the widest and narrowest take minutes."""
+    """Tiles were chosen by the registers of sm_90; the widest and narrowest take minutes."""
     found = _compile("attention", str(width), "90", "all")[str(width)]
     assert len(found) == 7 + 2 * 6
     _assert_without_spills(found)
@@ -72,7 +72,7 @@ def test_the_head_keeps_its_row_in_registers_and_reads_16_bytes_at_once() -> Non
             assert measured["spilled"] == 0, (vocab, name)
             # A program has 1024 threads and the multiprocessor 65,536 registers.
             assert measured["registers"] <= 64, (vocab, name)
-            # Rows whose length is a multiple of eight are read by vectors, but for their label.
+            # Rows whose length is a multiple of eight are read by vectors, except for their label.
             aligned = int(vocab) % 8 == 0
             assert (measured["vector_loads"] > 0) == aligned, (vocab, name)
             assert (measured["other_loads"] == 2) == aligned, (vocab, name)

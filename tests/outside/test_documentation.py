@@ -1,4 +1,4 @@
-"""What README, docs and `--help` tell to type works from the wheel, in an empty folder."""
+"""Commands of README, docs and `--help` work from the wheel, in an empty folder."""
 
 import re
 from pathlib import Path

@@ -60,7 +60,7 @@ def direct_largest(limit: float, method: str, variant: str) -> float:
 
 
 def direct_ratio(method: str, largest: float, base: float) -> str:
-    """Of two breaks, each between the largest stable rate and the next."""
+    """Return the ratio of two breaks, each between the largest stable rate and the next."""
     if method == "baseline":
         return "1"
     after = dict(itertools.pairwise(RATES))

@@ -16,7 +16,7 @@ from .studies import LIMITS, STEPS, Made, is_beyond, max_logit, places, write_st
 
 STUDIES = Path(__file__).parents[2] / "scripts/studies"
 CAP = {"attn_logit_softcapping": 50.0}
-# As in the paper, but for the width.
+# As in the paper, except for the width.
 GEOMETRY = {"initializer": "normal", "initializer_range": 0.02, "embedding_std": None}
 
 

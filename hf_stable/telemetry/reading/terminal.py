@@ -98,7 +98,7 @@ def view(states: Sequence[State], width: int) -> RenderableType:
 
 
 def ending(history: History, *, is_gone: bool = False) -> str | None:
-    """How a run ended, or None while it may still train.
+    """Return how a run ended, or None while it may still train.
 
     Args:
         is_gone: whether its process is known to be gone, whatever the records say.
@@ -115,7 +115,7 @@ def ending(history: History, *, is_gone: bool = False) -> str | None:
 
 
 def is_gone(folder: Path) -> bool:
-    """Whether no process trains in a run's folder any more.
+    """Return whether no process trains in a run's folder any more.
 
     Its lock tells. Where there is none, as under `transformers.Trainer` or in a copy of the
     records, a run is gone when its records have not grown for an hour.
