@@ -94,7 +94,7 @@ INSTEAD: dict[str, str | Elsewhere] = {
     ),
     "torchrun --nproc_per_node 8 -m hf_stable train base/830m --set training.sharding=fsdp2": (
         f"torchrun --nproc_per_node 2 -m hf_stable train base/830m --set {SMALL} {_OWN_TEXT} "
-        "training.sharding=fsdp2 model.num_attention_heads=2 output=runs/830m"
+        "training.sharding=fsdp2 model.num_attention_heads=2 training.tokens=null output=runs/830m"
     ),
     "hf-stable evaluate <any causal LM> --data text.txt": (
         "hf-stable evaluate path/to/llama --data text.txt"
@@ -141,7 +141,7 @@ CLAIMS = {
     "hf-stable check quickstart": ["this recipe works"],
     "hf-stable check base/830m --gpus 32": ["826,4", "GFLOP", "memory", "steps"],
     "hf-stable recipes list": ["base/10m ", "slurm/train.sh "],
-    "hf-stable recipes show techniques/qk_norm": ["qk_norm: head"],
+    "hf-stable recipes show techniques/qk_norm": ["preset: qk_norm"],
     "hf-stable evaluate runs/quickstart": ["perplexity", "bigram table", "unigram table"],
     "hf-stable convert path/to/llama --output runs/ours": ["difference"],
     "hf-stable train warm_start/qk_norm": ["perplexity .* before", "after"],
