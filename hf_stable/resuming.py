@@ -139,10 +139,10 @@ def check_length(folder: Path, recipe: Recipe, step: int) -> None:
 
 
 def finished_at(recipe: Recipe, resume: str) -> float | None:
-    """The last validation perplexity of a run that has taken all of its steps and has its model.
+    """Return the last validation perplexity of a run that has all of its steps and its model.
 
     Returns:
-        None where there is something left to do.
+        None where there is something left to do: steps, or a license to record.
 
     Raises:
         CheckpointError: when the recipe is another one's, unless `resume` allows it.
@@ -152,6 +152,8 @@ def finished_at(recipe: Recipe, resume: str) -> float | None:
     if not whole or not (folder / "metrics.jsonl").is_file():
         return None
     check_recipe(folder, recipe, resume)
+    if _stated(records.read_run(folder)["recipe"]) != _stated(to_dict(recipe)):
+        return None
     rows = records.read_metrics(folder)
     turns = [row for row in rows if row["event"] in ("started", "resumed", "finished")]
     if not turns or (turns[-1]["event"], turns[-1]["step"]) != ("finished", recipe.num_steps):
@@ -160,11 +162,16 @@ def finished_at(recipe: Recipe, resume: str) -> float | None:
     return perplexities[-1] if perplexities else None
 
 
+def _stated(content: dict[str, Any]) -> dict[str, Any]:
+    """Return all of a recipe but the keys that may differ without a word."""
+    return {key: value for key, value in flat(content).items() if key not in _FREE_KEYS}
+
+
 def _deciding(recipe: Recipe) -> dict[str, Any]:
     """What of a recipe decides the numbers of a run: not the free keys, nor a text's licence."""
     content = to_dict(recipe)
     content["data"] = deciding_data(content["data"])
-    return {key: value for key, value in flat(content).items() if key not in _FREE_KEYS}
+    return _stated(content)
 
 
 def check_data(folder: Path, data: dict[str, Any], resume: str) -> None:

@@ -9,7 +9,7 @@ from hf_stable import records
 from hf_stable.resuming import warn_of_numerics
 from hf_stable.training import train
 
-from .training import tiny_recipe
+from .training import tiny_recipe, unfinish
 
 
 def _warnings(folder: Path) -> list[str]:
@@ -53,5 +53,6 @@ def test_run_json_has_the_settings_and_resuming_warns(
     assert records.read_run(folder)["numerics"]["MKL_CBWR"] == "AUTO"
     assert "MKL_CBWR" not in capfd.readouterr().err
     monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    unfinish(folder)
     train(recipe)
     assert "MKL_CBWR was AUTO, is COMPATIBLE" in capfd.readouterr().err

@@ -26,7 +26,7 @@ from hf_stable.sweep.worker import recipe_digest
 from hf_stable.training import train
 
 from .techniques import build
-from .training import tiny_recipe, write_text
+from .training import tiny_recipe, unfinish, write_text
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -170,6 +170,7 @@ def test_another_recipe_or_never_refuses_the_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds a run already"):
         train(tiny_recipe(tmp_path), resume="never")
     train(tiny_recipe(tmp_path, training__log_every=1))  # changes no number
+    unfinish(tmp_path / "run")
     (tmp_path / "topics" / "more.txt").write_text("Another document.\n" * 100)
     with pytest.raises(CheckpointError, match="on other data:\n  fingerprint of the train tokens"):
         train(tiny_recipe(tmp_path))
@@ -209,11 +210,13 @@ def test_a_damaged_checkpoint_is_kept_out_and_the_one_before_is_used(
     folder = list_checkpoints(train(recipe).folder)[-1]
     content = (folder / file).read_bytes()
     (folder / file).write_bytes(content[: len(content) // 2])
+    unfinish(Path(recipe.output))
     train(recipe)
     assert f"{folder.name} is damaged ({file}" in capsys.readouterr().err
     assert records.read_metrics(Path(recipe.output), "resumed")[-1]["step"] == 14
     for checkpoint in list_checkpoints(Path(recipe.output)):
         (checkpoint / file).unlink()
+    unfinish(Path(recipe.output))
     with pytest.raises(CheckpointError, match="holds no good checkpoint"):
         train(recipe)
 
@@ -221,6 +224,7 @@ def test_a_damaged_checkpoint_is_kept_out_and_the_one_before_is_used(
 def test_a_state_that_is_gone_is_no_fresh_start(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     shutil.rmtree(train(recipe).folder / "checkpoints")
+    unfinish(Path(recipe.output))
     with pytest.raises(CheckpointError, match=r"no checkpoint left.*step-00000020 was written"):
         train(recipe)
 

@@ -24,7 +24,7 @@ from hf_stable.training import train
 from .convert.sources import save
 from .launching import ROOT, torchrun
 from .tiny import byte_tokenizer, tiny_llama
-from .training import RECIPES, tiny_recipe
+from .training import RECIPES, tiny_recipe, unfinish
 
 
 @pytest.fixture(scope="module")
@@ -183,12 +183,14 @@ def test_the_initial_weights_are_the_run_s_identity(
     save_file(tensors, file, metadata={"format": "pt"})
     none = tiny_recipe(home, output=tmp_path / "run", telemetry__every=0, **saved)
     for other in (recipe, none):
+        unfinish(tmp_path / "run")
         with pytest.raises(CheckpointError, match=r"SHA-256 of training\.initial_model"):
             train(other)
         # The weights are the checkpoint's, and so is where they came from.
         train(other, resume="changed")
         assert records.read_run(tmp_path / "run")["initial_model"] == record
     shutil.rmtree(tmp_path / "model")
+    unfinish(tmp_path / "run")
     capsys.readouterr()
     train(recipe)
     assert f"could not be seen again (SHA-256 {record['sha256']}" in capsys.readouterr().err
@@ -302,8 +304,8 @@ def test_every_warm_start_switches_something_on_in_a_run_that_its_text_says(path
     assert recipe.training.initial_model is not None
     lines = [line[1:].split() for line in path.read_text().splitlines() if "hf-stable" in line]
     make, go = (line[2:] for line in lines)
-    assert go == [f"recipes/warm_start/{path.name}"]
-    trained = load_recipe(RECIPES.parent / make[0], make[2:])
+    assert go == [f"warm_start/{path.stem}"]
+    trained = load_recipe(make[0], make[2:])
     assert trained.output == recipe.training.initial_model
     there, here = trained.model_config(), recipe.model_config()
     switched = {name for name, value in here.to_dict().items() if there.to_dict()[name] != value}

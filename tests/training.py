@@ -1,5 +1,6 @@
 """A recipe that trains in a second or two on text that every Python has."""
 
+import json
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
@@ -37,3 +38,11 @@ def tiny_recipe(folder: Path, **overrides: Any) -> Recipe:
     return load_recipe(
         RECIPES / "base" / "tiny.yaml", [f"{key}={value}" for key, value in settings.items()]
     )
+
+
+def unfinish(run: Path) -> None:
+    """Leave a finished run as a kill just before its end leaves it."""
+    file = run / "metrics.jsonl"
+    *lines, last = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    assert json.loads(last)["event"] == "finished"
+    file.write_text("".join(lines), encoding="utf-8")

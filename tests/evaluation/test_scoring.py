@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from hf_stable.data.tokenizer import boundary_ids
 from hf_stable.evaluation import load_model, perplexity, reporting, windows
+from hf_stable.wording import significant
 from tests.tiny import TEXTS, VOCAB_SIZE, byte_tokenizer, tiny_llama
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
@@ -173,4 +174,4 @@ def test_progress_is_plain_lines_on_stderr(tokenizer, llama, capsys, monkeypatch
     assert out == ""
     last = err.splitlines()[-1]
     assert f"{result.documents} documents, {result.tokens:,} tokens" in last
-    assert f"so far {result.per_token.value:.3f}" in last
+    assert f"so far {significant(result.per_token.value)}" in last

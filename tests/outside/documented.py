@@ -89,6 +89,9 @@ INSTEAD: dict[str, str | Elsewhere] = {
         f"hf-stable train base/10m techniques/qk_norm --set {SMALL} {_OWN_TEXT} "
         "optimizer.learning_rate=1e-2 model.num_attention_heads=2"
     ),
+    "hf-stable train quickstart --set training.steps=600 --resume longer": (
+        f"hf-stable train quickstart --set {SMALL.replace('steps=4', 'steps=6')} --resume longer"
+    ),
     "hf-stable train base/tiny --set 'data.train=[my/texts, more.jsonl]'": (
         "hf-stable train base/tiny --set 'data.train=[my/texts, more.jsonl]' training.steps=2"
     ),
@@ -143,7 +146,7 @@ CLAIMS = {
     "hf-stable recipes list": ["base/10m ", "slurm/train.sh "],
     "hf-stable recipes show techniques/qk_norm": ["preset: qk_norm"],
     "hf-stable evaluate runs/quickstart": ["perplexity", "bigram table", "unigram table"],
-    "hf-stable convert path/to/llama --output runs/ours": ["difference"],
+    "hf-stable convert path/to/llama --output runs/ours": ["logits differ by"],
     "hf-stable train warm_start/qk_norm": ["perplexity .* before", "after"],
     "hf-stable diagnose runs/a": ["alarm"],
     "hf-stable sweep sweeps/table3_cpu --dry-run": ["240", "FLOP", "time|hours|minutes"],
