@@ -34,7 +34,7 @@ def seconds_per_step() -> float:
         return "measured" if len(ends) > MEASURED_STEPS else None
 
     with tempfile.TemporaryDirectory() as folder:
-        settings = [f"output={json.dumps(folder + '/run')}", "training.log_every=1"]
+        settings = [f"output={json.dumps(folder + '/run')}", "training.evaluate_blocks=1"]
         train(load_recipe("quickstart", settings), stop=stop)
     return statistics.median(after - before for before, after in itertools.pairwise(ends))
 
@@ -64,6 +64,7 @@ def main() -> None:
         steps, warmup = recorded["training"]["steps"], recorded["schedule"]["warmup"]
     else:
         recipe = load_recipe("quickstart")
+        print(f"measuring {MEASURED_STEPS} steps, to see how many fit", file=sys.stderr)
         seconds = seconds_per_step()
         steps, warmup = fitted(recipe, seconds)
         minutes = steps * seconds / (1 - OVERHEAD) / 60

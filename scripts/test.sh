@@ -11,4 +11,4 @@ ruff check .
 ruff format --check .
 pyright
 lint-imports --no-logo
-python -m pytest -n 2 -m "not slow and not gpu" "$@"
+python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" "$@"
