@@ -15,6 +15,7 @@ from hf_stable.compilation import check_compiler
 from hf_stable.errors import RecipeError
 from hf_stable.training import train
 
+from .sharing import shared_folder
 from .techniques import relative_error
 from .training import tiny_recipe
 from .warm import ranks
@@ -111,7 +112,11 @@ def _losses(folder: str | Path) -> list[float]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, str]:
     """Output folders of the runs of one and two processes, by what they were."""
-    folder = tmp_path_factory.mktemp("parallel")
+    folder = shared_folder(tmp_path_factory, "parallel", _one_and_two)
+    return {path.parent.name: str(path.parent) for path in folder.glob("*/run.json")}
+
+
+def _one_and_two(folder: Path) -> None:
     bf16 = {"training__precision": "bf16"}
     parallel = [_settings(folder, name, kind) for name in MODELS for kind in SHARDINGS]
     parallel += [_settings(folder, "baseline", sharding, **bf16) for sharding in SHARDINGS]
@@ -121,7 +126,6 @@ def runs(tmp_path_factory) -> dict[str, str]:
     for settings in alone:
         train(tiny_recipe(folder, **settings))
     launch(folder, 2, parallel)
-    return {Path(item["output"]).name: item["output"] for item in (*alone, *parallel)}
 
 
 def _four(folder: Path, more: dict[str, Any]) -> Path:
@@ -135,7 +139,8 @@ def _four(folder: Path, more: dict[str, Any]) -> Path:
 @pytest.fixture(scope="module")
 def four(tmp_path_factory) -> Path:
     """Runs of four processes, and of one, in folders named by SPLITS and "1"."""
-    return _four(tmp_path_factory.mktemp("four"), {"model": MODELS["baseline"]})
+    baseline = {"model": MODELS["baseline"]}
+    return shared_folder(tmp_path_factory, "four", lambda folder: _four(folder, baseline))
 
 
 @pytest.mark.parametrize("name", MODELS)

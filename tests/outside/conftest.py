@@ -7,13 +7,12 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
 from tests.convert.sources import save
+from tests.sharing import shared_folder
 
 from .documented import INSTEAD, QUICKSTART
 
@@ -67,21 +66,6 @@ class Installed:
         return answer.stdout
 
 
-def _shared(
-    tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]
-) -> Path:
-    """Return a folder that pytest's workers share: the first that asks for it makes it."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
-    with FileLock(f"{folder}.lock"):
-        if not (folder / ".made").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            make(folder)
-            (folder / ".made").touch()
-    return folder
-
-
 def _install(folder: Path) -> None:
     """Build the wheel from tracked files, and unpack it into an environment without pip."""
     listed = subprocess.run(
@@ -113,7 +97,7 @@ def _install(folder: Path) -> None:
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     """The environment; `hf_stable` in it is the wheel's, not the checkout's."""
-    folder = _shared(tmp_path_factory, "installed", _install)
+    folder = shared_folder(tmp_path_factory, "installed", _install)
     environment = Installed(folder / "env")
     found = environment.run('python -c "import hf_stable; print(hf_stable.__file__)"', folder)
     assert found.startswith(str(folder))
@@ -130,7 +114,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, installed: Installed) -> P
             assert isinstance(instead, str)
             installed.run(instead, folder)
 
-    return _shared(tmp_path_factory, "trained", make)
+    return shared_folder(tmp_path_factory, "trained", make)
 
 
 @pytest.fixture
