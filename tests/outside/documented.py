@@ -98,7 +98,7 @@ INSTEAD: dict[str, str | Elsewhere] = {
     "torchrun --nproc_per_node 8 -m hf_stable train base/830m --set training.sharding=fsdp2": (
         f"torchrun --nproc_per_node 2 -m hf_stable train base/830m --set {SMALL} {_OWN_TEXT} "
         "training.sharding=fsdp2 model.num_attention_heads=2 training.tokens=null "
-        "tokenizer.kind=bpe output=runs/830m"
+        "tokenizer.kind=bpe data.holdout=0.05 output=runs/830m"
     ),
     "hf-stable evaluate <any causal LM> --data text.txt": (
         "hf-stable evaluate path/to/llama --data text.txt"
