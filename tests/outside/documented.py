@@ -98,7 +98,7 @@ INSTEAD: dict[str, str | Elsewhere] = {
     "torchrun --nproc_per_node 8 -m hf_stable train base/830m --set training.sharding=fsdp2": (
         f"torchrun --nproc_per_node 2 -m hf_stable train base/830m --set {SMALL} {_OWN_TEXT} "
         "training.sharding=fsdp2 model.num_attention_heads=2 training.tokens=null "
-        "tokenizer.kind=bpe data.holdout=0.05 output=runs/830m"
+        "tokenizer.kind=bpe data.holdout=0.05 training.compile=false output=runs/830m"
     ),
     "hf-stable evaluate <any causal LM> --data text.txt": (
         "hf-stable evaluate path/to/llama --data text.txt"
@@ -143,7 +143,7 @@ for documented in (
 # What a command is said to do: expressions that its block's output has.
 CLAIMS = {
     "hf-stable check quickstart": ["this recipe works"],
-    "hf-stable check base/830m --gpus 32": ["826,4", "GFLOP", "memory", "steps"],
+    "hf-stable check base/830m --gpus 32": ["826.4 M", "GFLOP", "memory", "steps"],
     "hf-stable recipes list": ["base/10m ", "slurm/train.sh "],
     "hf-stable recipes show techniques/qk_norm": ["preset: qk_norm"],
     "hf-stable evaluate runs/quickstart": ["perplexity", "bigram table", "unigram table"],
