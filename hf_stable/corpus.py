@@ -104,7 +104,7 @@ def sources_of(recipe: Recipe) -> tuple[list[Source], list[Source]]:
 def describe_data(recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
     """Return run.json's section on the text, by "train" and "validation", with its licenses.
 
-    Validation text that is training text too is told by "share_in_training".
+    "share_in_training" is the share of validation text that is also training text.
     """
     train, validation = sources_of(recipe)
     named = [source.license for source in recipe.data.train]

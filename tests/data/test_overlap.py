@@ -1,4 +1,4 @@
-"""Text that is both in training and in validation is told, and so is text that is listed twice."""
+"""Warnings about text in both training and validation, and about text that is listed twice."""
 
 import json
 import shutil

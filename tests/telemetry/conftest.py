@@ -1,4 +1,4 @@
-"""Telemetry of the attention kernels is told by Triton's interpreter."""
+"""Settings of the telemetry tests: they run attention kernels in Triton's interpreter."""
 
 import importlib.util
 
