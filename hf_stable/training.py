@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from . import optim, parallel
+from . import garbage, optim, parallel
 from .checkpoints.directory import folder_of
 from .errors import DivergedError
 from .guard import Decision
@@ -87,6 +87,7 @@ def train(recipe: Recipe, *, resume: str = "auto", stop: Stop | None = None) -> 
             clear_heartbeats(Path(recipe.output) / HEARTBEATS)
         with Preparation(Path(recipe.output)):
             run = prepare_run(recipe, resume)  # until here Ctrl-C ends at once
+        garbage.resume()
         stack.callback(run.reporter.close)
         stack.callback(run.checkpoints.close)
         signals = stack.enter_context(StopSignals())

@@ -11,12 +11,12 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def write_text(folder: Path) -> Path:
-    """Python's own help texts (about 450 kB of technical English), a document a topic."""
+    """A quarter of Python's help texts (120 kB of technical English), a document a topic."""
     place = folder / "topics"
     if place.exists():  # another process may be reading it
         return place
     place.mkdir()
-    for name, text in topics.topics.items():
+    for name, text in [*topics.topics.items()][::4]:
         (place / f"{name}.txt").write_text(text, encoding="utf-8")
     return place
 

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from hf_stable import __version__
+from hf_stable import __version__, garbage
 from hf_stable.background import is_work_left
 from hf_stable.cli import streams
 from hf_stable.cli.commands import COMMANDS
@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if arguments is None:
         streams.prepare()
+        garbage.defer()
         arguments = sys.argv[1:]
     if not sys.stderr.isatty():  # a log gets plain lines, also from the libraries
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -8,13 +8,13 @@ gated, which is no chain of two maps, or parallel, which does not read x'.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.func import functional_call, jvp, vjp
+from torch.func import functional_call
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_stable.model.blocks_stable_gpt import StableGPTDecoderLayer, StableGPTGatedMLP
@@ -30,6 +30,8 @@ from .weights import gain_origin
 # Tokens of the one sequence whose attention is linearised.
 PREFIX = 256
 _STEPS = 24
+
+_Map = Callable[[torch.Tensor], torch.Tensor]
 
 
 def operator_norm(apply: Any, transpose: Any, start: torch.Tensor) -> torch.Tensor:
@@ -130,16 +132,33 @@ def attention_jacobian_norm(layer: Any, rotary: Any, stream: torch.Tensor) -> to
     modes = {module: module.training for module in attention.modules()}
     attention.eval()
     try:
-        with _eager(attention.config._attn_implementation):
-            transpose = vjp(heads, normed)[1]
-            return operator_norm(
-                lambda vector: jvp(heads, (normed,), (vector,))[1],
-                lambda vector: transpose(vector)[0],
-                _random_like(normed),
-            )
+        with _eager(attention.config._attn_implementation), torch.enable_grad():
+            return operator_norm(*_linearised(heads, normed), _random_like(normed))
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _linearised(
+    function: Callable[[torch.Tensor], torch.Tensor], place: torch.Tensor
+) -> tuple[_Map, _Map]:
+    """Products with the Jacobian J of a function at `place`, v to J v, and with its transpose.
+
+    J^T u is linear in u, so that its own backward is J. Both products replay one recorded graph;
+    forward differentiation would run the function for every vector.
+    """
+    place = place.detach().requires_grad_()
+    value = function(place)
+    cotangent = torch.zeros_like(value, requires_grad=True)
+    (pulled,) = torch.autograd.grad(value, place, cotangent, create_graph=True)
+
+    def apply(vector: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(pulled, cotangent, vector, retain_graph=True)[0]
+
+    def transpose(vector: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(value, place, vector, retain_graph=True)[0]
+
+    return apply, transpose
 
 
 class Bounds:

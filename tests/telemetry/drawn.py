@@ -1,11 +1,16 @@
 """Runs for the tests of figures, and their figures without alarms."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from hf_stable.telemetry.reading.figures import draw_all
+import pytest
+
+from hf_stable.telemetry.reading import figures
+from hf_stable.telemetry.reading.drawing import to_svg
 from hf_stable.telemetry.reading.history import History, read_history
 from hf_stable.telemetry.reading.looks import dress
 
@@ -34,10 +39,23 @@ def without(history: History, *quantities: str) -> History:
     return dataclasses.replace(history, telemetry=kept)
 
 
-def drawn(histories: Sequence[History]) -> tuple[dict[str, str], dict[str, str]]:
-    """SVG by key, and reasons by title, without alarms."""
+@contextlib.contextmanager
+def only(*keys: str) -> Iterator[None]:
+    """Render these figures only, which takes most of their time; the SVG of the others is empty."""
+
+    def render(figure: Any, key: str) -> str:
+        return to_svg(figure, key) if key in keys else ""
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "to_svg", render)
+        yield
+
+
+def drawn(histories: Sequence[History], *keys: str) -> tuple[dict[str, str], dict[str, str]]:
+    """SVG by key, empty but for `keys`, and reasons by title; without alarms."""
     nothing = [[] for _ in histories], [None for _ in histories]
-    drawings, left_out = draw_all(dress(histories), *nothing)
+    with only(*keys):
+        drawings, left_out = figures.draw_all(dress(histories), *nothing)
     return {each.key: each.svg for each in drawings}, {e.title: e.reason for e in left_out}
 
 
