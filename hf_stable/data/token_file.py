@@ -15,8 +15,6 @@ from hf_stable.data.shards import REMEDY, TokenShards, find_shard
 from hf_stable.errors import DataError
 
 FORMAT = 2
-# Format 1 had all tokens in one file.
-_READABLE_FORMATS = (1, FORMAT)
 _SCANNED_AT_ONCE = 2**24
 
 
@@ -53,8 +51,8 @@ class TokenFile:
         """
         folder = Path(folder)
         meta = _read_meta(folder)
-        names = meta.get("shards", [["tokens.bin", meta["tokens"]]])
-        tokens = TokenShards([find_shard(folder / name, length) for name, length in names])
+        shards = [find_shard(folder / name, length) for name, length in meta["shards"]]
+        tokens = TokenShards(shards)
         if not len(tokens) == meta["tokens"] > 0:
             raise DataError(
                 f"{folder / 'meta.json'}: shards hold {len(tokens)} of {meta['tokens']} tokens: "
@@ -131,13 +129,16 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}): {REMEDY}") from error
-    needed = {"format", "fingerprint", "tokens", "documents", "vocab_size", "prefix", "suffix"}
-    if not isinstance(meta, dict) or not needed <= set(meta):
-        raise DataError(f"{path} lacks one of {sorted(needed)}: {REMEDY}")
-    if meta["format"] not in _READABLE_FORMATS:
+    needed = {"format", "fingerprint", "tokens", "shards", "documents", "vocab_size"}
+    needed |= {"prefix", "suffix"}
+    if not isinstance(meta, dict) or "format" not in meta:
+        raise DataError(f"{path} has no format: {REMEDY}")
+    if meta["format"] != FORMAT:
         raise DataError(
             f"{path} has format {meta['format']}, this version reads {FORMAT}: {REMEDY}"
         )
+    if not needed <= set(meta):
+        raise DataError(f"{path} lacks one of {sorted(needed)}: {REMEDY}")
     return meta
 
 

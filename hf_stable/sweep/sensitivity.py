@@ -13,7 +13,7 @@ import numpy as np
 
 from hf_stable.errors import UserError
 
-from .bootstrap import CONFIDENCE, SAMPLES, SEED, Interval, interval, resampled
+from .bootstrap import CONFIDENCE, SAMPLES, Interval, interval, resampled
 
 # Fewer than this say nothing of spread, and a majority of two is both.
 MIN_SEEDS = 3
@@ -94,28 +94,6 @@ def lr_sensitivity(
     )
 
 
-def sensitivity_difference(
-    grid: Grid, reference: Grid, *, samples: int = SAMPLES, confidence: float = CONFIDENCE
-) -> Interval:
-    """LR sensitivity less a reference's, on the same learning rates, nats; below 0 is less
-    sensitive. Seeds of the two are resampled apart."""
-    _same_rates(grid, reference)
-    mine = _combinable(grid.capped, _sensitivity, samples)
-    other = _combinable(reference.capped, _sensitivity, samples, seed=SEED + 1)
-    value = _sensitivity(grid.capped.mean(0)) - _sensitivity(reference.capped.mean(0))
-    return interval(float(value), mine - other, confidence)
-
-
-def loss_bands(grid: Grid, *, confidence: float = CONFIDENCE) -> list[Interval]:
-    """For each learning rate, the mean of capped losses over seeds, nats."""
-    means = resampled(lambda index: grid.capped[index].mean(axis=1), grid.num_seeds)
-    values = grid.capped.mean(axis=0)
-    return [
-        interval(float(value), column, confidence)
-        for value, column in zip(values, means.T, strict=True)
-    ]
-
-
 def best_rate(grid: Grid, *, samples: int = SAMPLES, confidence: float = CONFIDENCE) -> Interval:
     """Learning rate with the lowest mean capped loss, the smaller of two alike; NaN where every run
     of the grid is no better than before training."""
@@ -136,14 +114,6 @@ def largest_stable(
     more": `warnings` says so.
     """
     return _over_seeds(grid.unstable.astype(float), _largest(grid), samples, confidence)
-
-
-def best_ratio(
-    grid: Grid, reference: Grid, *, samples: int = SAMPLES, confidence: float = CONFIDENCE
-) -> Interval:
-    """`best_rate` over a reference's. Seeds of the two are resampled apart."""
-    values = [(each.capped, _best(each)) for each in (grid, reference)]
-    return _ratio(values, samples, confidence)
 
 
 def coverage_words(seeds: Collection[int]) -> str:
@@ -277,36 +247,3 @@ def _over_seeds(
         return Interval(float(statistic(rows[0])), np.nan, np.nan)
     found = resampled(lambda index: statistic(rows[index].mean(axis=1)), len(rows), samples)
     return interval(float(statistic(rows.mean(axis=0))), found, confidence)
-
-
-def _combinable(
-    rows: np.ndarray,
-    statistic: Callable[[np.ndarray], np.ndarray],
-    samples: int,
-    seed: int = SEED,
-) -> np.ndarray:
-    """(samples,) resampled values in random order, to be combined with those of another method."""
-    found = resampled(lambda index: statistic(rows[index].mean(axis=1)), len(rows), samples)
-    return np.random.default_rng(seed).choice(found, samples)
-
-
-def _ratio(
-    values: list[tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]],
-    samples: int,
-    confidence: float,
-) -> Interval:
-    drawn = [
-        _combinable(rows, statistic, samples, SEED + place)
-        for place, (rows, statistic) in enumerate(values)
-    ]
-    above, below = (np.float64(statistic(rows.mean(axis=0))) for rows, statistic in values)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return interval(above / below, drawn[0] / drawn[1], confidence)
-
-
-def _same_rates(grid: Grid, reference: Grid) -> None:
-    if not np.array_equal(grid.rates, reference.rates):
-        raise UserError(
-            f"learning rates {grid.rates.tolist()} and {reference.rates.tolist()}: sensitivity is "
-            "compared on the same grid only; leave out what one of them lacks"
-        )

@@ -7,7 +7,6 @@ the parameters of embed.optimizer, head.optimizer, other.optimizer (the final no
 optimizer (all). Standard library only.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -67,11 +66,6 @@ HEAD = {
 }
 
 _LAYER = re.compile(r"^layers\.(\d+)\.(.*)$")
-
-
-def is_finite(value: Value) -> bool:
-    """Whether a number, or every number of a list, is finite."""
-    return all(math.isfinite(each) for each in (value if isinstance(value, list) else [value]))
 
 
 def _rounded(value: Value) -> Value:

@@ -94,11 +94,6 @@ class Watcher:
             self._sample.remove()
         self._sample = None
 
-    @property
-    def is_sampling(self) -> bool:
-        """Whether the step that is going on is looked at."""
-        return self._sample is not None
-
     def gradients(self) -> None:
         """Look at the gradients now, before they are clipped.
 

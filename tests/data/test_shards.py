@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_stable.data import BlockDataset, DataOrder, TokenFile, build_token_file, building, shards
+from hf_stable.data import BlockDataset, DataOrder, TokenFile, build_token_file, shards
 from hf_stable.errors import DataError
 from hf_stable.records import write_json
 
@@ -133,18 +133,8 @@ def test_document_starts_out_of_order_are_told_when_their_block_is_read(sources,
         blocks[int(starts[1]) // 200]
 
 
-def test_a_token_file_of_format_1_is_still_read(sources, bpe, tmp_path, monkeypatch):
-    new = build_token_file(sources, bpe, tmp_path / "cache", progress=False)
-    expected = new.tokens[:].tolist()
-    meta = {key: value for key, value in new.meta.items() if key != "shards"}
-    write_json(new.folder / "meta.json", {**meta, "format": 1})
-    (new.folder / "tokens-00000.bin").rename(new.folder / "tokens.bin")
-
-    def refuse(*_, **__):
-        raise AssertionError("built again")
-
-    monkeypatch.setattr(building, "_build", refuse)
-    old = build_token_file(sources, bpe, tmp_path / "cache", progress=False)
-    assert old.folder == new.folder
-    assert old.tokens[:].tolist() == expected
-    assert TokenFile.open(old.folder).num_tokens == len(expected)
+def test_a_token_file_of_another_format_is_refused(sources, bpe, tmp_path):
+    file = build_token_file(sources, bpe, tmp_path / "cache", progress=False)
+    write_json(file.folder / "meta.json", {**file.meta, "format": 1})
+    with pytest.raises(DataError, match=r"meta\.json has format 1, this version reads 2"):
+        TokenFile.open(file.folder)

@@ -12,13 +12,10 @@ from hf_stable.sweep import sensitivity
 from hf_stable.sweep.sensitivity import (
     Grid,
     best_rate,
-    best_ratio,
     coverage_words,
     edge_of_best,
     largest_stable,
-    loss_bands,
     lr_sensitivity,
-    sensitivity_difference,
     stable_by_majority,
 )
 
@@ -125,20 +122,6 @@ def test_interval_is_scipys_percentile_interval(num_seeds):
     assert low <= value <= high
 
 
-def test_the_bands_are_scipys_intervals_of_the_mean():
-    losses = noisy(12, spread=0.3)
-    for band, column in zip(loss_bands(grid(losses)), losses.T, strict=True):
-        found = stats.bootstrap(
-            (column,),
-            np.mean,
-            n_resamples=20_000,
-            method="percentile",
-            rng=np.random.default_rng(0),
-        ).confidence_interval
-        assert band.value == pytest.approx(column.mean())
-        assert band[1:] == pytest.approx(tuple(found), abs=0.04 * (band.high - band.low))
-
-
 def test_three_seeds_cover_three_times_in_four_and_twenty_nine_times_in_ten():
     rng = np.random.default_rng(0)
     for num_seeds, expected in ((3, 0.75), (20, 0.93)):
@@ -220,30 +203,6 @@ def test_majority():
     assert stable_by_majority(unstable).tolist() == [True, False, False]
 
 
-def test_best_ratio():
-    shifted = grid(np.roll(noisy(3, spread=0.01), 1, axis=1))
-    assert best_ratio(shifted, grid(noisy(3, spread=0.01))) == pytest.approx((10 / 3,) * 3)
-
-
-def test_difference_of_sensitivities_flips_with_the_two_and_is_wide_enough():
-    one, other = grid(noisy(8, seed=1, spread=0.3)), grid(noisy(8, seed=2, spread=0.3))
-    there, back = sensitivity_difference(one, other), sensitivity_difference(other, one)
-    assert there.value == pytest.approx(-back.value)
-    assert there.value == pytest.approx(
-        lr_sensitivity(one.losses, INITIAL).value - lr_sensitivity(other.losses, INITIAL).value
-    )
-    widths = [interval[2] - interval[1] for interval in (there, back)]
-    alone = [lr_sensitivity(each.losses, INITIAL) for each in (one, other)]
-    expected = np.hypot(*(each.high - each.low for each in alone))
-    assert widths == pytest.approx([expected, expected], rel=0.1)
-    # Seeds are resampled apart, so that a method differs from itself by chance.
-    itself = sensitivity_difference(one, one)
-    assert itself.value == 0
-    assert itself.high - itself.low == pytest.approx(
-        np.sqrt(2) * (alone[0].high - alone[0].low), rel=0.1
-    )
-
-
 def test_warnings_say_where_the_definition_does_not_apply():
     kept = [[0, 0, 0, 1]] * 3
     assert sensitivity.warnings(grid(unstable=kept)) == []
@@ -288,9 +247,3 @@ def test_grids_that_do_not_fit_are_named(change, words):
     whole = {"rates": RATES, "losses": noisy(3), "initial": INITIAL, "unstable": np.zeros((3, 4))}
     with pytest.raises(UserError, match=words):
         Grid(**{**whole, **change})
-
-
-def test_sensitivities_on_different_grids_are_not_compared():
-    other = Grid(2 * RATES, noisy(3), INITIAL, np.zeros((3, 4)))
-    with pytest.raises(UserError, match="same grid"):
-        sensitivity_difference(grid(), other)

@@ -39,12 +39,6 @@ def test_packing_twice_changes_nothing_more(sample: Numbers) -> None:
     assert json.dumps(again, sort_keys=True) == json.dumps(once, sort_keys=True)
 
 
-@given(values)
-def test_finite_means_every_number(value: names.Value) -> None:
-    flat = value if isinstance(value, list) else [value]
-    assert names.is_finite(value) == bool(np.isfinite(flat).all())
-
-
 def everything(noise: np.random.Generator) -> Numbers:
     """All names of the vocabulary for a big model, with numbers that have no short form."""
     kinds = {"qkv": LINEAR, "proj": LINEAR, "fc1": LINEAR, "fc2": LINEAR, "attention": ATTENTION}
