@@ -12,6 +12,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import torch.distributed as dist
+
 CALLS = {
     *("open", "write", "flush", "close", "fsync", "rename", "replace", "unlink", "remove"),
     *("rmdir", "mkdir", "open_code"),
@@ -59,6 +61,8 @@ def die_at(action: Callable[[], Any], number: int) -> bool:
         if count == number:
             os._exit(9)
 
+    if dist.is_initialized():  # by an earlier test, with threads that a fork does not have
+        dist.destroy_process_group()
     child = os.fork()
     if child == 0:
         code = 1
