@@ -16,7 +16,7 @@ from .attention_backward import key_value_kernel, query_kernel
 from .attention_forward import forward_kernel
 from .blocks import choose_blocks
 from .documents import is_documents
-from .tiles import INTERPRETED, LOG2_E
+from .tiles import INTERPRETED, LOG2_E, needs_fp32
 
 # exp(64) times 2^17 keys times values of 10^5 still fits fp32, and bf16, which has its exponents.
 _LARGEST_STATIC_CAP = 64.0
@@ -282,8 +282,7 @@ def flash_attention(
     _check(query, key, value, documents, fast_tanh)
     _check_numbers(scaling, softcap, clip_gamma, clip_zeta, clip_alpha)
     given_dtype = query.dtype
-    if INTERPRETED and given_dtype == torch.bfloat16:
-        # The interpreter computes bf16 on its bits as integers, without an error.
+    if needs_fp32(given_dtype):
         query, key, value = query.float(), key.float(), value.float()
     query, key, value = (
         tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value)

@@ -11,6 +11,14 @@ LOG2_E = 1.4426950408889634
 _PTX = tl.constexpr(not INTERPRETED and torch.version.hip is None)
 
 
+def needs_fp32(dtype: torch.dtype) -> bool:
+    """Return whether kernels are given fp32 in the place of `dtype`.
+
+    The interpreter computes with the bits of bf16 as integers, without an error.
+    """
+    return INTERPRETED and dtype == torch.bfloat16
+
+
 @triton.jit
 def exp2(x):
     """2^x in fp32, without the three instructions by which Triton keeps denormal results."""
