@@ -125,14 +125,18 @@ def _softmax_step(b_s, b_max, b_sum, b_surprise, STATIC_MAX: tl.constexpr, STATS
 
 @triton.jit
 def _sweep(
-    b_acc, b_max, b_sum, b_surprise, b_top,
+    b_acc, b_max, b_sum, b_weight, b_surprise, b_top,
     b_q, b_document, p_k, p_v, p_documents, k_stride, v_stride, i_m, first, last, S,
     tanh_scale, score_scale,
     CAP: tl.constexpr, WEIGH: tl.constexpr, MASKED: tl.constexpr, DOCUMENTS: tl.constexpr,
-    STATIC_MAX: tl.constexpr, STATS: tl.constexpr, FAST_TANH: tl.constexpr,
+    STATIC_MAX: tl.constexpr, SUM_ROUNDED: tl.constexpr, STATS: tl.constexpr,
+    FAST_TANH: tl.constexpr,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Softmax sums over keys [first, last), weighing the values too unless a second sweep does."""
+    """Softmax sums over keys [first, last), weighing the values too unless a second sweep does.
+
+    `b_weight` is the sum of the weights that multiply the values, if SUM_ROUNDED.
+    """
     o_m = i_m * M + tl.arange(0, M)
     for n in range(first, last, N):
         b_k = load_rows(p_k, n, k_stride, S, D, N, COLS)
@@ -152,10 +156,13 @@ def _sweep(
         )
         if WEIGH:
             b_v = load_rows(p_v, n, v_stride, S, D, N, COLS)
+            b_p = b_p.to(b_v.dtype)
             if not STATIC_MAX:
                 b_acc = b_acc * b_decay[:, None]
-            b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
-    return b_acc, b_max, b_sum, b_surprise, b_top
+            if SUM_ROUNDED:
+                b_weight = b_weight * b_decay + tl.sum(b_p.to(tl.float32), axis=1)
+            b_acc = tl.dot(b_p, b_v, b_acc, input_precision="ieee")
+    return b_acc, b_max, b_sum, b_weight, b_surprise, b_top
 
 
 @triton.jit
@@ -196,7 +203,7 @@ def forward_kernel(
     q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride,
     H, S, scaling, tanh_scale, score_scale, gamma, zeta, alpha,
     GROUPS: tl.constexpr, CAP: tl.constexpr, CLIP: tl.constexpr, DOCUMENTS: tl.constexpr,
-    STATIC_MAX: tl.constexpr, STATS: tl.constexpr, FAST_TANH: tl.constexpr,
+    STATIC_MAX: tl.constexpr, UNBIASED: tl.constexpr, STATS: tl.constexpr, FAST_TANH: tl.constexpr,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Output, log2 Z and, on request, statistics of one tile of queries of one head.
@@ -226,19 +233,22 @@ def forward_kernel(
     b_max = tl.full((M,), 0.0 if STATIC_MAX else LOWEST, tl.float32)
     b_top = tl.full((M,), LOWEST, tl.float32)
     b_sum = tl.zeros((M,), tl.float32)
+    b_weight = tl.zeros((M,), tl.float32)
+    # Without a running maximum the largest weight is no 1, and its rounding would scale the output.
+    rounded: tl.constexpr = (STATIC_MAX or UNBIASED) and q.dtype.element_ty != tl.float32
     b_surprise = tl.zeros((M,), tl.float32)
     first, middle, last = key_range(i_m, p_documents, S, M, N, DOCUMENTS)
     for masked in tl.static_range(2):
-        b_acc, b_max, b_sum, b_surprise, b_top = _sweep(
-            b_acc, b_max, b_sum, b_surprise, b_top,
+        b_acc, b_max, b_sum, b_weight, b_surprise, b_top = _sweep(
+            b_acc, b_max, b_sum, b_weight, b_surprise, b_top,
             b_q, b_document, p_k, p_v, p_documents, k_stride, v_stride, i_m,
             middle if masked else first, last if masked else middle, S, tanh_scale, score_scale,
-            CAP, not CLIP, masked, DOCUMENTS, STATIC_MAX, STATS, FAST_TANH, D, M, N, COLS,
+            CAP, not CLIP, masked, DOCUMENTS, STATIC_MAX, rounded, STATS, FAST_TANH, D, M, N, COLS,
         )  # fmt: skip
     b_empty = b_sum == 0.0
     b_sum = tl.where(b_empty, 1.0, b_sum)
     b_log_z = tl.where(b_empty, float("inf"), b_max + tl.log2(b_sum))
-    p_o = o + (tl.cast(i_b, tl.int64) * S * H + i_h) * D
+    own = (tl.cast(i_b, tl.int64) * S * H + i_h) * D
     p_row = tl.cast(i_bh, tl.int64) * S + o_m
     b_alive = b_sum
     if CLIP:
@@ -252,13 +262,17 @@ def forward_kernel(
                 middle if masked else first, last if masked else middle, S, tanh_scale, score_scale,
                 CAP, masked, DOCUMENTS, FAST_TANH, D, M, N, COLS,
             )  # fmt: skip
-        p_w = w + (tl.cast(i_b, tl.int64) * S * H + i_h) * D
         # Comparisons with NaN have skipped its tiles.
         b_acc = tl.where(b_log_z[:, None] == b_log_z[:, None], b_acc, b_log_z[:, None])
-        store_rows(p_w, b_active, i_m * M, H * D, S, D, M, COLS)
+        store_rows(w + own, b_active, i_m * M, H * D, S, D, M, COLS)
     else:
-        b_acc = b_acc / b_sum[:, None]
-    store_rows(p_o, b_acc, i_m * M, H * D, S, D, M, COLS)
+        if rounded:
+            b_acc = b_acc / tl.where(b_empty, 1.0, b_weight)[:, None]
+        else:
+            b_acc = b_acc / b_sum[:, None]
+        if UNBIASED:
+            store_rows(w + own, b_acc, i_m * M, H * D, S, D, M, COLS)
+    store_rows(o + own, b_acc, i_m * M, H * D, S, D, M, COLS)
     tl.store(lse + p_row, b_log_z, mask=o_m < S)
     if STATS:
         num_rows = tl.cast(tl.num_programs(0) // num_tiles, tl.int64) * S

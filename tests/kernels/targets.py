@@ -129,7 +129,7 @@ def attention(width: int) -> dict[str, dict[str, Any]]:
                 **({} if documents else {"documents": None}),
             }
             if name == "forward":
-                constants |= {"STATIC_MAX": cap, "STATS": statistics}
+                constants |= {"STATIC_MAX": cap, "UNBIASED": False, "STATS": statistics}
                 constants |= {} if clip else {"w": None}
             launch = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
             found[f"{name} ({label})"] = measure(kernel, constants, launch, {})
