@@ -11,6 +11,15 @@ the first value is weighted, hence two sweeps over the keys; the second skips ev
 key above the clip, since p must exceed -gamma / (zeta - gamma): at (-0.03, 1.03) at most 35 keys
 of a row can. `w = sum of the unclipped (zeta - gamma) p v` is kept for the backward.
 
+Weights are rounded to the values' dtype before they multiply them. With a static maximum the
+largest weight is not 1, and its rounding would scale the output, which is therefore divided by the
+sum of the rounded weights. With a running maximum this is an option (`UNBIASED`): scores less than
+2^-9 below the maximum are all rounded up to 1, which biases the output, and so does rounding the
+output where the mean of two values lies halfway between two numbers. Training can diverge by the
+error of D, the backward's row sums (Qiu and Yao 2025, arXiv 2510.04212). UNBIASED keeps the output
+in fp32 for them, as `w`. The paper's own cure, another maximum for rows with several scores near it,
+is for sums in bf16; where sums are fp32 it replaces the bias by noise that is larger.
+
 Names: i_ index, o_ offsets, p_ pointer, b_ block in registers; M queries, N keys, D head width.
 """
 
@@ -22,6 +31,8 @@ from .tiles import exp2, hardware_tanh, tanh
 # Where the running maximum starts: below every score, and finite, so that no difference is NaN.
 LOWEST = tl.constexpr(-1e30)
 LN_2 = tl.constexpr(0.6931471805599453)
+# Columns of the narrowest right factor that tensor cores of every kind take.
+ONES = tl.constexpr(16)
 
 # Rows of the documents tensor (see documents.py).
 KEY_DOCUMENT = tl.constexpr(0)
@@ -124,6 +135,45 @@ def _softmax_step(b_s, b_max, b_sum, b_surprise, STATIC_MAX: tl.constexpr, STATS
 
 
 @triton.jit
+def _add_weights(b_weight, b_p, b_decay, STATIC_MAX: tl.constexpr, SUM_ROUNDED: tl.constexpr):
+    """Add the sums of a tile's rounded weights to every column, on the tensor cores.
+
+    A conversion and an addition of each weight would take ten times the instructions.
+    """
+    if SUM_ROUNDED:
+        if not STATIC_MAX:
+            b_weight = b_weight * b_decay[:, None]
+        b_ones = tl.full((b_p.shape[1], ONES), 1.0, tl.float32).to(b_p.dtype)
+        b_weight = tl.dot(b_p, b_ones, b_weight)
+    return b_weight
+
+
+@triton.jit
+def _normalize(b_acc, b_sum, b_weight, b_empty, SUM_ROUNDED: tl.constexpr):
+    """Divide by the sum of the weights that multiplied the values."""
+    if SUM_ROUNDED:
+        # The columns are equal, and their sum is exact.
+        b_sum = tl.where(b_empty, 1.0, tl.sum(b_weight, axis=1) / ONES)
+    return b_acc / b_sum[:, None]
+
+
+@triton.jit
+def _store_statistics(
+    rows, b_top, b_max, b_log_z, b_sum, b_surprise, b_alive, num_tiles, o_m, p_row, S, scaling,
+    CAP: tl.constexpr,
+):  # fmt: skip
+    """Store the three rows of statistics of a tile of queries."""
+    num_rows = tl.cast(tl.num_programs(0) // num_tiles, tl.int64) * S
+    # Without a cap the running maximum is the largest logit, in base 2.
+    b_logit = b_top * scaling if CAP else b_max * LN_2
+    b_logit = tl.where(b_log_z == b_log_z, b_logit, b_log_z)
+    b_entropy = LN_2 * (tl.log2(b_sum) - b_surprise / b_sum)
+    tl.store(rows + p_row, b_logit, mask=o_m < S)
+    tl.store(rows + num_rows + p_row, b_entropy, mask=o_m < S)
+    tl.store(rows + 2 * num_rows + p_row, b_alive, mask=o_m < S)
+
+
+@triton.jit
 def _sweep(
     b_acc, b_max, b_sum, b_weight, b_surprise, b_top,
     b_q, b_document, p_k, p_v, p_documents, k_stride, v_stride, i_m, first, last, S,
@@ -135,7 +185,7 @@ def _sweep(
 ):  # fmt: skip
     """Softmax sums over keys [first, last), weighing the values too unless a second sweep does.
 
-    `b_weight` is the sum of the weights that multiply the values, if SUM_ROUNDED.
+    `b_weight` is (M, ONES), the sums of the rounded weights in each column, if SUM_ROUNDED.
     """
     o_m = i_m * M + tl.arange(0, M)
     for n in range(first, last, N):
@@ -156,11 +206,10 @@ def _sweep(
         )
         if WEIGH:
             b_v = load_rows(p_v, n, v_stride, S, D, N, COLS)
-            b_p = b_p.to(b_v.dtype)
             if not STATIC_MAX:
                 b_acc = b_acc * b_decay[:, None]
-            if SUM_ROUNDED:
-                b_weight = b_weight * b_decay + tl.sum(b_p.to(tl.float32), axis=1)
+            b_p = b_p.to(b_v.dtype)
+            b_weight = _add_weights(b_weight, b_p, b_decay, STATIC_MAX, SUM_ROUNDED)
             b_acc = tl.dot(b_p, b_v, b_acc, input_precision="ieee")
     return b_acc, b_max, b_sum, b_weight, b_surprise, b_top
 
@@ -209,7 +258,8 @@ def forward_kernel(
     """Output, log2 Z and, on request, statistics of one tile of queries of one head.
 
     Args:
-        q, k, v: (B, H or G, S, D). o, w: (B, S, H, D); w when clipping only.
+        q, k, v: (B, H or G, S, D). o, w: (B, S, H, D); w when clipping, or UNBIASED.
+            UNBIASED makes it fp32, and without a clip the output before rounding.
         documents: (B, 5, S) int32, when DOCUMENTS. lse: (B, H, S) fp32, inf for a row without keys.
         rows: (3, B, H, S) fp32: largest logit before the cap, entropy in nats, highest u.
     """
@@ -233,8 +283,7 @@ def forward_kernel(
     b_max = tl.full((M,), 0.0 if STATIC_MAX else LOWEST, tl.float32)
     b_top = tl.full((M,), LOWEST, tl.float32)
     b_sum = tl.zeros((M,), tl.float32)
-    b_weight = tl.zeros((M,), tl.float32)
-    # Without a running maximum the largest weight is no 1, and its rounding would scale the output.
+    b_weight = tl.zeros((M, ONES), tl.float32)
     rounded: tl.constexpr = (STATIC_MAX or UNBIASED) and q.dtype.element_ty != tl.float32
     b_surprise = tl.zeros((M,), tl.float32)
     first, middle, last = key_range(i_m, p_documents, S, M, N, DOCUMENTS)
@@ -266,20 +315,13 @@ def forward_kernel(
         b_acc = tl.where(b_log_z[:, None] == b_log_z[:, None], b_acc, b_log_z[:, None])
         store_rows(w + own, b_active, i_m * M, H * D, S, D, M, COLS)
     else:
-        if rounded:
-            b_acc = b_acc / tl.where(b_empty, 1.0, b_weight)[:, None]
-        else:
-            b_acc = b_acc / b_sum[:, None]
+        b_acc = _normalize(b_acc, b_sum, b_weight, b_empty, rounded)
         if UNBIASED:
             store_rows(w + own, b_acc, i_m * M, H * D, S, D, M, COLS)
     store_rows(o + own, b_acc, i_m * M, H * D, S, D, M, COLS)
     tl.store(lse + p_row, b_log_z, mask=o_m < S)
     if STATS:
-        num_rows = tl.cast(tl.num_programs(0) // num_tiles, tl.int64) * S
-        # Without a cap the running maximum is the largest logit, in base 2.
-        b_logit = b_top * scaling if CAP else b_max * LN_2
-        b_logit = tl.where(b_log_z == b_log_z, b_logit, b_log_z)
-        b_entropy = LN_2 * (tl.log2(b_sum) - b_surprise / b_sum)
-        tl.store(rows + p_row, b_logit, mask=o_m < S)
-        tl.store(rows + num_rows + p_row, b_entropy, mask=o_m < S)
-        tl.store(rows + 2 * num_rows + p_row, b_alive, mask=o_m < S)
+        _store_statistics(
+            rows, b_top, b_max, b_log_z, b_sum, b_surprise, b_alive, num_tiles, o_m, p_row, S,
+            scaling, CAP,
+        )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Laws of the interpreter's bf16: it rounds as PyTorch does and refuses what kernels must not do."""
+"""Laws of the interpreter's bf16: it rounds as PyTorch does and refuses other arithmetic."""
 
 import numpy as np
 import pytest
@@ -36,52 +36,52 @@ def test_widening_is_exact() -> None:
 
 
 @triton.jit
-def _cast_kernel(x, y, SIZE: tl.constexpr):
-    o = tl.arange(0, SIZE)
+def _cast_kernel(x, y, size: tl.constexpr):
+    o = tl.arange(0, size)
     tl.store(y + o, tl.load(x + o).to(tl.float32) * 3.0)
 
 
 @triton.jit
-def _dot_kernel(x, y, z, SIZE: tl.constexpr):
-    o = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+def _dot_kernel(x, y, z, size: tl.constexpr):
+    o = tl.arange(0, size)[:, None] * size + tl.arange(0, size)[None, :]
     tl.store(z + o, tl.dot(tl.load(x + o), tl.trans(tl.load(y + o))))
 
 
 @triton.jit
-def _add_kernel(x, y, SIZE: tl.constexpr):
-    o = tl.arange(0, SIZE)
+def _add_kernel(x, y, size: tl.constexpr):
+    o = tl.arange(0, size)
     tl.store(y + o, tl.load(x + o) + tl.load(x + o))
 
 
 @triton.jit
-def _negate_kernel(x, y, SIZE: tl.constexpr):
-    o = tl.arange(0, SIZE)
+def _negate_kernel(x, y, size: tl.constexpr):
+    o = tl.arange(0, size)
     tl.store(y + o, -tl.load(x + o))
 
 
 @triton.jit
-def _abs_kernel(x, y, SIZE: tl.constexpr):
-    o = tl.arange(0, SIZE)
+def _abs_kernel(x, y, size: tl.constexpr):
+    o = tl.arange(0, size)
     tl.store(y + o, tl.abs(tl.load(x + o)))
 
 
 @triton.jit
-def _sum_kernel(x, y, SIZE: tl.constexpr):
-    tl.store(y, tl.sum(tl.load(x + tl.arange(0, SIZE)), axis=0))
+def _sum_kernel(x, y, size: tl.constexpr):
+    tl.store(y, tl.sum(tl.load(x + tl.arange(0, size)), axis=0))
 
 
 @triton.jit
-def _compare_kernel(x, y, SIZE: tl.constexpr):
-    o = tl.arange(0, SIZE)
-    b_x = tl.load(x + o)
-    tl.store(y + o, tl.where(b_x < b_x, b_x, b_x))
+def _compare_kernel(x, y, size: tl.constexpr):
+    o = tl.arange(0, size)
+    b_x, b_y = tl.load(x + o), tl.load(y + o)
+    tl.store(y + o, tl.where(b_x < b_y, b_x, b_y))
 
 
 def test_loads_stores_and_casts_round_to_nearest_even() -> None:
     x = torch.randn(64).bfloat16()
     y = torch.empty_like(x)
     with bfloat16():
-        _cast_kernel[(1,)](x, y, SIZE=64)
+        _cast_kernel[(1,)](x, y, size=64)
     assert torch.equal(y, (x.float() * 3).bfloat16())
 
 
@@ -89,7 +89,7 @@ def test_a_dot_is_an_exact_product_summed_in_fp32() -> None:
     x, y = torch.randn(2, 32, 32).bfloat16()
     z = torch.empty(32, 32)
     with bfloat16():
-        _dot_kernel[(1,)](x, y, z, SIZE=32)
+        _dot_kernel[(1,)](x, y, z, size=32)
     exact = x.double() @ y.double().T
     magnitude = x.double().abs() @ y.double().abs().T
     assert ((z - exact).abs() <= 32 * torch.finfo(torch.float32).eps * magnitude).all()
@@ -108,13 +108,13 @@ def test_a_dot_is_an_exact_product_summed_in_fp32() -> None:
 def test_arithmetic_on_bf16_is_refused_by_name(kernel, name: str) -> None:
     x = torch.randn(16).bfloat16()
     with bfloat16(), pytest.raises(Exception, match=f"bf16 operand in .*{name}"):
-        kernel[(1,)](x, torch.empty_like(x), SIZE=16)
+        kernel[(1,)](x, torch.empty_like(x), size=16)
 
 
 def test_a_dot_of_two_dtypes_is_refused() -> None:
     x, z = torch.randn(16, 16), torch.empty(16, 16)
     with bfloat16(), pytest.raises(Exception, match="same dtype"):
-        _dot_kernel[(1,)](x.bfloat16(), x, z, SIZE=16)
+        _dot_kernel[(1,)](x.bfloat16(), x, z, size=16)
 
 
 def test_afterwards_the_interpreter_is_what_it_was() -> None:
@@ -135,6 +135,6 @@ def test_other_dtypes_compute_as_before() -> None:
     for context in (bfloat16(), torch.no_grad()):
         y = torch.empty_like(x)
         with context:
-            _add_kernel[(1,)](x, y, SIZE=16)
+            _add_kernel[(1,)](x, y, size=16)
         results.append(y)
     assert torch.equal(*results)
