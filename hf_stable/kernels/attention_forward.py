@@ -17,7 +17,7 @@ sum of the rounded weights. With a running maximum this is an option (`UNBIASED`
 2^-9 below the maximum are all rounded up to 1, which biases the output, and so does rounding the
 output where the mean of two values lies halfway between two numbers. Training can diverge by the
 error of D, the backward's row sums (Qiu and Yao 2025, arXiv 2510.04212). UNBIASED keeps the output
-in fp32 for them, as `w`. The paper's own cure, another maximum for rows with several scores near it,
+in fp32 for them, as `w`. The paper's own cure, another maximum for rows with scores close to it,
 is for sums in bf16; where sums are fp32 it replaces the bias by noise that is larger.
 
 Names: i_ index, o_ offsets, p_ pointer, b_ block in registers; M queries, N keys, D head width.

@@ -375,12 +375,13 @@ def test_operators_keep_the_rules_of_torch_library(tiles) -> None:
         tensor.requires_grad_() for tensor in draw((1, 2, 1, 9, 16), torch.float32).tensors
     )
     for numbers in ((0.25, None, None, 1.0, None), (0.25, 9.0, -0.03, 1.03, None)):
-        for statistics in (False, True):
-            arguments = (query, key, value, None, *numbers, False, statistics)
+        for unbiased, statistics in ((False, False), (False, True), (True, False)):
+            arguments = (query, key, value, None, *numbers, False, unbiased, statistics)
             torch.library.opcheck(kernels.attention, arguments)
     documents = build_documents(torch.zeros(1, 9, dtype=torch.bool, device=DEVICE))
     torch.library.opcheck(
-        kernels.attention, (query, key, value, documents, 0.25, None, None, 1.0, None, False, False)
+        kernels.attention,
+        (query, key, value, documents, 0.25, None, None, 1.0, None, False, False, False),
     )
 
 
