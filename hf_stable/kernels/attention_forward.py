@@ -104,7 +104,10 @@ def key_range(i_m, p_documents, S, M: tl.constexpr, N: tl.constexpr, DOCUMENTS: 
 
 
 @triton.jit
-def _softmax_step(b_s, b_max, b_sum, b_surprise, STATIC_MAX: tl.constexpr, STATS: tl.constexpr):
+def _softmax_step(
+    b_s, b_max, b_sum, b_surprise,
+    MASKED: tl.constexpr, STATIC_MAX: tl.constexpr, STATS: tl.constexpr,
+):  # fmt: skip
     """Take one tile of scores into the running sums.
 
     Returns the tile's weights, relative to the maximum, and the factor for what was summed before.
@@ -117,8 +120,11 @@ def _softmax_step(b_s, b_max, b_sum, b_surprise, STATIC_MAX: tl.constexpr, STATS
     b_p = exp2(b_s - b_new[:, None])
     if STATS:
         b_surprise = b_decay * (b_surprise + (b_max - b_new) * b_sum)
-        # A hidden key weighs nothing, but 0 * -inf would be NaN.
-        b_surprise += tl.sum(b_p * tl.where(b_p > 0.0, b_s - b_new[:, None], 0.0), axis=1)
+        b_lag = b_s - b_new[:, None]
+        if MASKED:
+            # A hidden key weighs nothing, but 0 * -inf would be NaN.
+            b_lag = tl.where(b_p > 0.0, b_lag, 0.0)
+        b_surprise += tl.sum(b_p * b_lag, axis=1)
     b_sum = b_sum * b_decay + tl.sum(b_p, axis=1)
     return b_p, b_decay, b_new, b_sum, b_surprise
 
@@ -148,7 +154,7 @@ def _sweep(
         if MASKED:
             b_s = tl.where(b_seen, b_s, float("-inf"))
         b_p, b_decay, b_max, b_sum, b_surprise = _softmax_step(
-            b_s, b_max, b_sum, b_surprise, STATIC_MAX, STATS
+            b_s, b_max, b_sum, b_surprise, MASKED, STATIC_MAX, STATS
         )
         if WEIGH:
             b_v = load_rows(p_v, n, v_stride, S, D, N, COLS)
