@@ -105,22 +105,26 @@ def key_range(i_m, p_documents, S, M: tl.constexpr, N: tl.constexpr, DOCUMENTS: 
 
 @triton.jit
 def _softmax_step(
-    b_s, b_max, b_sum, b_surprise,
+    b_s, unit, b_max, b_sum, b_surprise,
     MASKED: tl.constexpr, STATIC_MAX: tl.constexpr, STATS: tl.constexpr,
 ):  # fmt: skip
     """Take one tile of scores into the running sums.
 
+    Scores and their maximum are multiplied by `unit` > 0 inside the exponential only: where it is
+    not 1, that is one instruction with the difference.
+
     Returns the tile's weights, relative to the maximum, and the factor for what was summed before.
-    `b_surprise` is the sum of weight * (score - maximum), from which the entropy follows.
+    `b_surprise` is the sum of weight * unit * (score - maximum), from which the entropy follows.
     """
     b_new = b_max
     if not STATIC_MAX:
         b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
-    b_decay = exp2(b_max - b_new)
-    b_p = exp2(b_s - b_new[:, None])
+    b_fall = (b_max - b_new) * unit
+    b_decay = exp2(b_fall)
+    b_lag = b_s * unit - (b_new * unit)[:, None]
+    b_p = exp2(b_lag)
     if STATS:
-        b_surprise = b_decay * (b_surprise + (b_max - b_new) * b_sum)
-        b_lag = b_s - b_new[:, None]
+        b_surprise = b_decay * (b_surprise + b_fall * b_sum)
         if MASKED:
             # A hidden key weighs nothing, but 0 * -inf would be NaN.
             b_lag = tl.where(b_p > 0.0, b_lag, 0.0)
@@ -138,7 +142,11 @@ def _sweep(
     STATIC_MAX: tl.constexpr, STATS: tl.constexpr, FAST_TANH: tl.constexpr,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Softmax sums over keys [first, last), weighing the values too unless a second sweep does."""
+    """Softmax sums over keys [first, last), weighing the values too unless a second sweep does.
+
+    `b_max` is in the unit of what the exponential is given: of q.k itself without a cap.
+    """
+    unit = 1.0 if CAP else score_scale
     o_m = i_m * M + tl.arange(0, M)
     for n in range(first, last, N):
         b_k = load_rows(p_k, n, k_stride, S, D, N, COLS)
@@ -149,12 +157,11 @@ def _sweep(
             b_seen_qk = tl.where(b_seen, b_s, LOWEST) if MASKED else b_s
             b_top = tl.maximum(b_top, tl.max(b_seen_qk, axis=1))
         if CAP:
-            b_s = tanh_of_scores(b_s, tanh_scale, FAST_TANH)
-        b_s = b_s * score_scale
+            b_s = tanh_of_scores(b_s, tanh_scale, FAST_TANH) * score_scale
         if MASKED:
             b_s = tl.where(b_seen, b_s, float("-inf"))
         b_p, b_decay, b_max, b_sum, b_surprise = _softmax_step(
-            b_s, b_max, b_sum, b_surprise, MASKED, STATIC_MAX, STATS
+            b_s, unit, b_max, b_sum, b_surprise, MASKED, STATIC_MAX, STATS
         )
         if WEIGH:
             b_v = load_rows(p_v, n, v_stride, S, D, N, COLS)
@@ -243,7 +250,8 @@ def forward_kernel(
         )  # fmt: skip
     b_empty = b_sum == 0.0
     b_sum = tl.where(b_empty, 1.0, b_sum)
-    b_log_z = tl.where(b_empty, float("inf"), b_max + tl.log2(b_sum))
+    unit = 1.0 if CAP else score_scale
+    b_log_z = tl.where(b_empty, float("inf"), b_max * unit + tl.log2(b_sum))
     p_o = o + (tl.cast(i_b, tl.int64) * S * H + i_h) * D
     p_row = tl.cast(i_bh, tl.int64) * S + o_m
     b_alive = b_sum
@@ -268,8 +276,8 @@ def forward_kernel(
     tl.store(lse + p_row, b_log_z, mask=o_m < S)
     if STATS:
         num_rows = tl.cast(tl.num_programs(0) // num_tiles, tl.int64) * S
-        # Without a cap the running maximum is the largest logit, in base 2.
-        b_logit = b_top * scaling if CAP else b_max * LN_2
+        # Without a cap the running maximum is the largest q.k.
+        b_logit = (b_top if CAP else b_max) * scaling
         b_logit = tl.where(b_log_z == b_log_z, b_logit, b_log_z)
         b_entropy = LN_2 * (tl.log2(b_sum) - b_surprise / b_sum)
         tl.store(rows + p_row, b_logit, mask=o_m < S)
