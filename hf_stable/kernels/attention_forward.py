@@ -55,11 +55,11 @@ def store_rows(
 
 
 @triton.jit
-def tanh_of_scores(b_qk, tanh_scale, FAST_TANH: tl.constexpr):
-    """t of s = cap * t; the derivative of s is 1 - t^2."""
+def _capped_scores(b_qk, tanh_scale, tanh_terms, score_scale, FAST_TANH: tl.constexpr):
+    """Capped scores in base 2; the terms of the exact tanh hold both scales."""
     if FAST_TANH:
-        return hardware_tanh(b_qk * tanh_scale)
-    return tanh(b_qk * tanh_scale)
+        return hardware_tanh(b_qk * tanh_scale) * score_scale
+    return tanh(b_qk, tanh_terms)
 
 
 @triton.jit
@@ -137,7 +137,7 @@ def _softmax_step(
 def _sweep(
     b_acc, b_max, b_sum, b_surprise, b_top,
     b_q, b_document, p_k, p_v, p_documents, k_stride, v_stride, i_m, first, last, S,
-    tanh_scale, score_scale,
+    tanh_scale, tanh_terms, score_scale,
     CAP: tl.constexpr, WEIGH: tl.constexpr, MASKED: tl.constexpr, DOCUMENTS: tl.constexpr,
     STATIC_MAX: tl.constexpr, STATS: tl.constexpr, FAST_TANH: tl.constexpr,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, COLS: tl.constexpr,
@@ -157,7 +157,7 @@ def _sweep(
             b_seen_qk = tl.where(b_seen, b_s, LOWEST) if MASKED else b_s
             b_top = tl.maximum(b_top, tl.max(b_seen_qk, axis=1))
         if CAP:
-            b_s = tanh_of_scores(b_s, tanh_scale, FAST_TANH) * score_scale
+            b_s = _capped_scores(b_s, tanh_scale, tanh_terms, score_scale, FAST_TANH)
         if MASKED:
             b_s = tl.where(b_seen, b_s, float("-inf"))
         b_p, b_decay, b_max, b_sum, b_surprise = _softmax_step(
@@ -175,7 +175,7 @@ def _sweep(
 def _clip_sweep(
     b_acc, b_active, b_alive, b_log_z, b_gamma, zeta,
     b_q, b_document, p_k, p_v, p_documents, k_stride, v_stride, i_m, first, last, S,
-    tanh_scale, score_scale,
+    tanh_scale, tanh_terms, score_scale,
     CAP: tl.constexpr, MASKED: tl.constexpr, DOCUMENTS: tl.constexpr, FAST_TANH: tl.constexpr,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
@@ -185,8 +185,10 @@ def _clip_sweep(
         b_k = load_rows(p_k, n, k_stride, S, D, N, COLS)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         if CAP:
-            b_s = tanh_of_scores(b_s, tanh_scale, FAST_TANH)
-        b_p = exp2(b_s * score_scale - b_log_z[:, None])
+            b_s = _capped_scores(b_s, tanh_scale, tanh_terms, score_scale, FAST_TANH)
+        else:
+            b_s = b_s * score_scale
+        b_p = exp2(b_s - b_log_z[:, None])
         if MASKED:
             b_seen = is_visible(o_m, n + tl.arange(0, N), b_document, p_documents, S, DOCUMENTS)
             b_p = tl.where(b_seen, b_p, 0.0)
@@ -207,7 +209,7 @@ def _clip_sweep(
 def forward_kernel(
     q, k, v, documents, o, w, lse, rows,
     q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride,
-    H, S, scaling, tanh_scale, score_scale, gamma, zeta, alpha,
+    H, S, scaling, tanh_scale, tanh_terms, score_scale, gamma, zeta, alpha,
     GROUPS: tl.constexpr, CAP: tl.constexpr, CLIP: tl.constexpr, DOCUMENTS: tl.constexpr,
     STATIC_MAX: tl.constexpr, STATS: tl.constexpr, FAST_TANH: tl.constexpr,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, COLS: tl.constexpr,
@@ -245,7 +247,8 @@ def forward_kernel(
         b_acc, b_max, b_sum, b_surprise, b_top = _sweep(
             b_acc, b_max, b_sum, b_surprise, b_top,
             b_q, b_document, p_k, p_v, p_documents, k_stride, v_stride, i_m,
-            middle if masked else first, last if masked else middle, S, tanh_scale, score_scale,
+            middle if masked else first, last if masked else middle, S,
+            tanh_scale, tanh_terms, score_scale,
             CAP, not CLIP, masked, DOCUMENTS, STATIC_MAX, STATS, FAST_TANH, D, M, N, COLS,
         )  # fmt: skip
     b_empty = b_sum == 0.0
@@ -263,7 +266,8 @@ def forward_kernel(
             b_acc, b_active, b_alive = _clip_sweep(
                 b_acc, b_active, b_alive, b_log_z, b_gamma, zeta,
                 b_q, b_document, p_k, p_v, p_documents, k_stride, v_stride, i_m,
-                middle if masked else first, last if masked else middle, S, tanh_scale, score_scale,
+                middle if masked else first, last if masked else middle, S,
+                tanh_scale, tanh_terms, score_scale,
                 CAP, masked, DOCUMENTS, FAST_TANH, D, M, N, COLS,
             )  # fmt: skip
         p_w = w + (tl.cast(i_b, tl.int64) * S * H + i_h) * D

@@ -52,6 +52,7 @@ from triton.compiler import ASTSource
 from hf_stable.kernels.attention_backward import key_value_kernel, query_kernel
 from hf_stable.kernels.attention_forward import forward_kernel
 from hf_stable.kernels.blocks import Blocks, choose_blocks
+from hf_stable.kernels.tiles import tanh_terms
 from hf_stable.records import git_revision, versions, write_json
 
 KERNELS: dict[str, Any] = {
@@ -83,10 +84,12 @@ FORMS = {
 BRANCHES = ("plain", "cap, fast tanh", "cap, documents, statistics", "cap, clip, documents")
 # Forms that differ from another one in the forward only.
 BACKWARD_OF = {"statistics": "plain", "cap, statistics": "cap"}
-TYPES = {
+NUMBERS = ("fp32",) * len(tanh_terms(1.0, 1.0) or ())
+TYPES: dict[str, Any] = {
     **dict.fromkeys(("q", "k", "v", "o", "w", "grad_o", "grad_q", "grad_k", "grad_v"), "*bf16"),
     **dict.fromkeys(("lse", "rows", "delta", "p_cross_entropy", "p_squared_log_z"), "*fp32"),
     **dict.fromkeys(("scaling", "tanh_scale", "score_scale", "gamma", "zeta", "alpha"), "fp32"),
+    "tanh_terms": NUMBERS,
     **dict.fromkeys(("cap", "inverse_cap", "z_loss"), "fp32"),
     "documents": "*i32",
     "p_labels": "*i64",
@@ -128,7 +131,7 @@ def compile_kernel(
             signature[name], values[index,] = "constexpr", constants[name]
             continue
         signature[name] = {**TYPES, **types}.get(name, "i32")
-        if signature[name] != "fp32" and name not in ODD:
+        if signature[name] not in ("fp32", NUMBERS) and name not in ODD:
             hints[index,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, values, hints)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -190,6 +193,7 @@ def attention_record(name: str, label: str, width: int, blocks: Blocks, sm: int)
         "FAST_TANH": form.fast,
         **{"D": width, "COLS": columns, "M": blocks.M, "N": blocks.N},
         **({} if form.documents else {"documents": None}),
+        **({} if form.cap else {"tanh_terms": None}),
     }
     if name == "forward":
         constants |= {"STATIC_MAX": form.cap, "STATS": form.statistics}
