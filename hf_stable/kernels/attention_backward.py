@@ -146,6 +146,9 @@ def _add_query_tile(
     b_log_z = tl.load(p_lse + o_m, mask=o_m < S, other=float("inf"))
     b_delta = tl.load(p_delta + o_m, mask=o_m < S, other=0.0)
     b_kq = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
+    if not CLIP:
+        # Before the softmax, so that the tensor cores may work while it is computed.
+        b_dp = tl.dot(b_v, tl.trans(b_g), input_precision="ieee")
     b_p, b_slope = _probabilities(
         b_kq, b_log_z[None, :], tanh_scale, tanh_terms, score_scale, CAP, FAST_TANH
     )
@@ -168,7 +171,6 @@ def _add_query_tile(
             b_dp = tl.where(has_slope(b_u, zeta), b_dp * b_stretch, 0.0)
     else:
         b_dv = tl.dot(b_p.to(b_g.dtype), b_g, b_dv, input_precision="ieee")
-        b_dp = tl.dot(b_v, tl.trans(b_g), input_precision="ieee")
     b_ds = b_p * (b_dp - b_delta[None, :]) * b_slope
     b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
     return b_dk, b_dv
