@@ -16,7 +16,7 @@ from .attention_backward import key_value_kernel, query_kernel
 from .attention_forward import forward_kernel
 from .blocks import choose_blocks
 from .documents import is_documents
-from .tiles import INTERPRETED, LOG2_E, needs_fp32
+from .tiles import INTERPRETED, LOG2_E, needs_fp32, tanh_terms
 
 # exp(64) times 2^17 keys times values of 10^5 still fits fp32, and bf16, which has its exponents.
 _LARGEST_STATIC_CAP = 64.0
@@ -66,12 +66,26 @@ def _scales(scaling: float, cap: float | None) -> tuple[float, float]:
     return scaling / cap, cap * LOG2_E
 
 
+def _tanh_terms(scaling: float, cap: float | None) -> list[tuple[float, ...] | None]:
+    """Terms of the forward, whose tanh is base-2 scores, and of the backward; see `tiles.tanh`."""
+    tanh_scale, score_scale = _scales(scaling, cap)
+    return [tanh_terms(tanh_scale, factor) for factor in (score_scale, 1.0)]
+
+
 def _numbers(
-    scaling: float, cap: float | None, gamma: float | None, zeta: float, alpha: float | None
-) -> list[float]:
+    scaling: float,
+    cap: float | None,
+    gamma: float | None,
+    zeta: float,
+    alpha: float | None,
+    *,
+    backward: bool,
+) -> list[float | tuple[float, ...] | None]:
     """The kernels' numbers: alpha takes the place of gamma."""
     fixed = 0.0 if alpha is not None else gamma or 0.0
-    return [scaling, *_scales(scaling, cap), fixed, zeta, alpha or 0.0]
+    tanh_scale, score_scale = _scales(scaling, cap)
+    terms = _tanh_terms(scaling, cap)[backward] if cap is not None else None
+    return [scaling, tanh_scale, terms, score_scale, fixed, zeta, alpha or 0.0]
 
 
 def _launch(
@@ -127,7 +141,7 @@ def attention(
         [
             *_strides(query, key, value),
             *query.shape[1:3],
-            *_numbers(scaling, cap, gamma, zeta, alpha),
+            *_numbers(scaling, cap, gamma, zeta, alpha, backward=False),
         ],
         {
             "CAP": cap is not None,
@@ -190,7 +204,7 @@ def attention_backward(
         *_strides(query, key, value),
         *(batch, row, head),
         *query.shape[1:3],
-        *_numbers(scaling, cap, gamma, zeta, alpha),
+        *_numbers(scaling, cap, gamma, zeta, alpha, backward=True),
     ]
     switches = {
         "CAP": cap is not None,
@@ -354,6 +368,8 @@ def _check_numbers(
         _refuse(f"needs a positive scaling, found {scaling}")
     if cap is not None and not cap > 0:
         _refuse(f"needs a positive softcap, found {cap}")
+    if cap is not None and None in _tanh_terms(scaling, cap):
+        _refuse(f"cannot hold tanh in fp32 for scaling {scaling} and softcap {cap}")
     if not (gamma or 0.0) <= 0 or not zeta >= 1 or not (alpha or 0.0) >= 0:
         found = f"clip_gamma={gamma}, clip_zeta={zeta}, clip_alpha={alpha}"
         _refuse(f"needs clip_gamma <= 0, clip_zeta >= 1 and clip_alpha >= 0, found {found}")

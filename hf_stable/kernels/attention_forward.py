@@ -66,11 +66,11 @@ def store_rows(
 
 
 @triton.jit
-def tanh_of_scores(b_qk, tanh_scale, FAST_TANH: tl.constexpr):
-    """t of s = cap * t; the derivative of s is 1 - t^2."""
+def _capped_scores(b_qk, tanh_scale, tanh_terms, score_scale, FAST_TANH: tl.constexpr):
+    """Capped scores in base 2; the terms of the exact tanh hold both scales."""
     if FAST_TANH:
-        return hardware_tanh(b_qk * tanh_scale)
-    return tanh(b_qk * tanh_scale)
+        return hardware_tanh(b_qk * tanh_scale) * score_scale
+    return tanh(b_qk, tanh_terms)
 
 
 @triton.jit
@@ -115,21 +115,31 @@ def key_range(i_m, p_documents, S, M: tl.constexpr, N: tl.constexpr, DOCUMENTS: 
 
 
 @triton.jit
-def _softmax_step(b_s, b_max, b_sum, b_surprise, STATIC_MAX: tl.constexpr, STATS: tl.constexpr):
+def _softmax_step(
+    b_s, unit, b_max, b_sum, b_surprise,
+    MASKED: tl.constexpr, STATIC_MAX: tl.constexpr, STATS: tl.constexpr,
+):  # fmt: skip
     """Take one tile of scores into the running sums.
 
+    Scores and their maximum are multiplied by `unit` > 0 inside the exponential only: where it is
+    not 1, that is one instruction with the difference.
+
     Returns the tile's weights, relative to the maximum, and the factor for what was summed before.
-    `b_surprise` is the sum of weight * (score - maximum), from which the entropy follows.
+    `b_surprise` is the sum of weight * unit * (score - maximum), from which the entropy follows.
     """
     b_new = b_max
     if not STATIC_MAX:
         b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
-    b_decay = exp2(b_max - b_new)
-    b_p = exp2(b_s - b_new[:, None])
+    b_fall = (b_max - b_new) * unit
+    b_decay = exp2(b_fall)
+    b_lag = b_s * unit - (b_new * unit)[:, None]
+    b_p = exp2(b_lag)
     if STATS:
-        b_surprise = b_decay * (b_surprise + (b_max - b_new) * b_sum)
-        # A hidden key weighs nothing, but 0 * -inf would be NaN.
-        b_surprise += tl.sum(b_p * tl.where(b_p > 0.0, b_s - b_new[:, None], 0.0), axis=1)
+        b_surprise = b_decay * (b_surprise + b_fall * b_sum)
+        if MASKED:
+            # A hidden key weighs nothing, but 0 * -inf would be NaN.
+            b_lag = tl.where(b_p > 0.0, b_lag, 0.0)
+        b_surprise += tl.sum(b_p * b_lag, axis=1)
     b_sum = b_sum * b_decay + tl.sum(b_p, axis=1)
     return b_p, b_decay, b_new, b_sum, b_surprise
 
@@ -164,8 +174,8 @@ def _store_statistics(
 ):  # fmt: skip
     """Store the three rows of statistics of a tile of queries."""
     num_rows = tl.cast(tl.num_programs(0) // num_tiles, tl.int64) * S
-    # Without a cap the running maximum is the largest logit, in base 2.
-    b_logit = b_top * scaling if CAP else b_max * LN_2
+    # Without a cap the running maximum is the largest q.k.
+    b_logit = (b_top if CAP else b_max) * scaling
     b_logit = tl.where(b_log_z == b_log_z, b_logit, b_log_z)
     b_entropy = LN_2 * (tl.log2(b_sum) - b_surprise / b_sum)
     tl.store(rows + p_row, b_logit, mask=o_m < S)
@@ -177,7 +187,7 @@ def _store_statistics(
 def _sweep(
     b_acc, b_max, b_sum, b_weight, b_surprise, b_top,
     b_q, b_document, p_k, p_v, p_documents, k_stride, v_stride, i_m, first, last, S,
-    tanh_scale, score_scale,
+    tanh_scale, tanh_terms, score_scale,
     CAP: tl.constexpr, WEIGH: tl.constexpr, MASKED: tl.constexpr, DOCUMENTS: tl.constexpr,
     STATIC_MAX: tl.constexpr, SUM_ROUNDED: tl.constexpr, STATS: tl.constexpr,
     FAST_TANH: tl.constexpr,
@@ -185,8 +195,10 @@ def _sweep(
 ):  # fmt: skip
     """Softmax sums over keys [first, last), weighing the values too unless a second sweep does.
 
+    `b_max` is in the unit of what the exponential is given: of q.k itself without a cap.
     `b_weight` is (M, ONES), the sums of the rounded weights in each column, if SUM_ROUNDED.
     """
+    unit = 1.0 if CAP else score_scale
     o_m = i_m * M + tl.arange(0, M)
     for n in range(first, last, N):
         b_k = load_rows(p_k, n, k_stride, S, D, N, COLS)
@@ -197,12 +209,11 @@ def _sweep(
             b_seen_qk = tl.where(b_seen, b_s, LOWEST) if MASKED else b_s
             b_top = tl.maximum(b_top, tl.max(b_seen_qk, axis=1))
         if CAP:
-            b_s = tanh_of_scores(b_s, tanh_scale, FAST_TANH)
-        b_s = b_s * score_scale
+            b_s = _capped_scores(b_s, tanh_scale, tanh_terms, score_scale, FAST_TANH)
         if MASKED:
             b_s = tl.where(b_seen, b_s, float("-inf"))
         b_p, b_decay, b_max, b_sum, b_surprise = _softmax_step(
-            b_s, b_max, b_sum, b_surprise, STATIC_MAX, STATS
+            b_s, unit, b_max, b_sum, b_surprise, MASKED, STATIC_MAX, STATS
         )
         if WEIGH:
             b_v = load_rows(p_v, n, v_stride, S, D, N, COLS)
@@ -218,7 +229,7 @@ def _sweep(
 def _clip_sweep(
     b_acc, b_active, b_alive, b_log_z, b_gamma, zeta,
     b_q, b_document, p_k, p_v, p_documents, k_stride, v_stride, i_m, first, last, S,
-    tanh_scale, score_scale,
+    tanh_scale, tanh_terms, score_scale,
     CAP: tl.constexpr, MASKED: tl.constexpr, DOCUMENTS: tl.constexpr, FAST_TANH: tl.constexpr,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
@@ -228,8 +239,10 @@ def _clip_sweep(
         b_k = load_rows(p_k, n, k_stride, S, D, N, COLS)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         if CAP:
-            b_s = tanh_of_scores(b_s, tanh_scale, FAST_TANH)
-        b_p = exp2(b_s * score_scale - b_log_z[:, None])
+            b_s = _capped_scores(b_s, tanh_scale, tanh_terms, score_scale, FAST_TANH)
+        else:
+            b_s = b_s * score_scale
+        b_p = exp2(b_s - b_log_z[:, None])
         if MASKED:
             b_seen = is_visible(o_m, n + tl.arange(0, N), b_document, p_documents, S, DOCUMENTS)
             b_p = tl.where(b_seen, b_p, 0.0)
@@ -250,7 +263,7 @@ def _clip_sweep(
 def forward_kernel(
     q, k, v, documents, o, w, lse, rows,
     q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride,
-    H, S, scaling, tanh_scale, score_scale, gamma, zeta, alpha,
+    H, S, scaling, tanh_scale, tanh_terms, score_scale, gamma, zeta, alpha,
     GROUPS: tl.constexpr, CAP: tl.constexpr, CLIP: tl.constexpr, DOCUMENTS: tl.constexpr,
     STATIC_MAX: tl.constexpr, UNBIASED: tl.constexpr, STATS: tl.constexpr, FAST_TANH: tl.constexpr,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, COLS: tl.constexpr,
@@ -291,12 +304,14 @@ def forward_kernel(
         b_acc, b_max, b_sum, b_weight, b_surprise, b_top = _sweep(
             b_acc, b_max, b_sum, b_weight, b_surprise, b_top,
             b_q, b_document, p_k, p_v, p_documents, k_stride, v_stride, i_m,
-            middle if masked else first, last if masked else middle, S, tanh_scale, score_scale,
+            middle if masked else first, last if masked else middle, S,
+            tanh_scale, tanh_terms, score_scale,
             CAP, not CLIP, masked, DOCUMENTS, STATIC_MAX, rounded, STATS, FAST_TANH, D, M, N, COLS,
         )  # fmt: skip
     b_empty = b_sum == 0.0
     b_sum = tl.where(b_empty, 1.0, b_sum)
-    b_log_z = tl.where(b_empty, float("inf"), b_max + tl.log2(b_sum))
+    unit = 1.0 if CAP else score_scale
+    b_log_z = tl.where(b_empty, float("inf"), b_max * unit + tl.log2(b_sum))
     own = (tl.cast(i_b, tl.int64) * S * H + i_h) * D
     p_row = tl.cast(i_bh, tl.int64) * S + o_m
     b_alive = b_sum
@@ -308,7 +323,8 @@ def forward_kernel(
             b_acc, b_active, b_alive = _clip_sweep(
                 b_acc, b_active, b_alive, b_log_z, b_gamma, zeta,
                 b_q, b_document, p_k, p_v, p_documents, k_stride, v_stride, i_m,
-                middle if masked else first, last if masked else middle, S, tanh_scale, score_scale,
+                middle if masked else first, last if masked else middle, S,
+                tanh_scale, tanh_terms, score_scale,
                 CAP, masked, DOCUMENTS, FAST_TANH, D, M, N, COLS,
             )  # fmt: skip
         # Comparisons with NaN have skipped its tiles.
