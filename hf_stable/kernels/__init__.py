@@ -5,6 +5,8 @@ from typing import Any, NoReturn
 
 BACKEND = "stable_triton"
 FAST_TANH_BACKEND = "stable_triton_fast_tanh"
+UNBIASED_BACKEND = "stable_triton_unbiased"
+_BACKENDS = (BACKEND, FAST_TANH_BACKEND, UNBIASED_BACKEND)
 # Wider heads do not fit the tiles of attention.
 MAX_HEAD_DIM = 256
 
@@ -21,12 +23,17 @@ def register() -> None:
 
     from .documents import document_mask  # noqa: PLC0415
 
-    backends: dict[str, Any] = dict.fromkeys((BACKEND, FAST_TANH_BACKEND), _without_triton)
+    backends: dict[str, Any] = dict.fromkeys(_BACKENDS, _without_triton)
     if importlib.util.find_spec("triton") is not None:
-        from .interface import attention_backend, fast_tanh_backend  # noqa: PLC0415
+        from .interface import (  # noqa: PLC0415
+            attention_backend,
+            fast_tanh_backend,
+            unbiased_backend,
+        )
         from .linear_cross_entropy import linear_cross_entropy  # noqa: PLC0415
 
-        backends = {BACKEND: attention_backend, FAST_TANH_BACKEND: fast_tanh_backend}
+        functions = (attention_backend, fast_tanh_backend, unbiased_backend)
+        backends = dict(zip(_BACKENDS, functions, strict=True))
         LinearCrossEntropyInterface.register("cuda", linear_cross_entropy)
     for name, backend in backends.items():
         # Both registries: without an entry in the second, a mask would be None and padding seen.

@@ -1,7 +1,7 @@
 """Flash attention with a tanh cap and clipped softmax, as operators that `torch.compile` knows.
 
 What is kept for the backward: q, k, v, one fp32 number a row, and one tensor of the output's shape
-(the output itself, or w of `attention_forward` under a clip).
+(the output itself, or w of `attention_forward` under a clip or where `unbiased`).
 """
 
 import math
@@ -16,7 +16,7 @@ from .attention_backward import key_value_kernel, query_kernel
 from .attention_forward import forward_kernel
 from .blocks import choose_blocks
 from .documents import is_documents
-from .tiles import INTERPRETED, LOG2_E
+from .tiles import INTERPRETED, LOG2_E, needs_fp32, tanh_terms
 
 # exp(64) times 2^17 keys times values of 10^5 still fits fp32, and bf16, which has its exponents.
 _LARGEST_STATIC_CAP = 64.0
@@ -66,12 +66,26 @@ def _scales(scaling: float, cap: float | None) -> tuple[float, float]:
     return scaling / cap, cap * LOG2_E
 
 
+def _tanh_terms(scaling: float, cap: float | None) -> list[tuple[float, ...] | None]:
+    """Terms of the forward, whose tanh is base-2 scores, and of the backward; see `tiles.tanh`."""
+    tanh_scale, score_scale = _scales(scaling, cap)
+    return [tanh_terms(tanh_scale, factor) for factor in (score_scale, 1.0)]
+
+
 def _numbers(
-    scaling: float, cap: float | None, gamma: float | None, zeta: float, alpha: float | None
-) -> list[float]:
+    scaling: float,
+    cap: float | None,
+    gamma: float | None,
+    zeta: float,
+    alpha: float | None,
+    *,
+    backward: bool,
+) -> list[float | tuple[float, ...] | None]:
     """The kernels' numbers: alpha takes the place of gamma."""
     fixed = 0.0 if alpha is not None else gamma or 0.0
-    return [scaling, *_scales(scaling, cap), fixed, zeta, alpha or 0.0]
+    tanh_scale, score_scale = _scales(scaling, cap)
+    terms = _tanh_terms(scaling, cap)[backward] if cap is not None else None
+    return [scaling, tanh_scale, terms, score_scale, fixed, zeta, alpha or 0.0]
 
 
 def _launch(
@@ -113,26 +127,28 @@ def attention(
     zeta: float,
     alpha: float | None,
     fast_tanh: bool,
+    unbiased: bool,
     statistics: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output (B, S, H, D), w (likewise; empty without a clip), log2 Z (B, H, S), statistics."""
-    output, w, lse, rows = _empty_outputs(query, gamma, zeta, alpha, statistics)
-    clip = w.numel() > 0
+    """Output (B, S, H, D), w (likewise, or empty), log2 Z (B, H, S), statistics."""
+    clip = _clips(gamma, zeta, alpha)
+    output, w, lse, rows = _empty_outputs(query, clip, unbiased, statistics)
     static = cap is not None and cap <= _LARGEST_STATIC_CAP and query.dtype != torch.float16
     _launch(
         forward_kernel,
         "forward",
-        [query, key, value, documents, output, w if clip else None, lse, rows],
+        [query, key, value, documents, output, w if clip or unbiased else None, lse, rows],
         [
             *_strides(query, key, value),
             *query.shape[1:3],
-            *_numbers(scaling, cap, gamma, zeta, alpha),
+            *_numbers(scaling, cap, gamma, zeta, alpha, backward=False),
         ],
         {
             "CAP": cap is not None,
             "CLIP": clip,
             "DOCUMENTS": documents is not None,
             "STATIC_MAX": static,
+            "UNBIASED": unbiased,
             "STATS": statistics,
             "FAST_TANH": fast_tanh,
         },
@@ -146,17 +162,20 @@ def _clips(gamma: float | None, zeta: float, alpha: float | None) -> bool:
 
 @attention.register_fake
 def _empty_outputs_like(
-    query, key, value, documents, scaling, cap, gamma, zeta, alpha, fast_tanh, statistics
+    query, key, value, documents, scaling, cap, gamma, zeta, alpha, fast_tanh, unbiased, statistics
 ):
-    return _empty_outputs(query, gamma, zeta, alpha, statistics)
+    return _empty_outputs(query, _clips(gamma, zeta, alpha), unbiased, statistics)
 
 
 def _empty_outputs(
-    query: torch.Tensor, gamma: float | None, zeta: float, alpha: float | None, statistics: bool
+    query: torch.Tensor, clip: bool, unbiased: bool, statistics: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     batch_size, num_heads, length, width = query.shape
     output = query.new_empty(batch_size, length, num_heads, width)
-    w = torch.empty_like(output) if _clips(gamma, zeta, alpha) else query.new_empty(0)
+    w = query.new_empty(
+        output.shape if clip or unbiased else (0,),
+        dtype=torch.float32 if unbiased else query.dtype,
+    )
     lse = query.new_empty(batch_size, num_heads, length, dtype=torch.float32)
     shape = (3, *lse.shape) if statistics else (0,)
     return output, w, lse, lse.new_empty(shape)
@@ -185,7 +204,7 @@ def attention_backward(
         *_strides(query, key, value),
         *(batch, row, head),
         *query.shape[1:3],
-        *_numbers(scaling, cap, gamma, zeta, alpha),
+        *_numbers(scaling, cap, gamma, zeta, alpha, backward=True),
     ]
     switches = {
         "CAP": cap is not None,
@@ -220,7 +239,7 @@ def _empty_gradients(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    query, key, value, documents, *ctx.numbers, ctx.fast_tanh, _ = inputs
+    query, key, value, documents, *ctx.numbers, ctx.fast_tanh, _, _ = inputs
     result, w, lse, rows = output
     ctx.mark_non_differentiable(w, lse, rows)
     ctx.save_for_backward(query, key, value, documents, w if w.numel() else result, lse)
@@ -233,7 +252,7 @@ def _backward(ctx: Any, grad_output: torch.Tensor, *_: Any) -> tuple[Any, ...]:
     grads = attention_backward(
         grad_output, query, key, value, documents, w, lse, *ctx.numbers, ctx.fast_tanh
     )
-    return *grads, *[None] * 8
+    return *grads, *[None] * 9
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)
@@ -251,6 +270,7 @@ def flash_attention(
     clip_alpha: float | None = None,
     documents: torch.Tensor | None = None,
     fast_tanh: bool = False,
+    unbiased: bool = False,
     return_statistics: bool = False,
 ) -> tuple[torch.Tensor, AttentionStatistics | None]:
     """Causal attention with every technique of the score room, in O(S) memory, differentiable.
@@ -267,6 +287,8 @@ def flash_attention(
         clip_alpha: if given, gamma is -alpha / number of keys that a row sees.
         documents: see `documents.py`; None is plain causal.
         fast_tanh: tanh by the hardware, relative error 2^-11; NVIDIA GPUs only.
+        unbiased: take the bias out of half precision's rounding, as `attention_forward` has it, for
+            four bytes more per element of the output; fp32 has none.
         return_statistics: whether to return what attention did.
 
     Returns:
@@ -282,8 +304,7 @@ def flash_attention(
     _check(query, key, value, documents, fast_tanh)
     _check_numbers(scaling, softcap, clip_gamma, clip_zeta, clip_alpha)
     given_dtype = query.dtype
-    if INTERPRETED and given_dtype == torch.bfloat16:
-        # The interpreter computes bf16 on its bits as integers, without an error.
+    if needs_fp32(given_dtype):
         query, key, value = query.float(), key.float(), value.float()
     query, key, value = (
         tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value)
@@ -299,6 +320,7 @@ def flash_attention(
         clip_zeta,
         clip_alpha,
         fast_tanh,
+        unbiased and query.dtype != torch.float32,
         return_statistics,
     )
     statistics = None
@@ -346,6 +368,8 @@ def _check_numbers(
         _refuse(f"needs a positive scaling, found {scaling}")
     if cap is not None and not cap > 0:
         _refuse(f"needs a positive softcap, found {cap}")
+    if cap is not None and None in _tanh_terms(scaling, cap):
+        _refuse(f"cannot hold tanh in fp32 for scaling {scaling} and softcap {cap}")
     if not (gamma or 0.0) <= 0 or not zeta >= 1 or not (alpha or 0.0) >= 0:
         found = f"clip_gamma={gamma}, clip_zeta={zeta}, clip_alpha={alpha}"
         _refuse(f"needs clip_gamma <= 0, clip_zeta >= 1 and clip_alpha >= 0, found {found}")

@@ -27,16 +27,17 @@ from .attention_forward import (
     load_rows,
     row_gamma,
     store_rows,
-    tanh_of_scores,
 )
-from .tiles import exp2
+from .tiles import exp2, hardware_tanh, tanh
 
 
 @triton.jit
-def _probabilities(b_qk, b_log_z, tanh_scale, score_scale, CAP: tl.constexpr, FAST: tl.constexpr):
-    """p of a tile with queries along rows, and the derivative 1 - t^2 of the cap (1 without)."""
+def _probabilities(
+    b_qk, b_log_z, tanh_scale, tanh_terms, score_scale, CAP: tl.constexpr, FAST_TANH: tl.constexpr
+):
+    """p of a tile, and the derivative 1 - t^2 of the cap s = cap * t (1 without)."""
     if CAP:
-        b_t = tanh_of_scores(b_qk, tanh_scale, FAST)
+        b_t = hardware_tanh(b_qk * tanh_scale) if FAST_TANH else tanh(b_qk, tanh_terms)
         b_p, b_slope = exp2(b_t * score_scale - b_log_z), 1.0 - b_t * b_t
     else:
         b_p, b_slope = exp2(b_qk * score_scale - b_log_z), 1.0
@@ -48,7 +49,7 @@ def query_kernel(
     q, k, v, documents, w, lse, grad_o, delta, grad_q,
     q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride,
     g_batch, g_stride, g_head,
-    H, S, scaling, tanh_scale, score_scale, gamma, zeta, alpha,
+    H, S, scaling, tanh_scale, tanh_terms, score_scale, gamma, zeta, alpha,
     GROUPS: tl.constexpr, CAP: tl.constexpr, CLIP: tl.constexpr, DOCUMENTS: tl.constexpr,
     FAST_TANH: tl.constexpr,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, COLS: tl.constexpr,
@@ -91,7 +92,7 @@ def query_kernel(
             b_k = load_rows(p_k, n, k_stride, S, D, N, COLS)
             b_qk = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
             b_p, b_slope = _probabilities(
-                b_qk, b_log_z[:, None], tanh_scale, score_scale, CAP, FAST_TANH
+                b_qk, b_log_z[:, None], tanh_scale, tanh_terms, score_scale, CAP, FAST_TANH
             )
             if masked:
                 o_n = n + tl.arange(0, N)
@@ -130,7 +131,7 @@ def query_range(i_n, p_documents, S, M: tl.constexpr, N: tl.constexpr, DOCUMENTS
 def _add_query_tile(
     b_dk, b_dv, b_k, b_v, b_key_document,
     p_q, p_g, p_lse, p_delta, p_documents, q_stride, g_stride, start, i_n, S,
-    tanh_scale, score_scale, gamma, zeta, alpha,
+    tanh_scale, tanh_terms, score_scale, gamma, zeta, alpha,
     CAP: tl.constexpr, CLIP: tl.constexpr, MASKED: tl.constexpr, DOCUMENTS: tl.constexpr,
     FAST_TANH: tl.constexpr,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, COLS: tl.constexpr,
@@ -145,7 +146,12 @@ def _add_query_tile(
     b_log_z = tl.load(p_lse + o_m, mask=o_m < S, other=float("inf"))
     b_delta = tl.load(p_delta + o_m, mask=o_m < S, other=0.0)
     b_kq = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
-    b_p, b_slope = _probabilities(b_kq, b_log_z[None, :], tanh_scale, score_scale, CAP, FAST_TANH)
+    if not CLIP:
+        # Before the softmax, so that the tensor cores may work while it is computed.
+        b_dp = tl.dot(b_v, tl.trans(b_g), input_precision="ieee")
+    b_p, b_slope = _probabilities(
+        b_kq, b_log_z[None, :], tanh_scale, tanh_terms, score_scale, CAP, FAST_TANH
+    )
     if MASKED:
         b_seen = (i_n * N + tl.arange(0, N))[:, None] <= o_m[None, :]
         if DOCUMENTS:
@@ -165,7 +171,6 @@ def _add_query_tile(
             b_dp = tl.where(has_slope(b_u, zeta), b_dp * b_stretch, 0.0)
     else:
         b_dv = tl.dot(b_p.to(b_g.dtype), b_g, b_dv, input_precision="ieee")
-        b_dp = tl.dot(b_v, tl.trans(b_g), input_precision="ieee")
     b_ds = b_p * (b_dp - b_delta[None, :]) * b_slope
     b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
     return b_dk, b_dv
@@ -176,7 +181,7 @@ def key_value_kernel(
     q, k, v, documents, lse, delta, grad_o, grad_k, grad_v,
     q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride,
     g_batch, g_stride, g_head,
-    H, S, scaling, tanh_scale, score_scale, gamma, zeta, alpha,
+    H, S, scaling, tanh_scale, tanh_terms, score_scale, gamma, zeta, alpha,
     GROUPS: tl.constexpr, CAP: tl.constexpr, CLIP: tl.constexpr, DOCUMENTS: tl.constexpr,
     FAST_TANH: tl.constexpr,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, COLS: tl.constexpr,
@@ -213,7 +218,7 @@ def key_value_kernel(
                 b_dk, b_dv = _add_query_tile(
                     b_dk, b_dv, b_k, b_v, b_key_document,
                     p_q, p_g, lse + row, delta + row, p_documents, q_stride, g_stride, m, i_n, S,
-                    tanh_scale, score_scale, gamma, zeta, alpha,
+                    tanh_scale, tanh_terms, score_scale, gamma, zeta, alpha,
                     CAP, CLIP, masked, DOCUMENTS, FAST_TANH, D, M, N, COLS,
                 )  # fmt: skip
     own = (tl.cast(i_b, tl.int64) * S * num_heads + i_g) * D

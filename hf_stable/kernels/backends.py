@@ -10,7 +10,7 @@ import torch
 from hf_stable.model import StableGPTConfig
 from hf_stable.model.loss_stable_gpt import LINEAR_CROSS_ENTROPY_FUNCTIONS
 
-from . import BACKEND, MAX_HEAD_DIM
+from . import BACKEND, FAST_TANH_BACKEND, MAX_HEAD_DIM
 
 
 def default_attention(config: StableGPTConfig, device: torch.device, *, packed: bool) -> str:
@@ -86,7 +86,7 @@ def check_attention(name: str | None, device: torch.device) -> None:
         raise ValueError("Triton is not installed: leave it null.")
     from .tiles import INTERPRETED  # noqa: PLC0415 (imports Triton)
 
-    if name != BACKEND or not INTERPRETED:
+    if name == FAST_TANH_BACKEND or not INTERPRETED:
         raise ValueError(f"its kernels need a CUDA device, found {device.type}: leave it null.")
 
 

@@ -110,6 +110,7 @@ def attention_backend(
     cu_seq_lens_q: torch.Tensor | None = None,
     *,
     fast_tanh: bool = False,
+    unbiased: bool = False,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of any causal model of Transformers, as `AttentionInterface` calls it.
@@ -146,6 +147,7 @@ def attention_backend(
         value,
         documents=_documents(query, attention_mask, cu_seq_lens_q),
         fast_tanh=fast_tanh,
+        unbiased=unbiased,
         # Whether somebody records it; the layers of other families declare no such attribute.
         return_statistics=hasattr(module, "attention_statistics"),
         **score,
@@ -156,3 +158,4 @@ def attention_backend(
 
 
 fast_tanh_backend = partial(attention_backend, fast_tanh=True)
+unbiased_backend = partial(attention_backend, unbiased=True)

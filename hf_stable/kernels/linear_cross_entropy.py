@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_stable.kernels.tiles import INTERPRETED, exp2, reciprocal
+from hf_stable.kernels.tiles import exp2, needs_fp32, reciprocal
 from hf_stable.model import loss_stable_gpt as plain
 
 # Whole tiles of the GEMMs.
@@ -222,13 +222,12 @@ def cross_entropy_rows(
     """
     cross_entropy = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     squared_log_z = torch.empty_like(cross_entropy)
-    # The interpreter cuts bf16 off instead of rounding it.
-    interpreted = INTERPRETED and logits.dtype == torch.bfloat16
-    values = logits.float() if interpreted else logits
+    widened = needs_fp32(logits.dtype)
+    values = logits.float() if widened else logits
     # Triton launches on the current device.
     with torch.cuda.device_of(logits):
         _launch(values, labels, cross_entropy, squared_log_z, cap, z_loss, gradient)
-    if interpreted:
+    if widened:
         logits.copy_(values)
     return cross_entropy, squared_log_z
 

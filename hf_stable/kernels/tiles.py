@@ -1,5 +1,7 @@
 """Functions of tiles that kernels share; what is computed element by element is fp32."""
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -9,6 +11,14 @@ from triton import knobs
 INTERPRETED: bool = knobs.runtime.interpret
 LOG2_E = 1.4426950408889634
 _PTX = tl.constexpr(not INTERPRETED and torch.version.hip is None)
+
+
+def needs_fp32(dtype: torch.dtype) -> bool:
+    """Return whether kernels are given fp32 in the place of `dtype`.
+
+    The interpreter computes with the bits of bf16 as integers, without an error.
+    """
+    return INTERPRETED and dtype == torch.bfloat16
 
 
 @triton.jit
@@ -35,27 +45,57 @@ def reciprocal(x):
     return x
 
 
-@triton.jit
-def tanh(x):
-    """tanh of an fp32 tile with one reciprocal; relative error below 5e-7.
+# tanh(x) is x P(x^2) / Q(x^2), fitted on [0, 8.1] for the smallest largest relative error, 1.6e-7;
+# beyond, tanh is 1 up to 1.9e-7. By exp and a division it would be two special functions a score,
+# of which attention can afford one besides its own exp, by arithmetic: it was not timed.
+_TANH_BOUND = 8.1
+_TANH_P = (0.9999998382107479, 0.1291684607178553, 0.0029415344891709806, 1.1325412478406e-05)
+_TANH_Q = (1.0, 0.4625004965393365, 0.023776784963152615, 0.00023732517129474982)
+_TANH_Q += (2.426203406533344e-07,)
+# Of a term: the sums P and Q are at most 200 times their largest one.
+_TERMS_OF_FP32 = (1e-36, 1e34)
 
-    x * P(x^2) / Q(x^2), fitted to tanh on [0, 8] for the smallest largest relative error; beyond 8
-    tanh is 1 up to 2.3e-7. By exp and a division it would be two special functions a score, of
-    which attention can afford one besides its own exp, by arithmetic: it was not timed.
+
+@cache
+def tanh_terms(scale: float, factor: float) -> tuple[float, ...] | None:
+    """Return what `tanh` needs to be factor * tanh(scale * x): a bound on |x|, and coefficients.
+
+    Those of P (four) and Q (the first two and the last two) hold the two numbers, so that these
+    cost nothing. A common divisor makes Q's middle one 1 and the others about as large as small.
+
+    Returns:
+        None where the numbers are too large or small for coefficients in fp32.
     """
+    divisor = scale**4 * _TANH_Q[2]
+    p = [factor * value * scale ** (2 * i + 1) / divisor for i, value in enumerate(_TANH_P)]
+    q = [value * scale ** (2 * i) / divisor for i, value in enumerate(_TANH_Q)]
+    lowest, highest = _TERMS_OF_FP32
+    if min(*p, *q) < lowest or max(*p, *q) > highest:
+        return None
+    return (_TANH_BOUND / scale, *p, *q[:2], *q[3:])
+
+
+@triton.jit
+def tanh(x, terms):
+    """factor * tanh(scale * x) of an fp32 tile, by the `terms` of both numbers.
+
+    One reciprocal. The relative error is below 5e-7 (4.4e-7 in emulated fp32, fused or not); the
+    result may exceed the factor by a unit of rounding.
+    """
+    bound, p0, p1, p2, p3, q0, q1, q3, q4 = terms
     # A GPU's min and max drop NaN, and a broken query would look like a uniform row.
-    x = tl.maximum(x, -8.0, propagate_nan=tl.PropagateNan.ALL)
-    x = tl.minimum(x, 8.0, propagate_nan=tl.PropagateNan.ALL)
+    x = tl.maximum(x, -bound, propagate_nan=tl.PropagateNan.ALL)
+    x = tl.minimum(x, bound, propagate_nan=tl.PropagateNan.ALL)
     y = x * x
-    p = 1.5230874339522416e-08 * y + 2.18949826376047e-05
-    p = p * y + 0.003571617417037487
-    p = p * y + 0.13444514572620392
-    p = p * y + 1.0
-    q = 8.522630992047198e-07 * y + 0.00034113237052224576
-    q = q * y + 0.026164516806602478
-    q = q * y + 0.46777841448783875
+    p = p3 * y + p2
+    p = p * y + p1
+    p = p * y + p0
+    q = q4 * y + q3
     q = q * y + 1.0
-    return x * p * reciprocal(q)
+    q = q * y + q1
+    q = q * y + q0
+    # In this order no intermediate leaves fp32.
+    return x * reciprocal(q) * p
 
 
 @triton.jit

@@ -25,7 +25,7 @@ CAP = 50.0
 DENSE = {"clip_gamma": -1e-5}  # nearly every key stays active: the worst case of a clip
 CLIP = {"clip_gamma": -0.03, "clip_zeta": 1.03}  # Rybakov et al. 2024: at most 35 active keys a row
 EAGER_BATCH = 2
-EXACT_BAR, FAST_BAR = 2.0, 3.0  # times the eager formula's own error
+EXACT_BAR, FAST_BAR = 1.0, 3.0  # times the eager formula's own error
 
 
 @dataclass(frozen=True)

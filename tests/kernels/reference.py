@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_stable.model.functional_stable_gpt import attention_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter computes bf16 wrongly; on a GPU it is what counts.
+# The interpreter computes bf16 wrongly, except in test_bf16.py; on a GPU it is what counts.
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
 TERMS = ("output", "grad query", "grad key", "grad value")
 
@@ -73,9 +73,10 @@ def assert_as_good_as_plain(
     inputs: Inputs,
     mask: torch.Tensor | None,
     recomputed: float = 0.0,
+    times: float = 2.0,
     **score: Any,
 ) -> None:
-    """The kernel's error is at most twice that of the eager formula in the same dtype.
+    """The kernel's error is at most `times` that of the eager formula in the same dtype.
 
     Both against float64 of the same inputs, output and gradients, in the L2 norm: clip thresholds
     make gradients discontinuous, so single elements cannot be compared. Where a softmax is one-hot
@@ -91,7 +92,7 @@ def assert_as_good_as_plain(
     scale = max(1.0, largest * score["scaling"])
     floor = double.grad.norm().item() * scale
     for name, ours, theirs, truth in zip(TERMS, found, eager, exact, strict=True):
-        bound = 2 * error(theirs, truth, floor) + 8 * torch.finfo(torch.float32).eps
+        bound = times * error(theirs, truth, floor) + 8 * torch.finfo(torch.float32).eps
         bound += 0.0 if name == "output" else recomputed / scale
         distance = error(ours, truth, floor)
         assert distance <= bound, f"{name}: {distance:.1e} > {bound:.1e}"

@@ -12,7 +12,7 @@ import triton.language as tl
 from hf_stable.kernels import attention as kernels
 from hf_stable.kernels.attention import flash_attention
 from hf_stable.kernels.documents import build_documents
-from hf_stable.kernels.tiles import INTERPRETED, tanh
+from hf_stable.kernels.tiles import INTERPRETED, tanh, tanh_terms
 
 from .reference import (
     DEVICE,
@@ -375,12 +375,13 @@ def test_operators_keep_the_rules_of_torch_library(tiles) -> None:
         tensor.requires_grad_() for tensor in draw((1, 2, 1, 9, 16), torch.float32).tensors
     )
     for numbers in ((0.25, None, None, 1.0, None), (0.25, 9.0, -0.03, 1.03, None)):
-        for statistics in (False, True):
-            arguments = (query, key, value, None, *numbers, False, statistics)
+        for unbiased, statistics in ((False, False), (False, True), (True, False)):
+            arguments = (query, key, value, None, *numbers, False, unbiased, statistics)
             torch.library.opcheck(kernels.attention, arguments)
     documents = build_documents(torch.zeros(1, 9, dtype=torch.bool, device=DEVICE))
     torch.library.opcheck(
-        kernels.attention, (query, key, value, documents, 0.25, None, None, 1.0, None, False, False)
+        kernels.attention,
+        (query, key, value, documents, 0.25, None, None, 1.0, None, False, False, False),
     )
 
 
@@ -421,6 +422,8 @@ def test_compiled_gradients_equal_eager_ones(tiles) -> None:
         ({"scaling": 0.0}, ["scaling", "0.0"]),
         ({"softcap": 0.0}, ["softcap", "0.0"]),
         ({"softcap": -100.0}, ["softcap", "-100.0"]),
+        ({"softcap": 1e9}, ["fp32", "softcap 1000000000.0"]),
+        ({"softcap": 1e-10}, ["fp32", "scaling 1.0"]),
         ({"clip_gamma": 0.1}, ["clip_gamma=0.1"]),
         ({"clip_zeta": 0.9}, ["clip_zeta=0.9"]),
         ({"clip_alpha": -1.0}, ["clip_alpha=-1.0"]),
@@ -456,16 +459,18 @@ def test_a_head_wider_than_the_kernels_is_refused() -> None:
 
 
 @triton.jit
-def _tanh_kernel(x, y, size: tl.constexpr):
+def _tanh_kernel(x, y, terms, size: tl.constexpr):
     o = tl.program_id(0) * size + tl.arange(0, size)
-    tl.store(y + o, tanh(tl.load(x + o)))
+    tl.store(y + o, tanh(tl.load(x + o), terms))
 
 
-def test_tanh_is_exact_to_fp32() -> None:
-    magnitudes = torch.logspace(-6, 3, 4096, device=DEVICE)
+@pytest.mark.parametrize("scale", [1.0, 0.0025, 1e-7, 1e7])
+@pytest.mark.parametrize("factor", [1.0, 72.0])
+def test_tanh_is_exact_to_fp32_under_all_scales(scale: float, factor: float) -> None:
+    magnitudes = torch.logspace(-6, 3, 4096, device=DEVICE) / scale
     x = torch.cat((magnitudes, -magnitudes))
     y = torch.empty_like(x)
-    _tanh_kernel[(8,)](x, y, size=1024)
-    exact = x.double().tanh()
+    _tanh_kernel[(8,)](x, y, tanh_terms(scale, factor), size=1024)
+    exact = factor * (scale * x.double()).tanh()
     assert ((y.double() - exact).abs() / exact.abs()).max() < 5e-7
-    assert y.abs().max() <= 1.0
+    assert y.abs().max() <= factor * (1 + torch.finfo(torch.float32).eps)

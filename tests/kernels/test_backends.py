@@ -117,14 +117,18 @@ def test_what_can_train_there_is_not(monkeypatch) -> None:
         ("flex_attention", CUDA),
         ("stable_triton", CUDA),
         ("stable_triton_fast_tanh", CUDA),
+        ("stable_triton_unbiased", CUDA),
         ("stable_triton", CPU),  # interpreted
+        ("stable_triton_unbiased", CPU),
     ]:
         backends.check_attention(name, device)
     with pytest.raises(ValueError, match="CUDA device"):  # no hardware to approximate tanh
         backends.check_attention("stable_triton_fast_tanh", CPU)
 
 
-@pytest.mark.parametrize("name", ["stable_triton", "stable_triton_fast_tanh"])
+@pytest.mark.parametrize(
+    "name", ["stable_triton", "stable_triton_fast_tanh", "stable_triton_unbiased"]
+)
 @pytest.mark.parametrize("fields", [DROPOUT, WIDE])
 def test_a_model_that_kernels_cannot_train_is_refused(name: str, fields) -> None:
     field, value = next(iter(fields.items()))

@@ -30,7 +30,7 @@ FORMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("width", [32, 64, 80, 128, 256])
 @pytest.mark.parametrize("form", FORMS)
-def test_bfloat16_errs_no_more_than_twice_the_eager_formula(form, width, packed) -> None:
+def test_bfloat16_errs_no_more_than_the_eager_formula(form, width, packed) -> None:
     inputs = draw((2, 4, 2, 777, width), torch.bfloat16)
     score = {"scaling": 1 / math.sqrt(width), **FORMS[form]}
     starts = torch.zeros(2, 777, dtype=torch.bool, device="cuda")
@@ -38,7 +38,7 @@ def test_bfloat16_errs_no_more_than_twice_the_eager_formula(form, width, packed)
     documents = build_documents(starts) if packed else None
     mask = dense(documents) if documents is not None else None
     output, _ = flash_attention(*inputs.tensors, documents=documents, **score)
-    assert_as_good_as_plain(inputs.gradients(output), inputs, mask, **score)
+    assert_as_good_as_plain(inputs.gradients(output), inputs, mask, times=1.0, **score)
 
 
 def test_the_hardware_tanh_errs_as_much_as_its_eleven_bits() -> None:

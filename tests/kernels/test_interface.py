@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from hf_stable import StableGPTConfig, StableGPTForCausalLM
-from hf_stable.kernels import BACKEND, FAST_TANH_BACKEND
+from hf_stable.kernels import BACKEND, FAST_TANH_BACKEND, UNBIASED_BACKEND
 from hf_stable.kernels.documents import document_mask
 from hf_stable.kernels.interface import attention_backend, record_statistics
 from hf_stable.kernels.linear_cross_entropy import linear_cross_entropy
@@ -70,7 +70,7 @@ def _assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", [BACKEND, FAST_TANH_BACKEND])
+@pytest.mark.parametrize("name", [BACKEND, FAST_TANH_BACKEND, UNBIASED_BACKEND])
 def test_names_are_in_both_registries(name: str) -> None:
     """A backend without a mask function would get no mask, and see padding and other documents."""
     assert name in AttentionInterface() and name in AttentionMaskInterface()
@@ -336,6 +336,20 @@ def test_dropout_is_refused_by_name_where_it_would_drop() -> None:
     assert ours(_tokens()).logits.isfinite().all()
     with pytest.raises(ValueError, match=r'"stable_triton" cannot do attention_dropout=0.1.*eager'):
         ours.train()(_tokens())
+
+
+@pytest.mark.parametrize("form", [{}, {"clip_gamma": -0.03}])
+def test_the_unbiased_backend_keeps_fp32_for_the_backward(form: dict[str, float]) -> None:
+    states = torch.randn(1, 2, 5, 16, device=DEVICE, dtype=torch.float16, requires_grad=True)
+    _, model = _twins()
+    kept = {}
+    for name in (BACKEND, UNBIASED_BACKEND):
+        saved: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, into=saved: into.append(x), id):
+            backend = AttentionInterface()[name]
+            backend(model.model.layers[0].self_attn, states, states, states, None, **form)
+        kept[name] = [tensor.dtype for tensor in saved if tensor.shape == (1, 5, 2, 16)]
+    assert kept == {BACKEND: [torch.float16], UNBIASED_BACKEND: [torch.float32]}
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU has it")
