@@ -54,7 +54,7 @@ class Shape:
 MODEL = Shape(8192, 1024, 256_000)
 DRY = Shape(4, 16, 96)
 CHECK_TOKENS = 2048
-CHECKED = ("ours", "ours, without z-loss", "ours, cap")
+CHECKED = ("ours", "ours, without z-loss", "ours, cap", "ours, two streams")
 
 
 class Bench:
