@@ -9,8 +9,8 @@ warp executes in the regular loop (tiles that no mask touches; two loops of a cl
 tiles alive), and by `static_model.py` how many clocks a tile takes and which share of the tensor
 cores' peak that allows. A packed instruction of sm_100 counts once. Nothing is timed.
 
-Exit code 1: a kernel spills more than the bytes that `static_model.py` allows, does not fit the shared memory, or has
-products that do not run on tensor cores.
+Exit code 1: a kernel spills more than the bytes that `static_model.py` allows, does not fit the
+shared memory, or has products that do not run on tensor cores.
 """
 
 import argparse

@@ -10,10 +10,11 @@ of the loop takes
 
 The serial model: products wait for the softmax before them and the softmax for products, so that a
 pass takes tensor + max(issue, MUFU). With C programs on a multiprocessor one computes its softmax
-while another uses the tensor cores, so that the best possible is max(tensor, issue, MUFU,
-serial / C, loads). The truth lies between. Products that the code starts before a softmax and waits
-for after it ("in flight" in the table) are no faster by this model. Latencies, barriers, tiles on the diagonal and clocks
-that drop under load are left out: both numbers are bounds to compare kernels by, not times.
+while another uses the tensor cores, so that the best possible is max(tensor, issue, MUFU, loads,
+serial / C). The truth lies between. Products that the code starts before a softmax and waits for
+after it ("in flight" in the table) are no faster by this model. Latencies, barriers, device memory,
+tiles on the diagonal and clocks that drop under load are left out: both numbers are bounds to
+compare kernels by, not times.
 """
 
 import math
@@ -21,8 +22,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-# Bytes that a thread may keep in memory for want of registers: in the regular loop, which costs every
-# tile a few instructions, and where only other code does it.
+# Bytes that a thread may keep in memory for want of registers: in the regular loop, where every
+# tile pays for it, and where only other code does so.
 MAX_SPILLED = 64
 MAX_SPILLED_OUTSIDE = 128
 
