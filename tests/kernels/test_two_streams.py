@@ -4,7 +4,6 @@ Streams that remember what each of them has waited for stand for CUDA's. Every o
 bytes it reads and writes; two accesses of the same bytes, one of them a write, must be ordered.
 """
 
-from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,12 +56,13 @@ class Races(TorchDispatchMode):
         self.current = before
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         if func.is_view or "empty" in str(func):
             return result
-        given = zip(func._schema.arguments, args, strict=False)
-        named = [(a, value) for a, value in given]
-        named += [(a, kwargs[a.name]) for a in func._schema.arguments if a.name in (kwargs or {})]
+        arguments = func._schema.arguments
+        named = list(zip(arguments, args, strict=False))
+        named += [(a, kwargs[a.name]) for a in arguments if a.name in kwargs]
         self.current.seen[self.current.name] += 1
         for argument, value in named:
             writes = argument.alias_info is not None and argument.alias_info.is_write
@@ -130,16 +130,17 @@ def test_each_wait_is_needed(method: str, races: Races, monkeypatch: pytest.Monk
     assert races.found
 
 
-def test_row_kernels_run_beside_gemms(races: Races) -> None:
-    """Logits of the second half wait for nothing of the second stream."""
+def test_row_kernels_run_beside_gemms(races: Races, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GEMMs wait for a half of the rows after all logits are on their way, never before."""
     waits: list[str] = []
+    for method in ("wait_event", "wait_stream"):
+        original = getattr(Stream, method)
 
-    def note(stream: Stream, method: str) -> Callable[[Any], None]:
-        original = getattr(stream, method)
-        return lambda other: (waits.append(f"{stream.name} {method}"), original(other))[1]
+        def note(stream: Stream, other: Any, method=method, original=original) -> None:
+            waits.append(f"{stream.name} {method}")
+            original(stream, other)
 
-    races.main.wait_event = note(races.main, "wait_event")
-    races.side.wait_stream = note(races.side, "wait_stream")
+        monkeypatch.setattr(Stream, method, note)
     _run(kernels.chunk_on_two_streams, 300)
     assert waits == ["side wait_stream"] * 2 + ["main wait_event"] * 2
 
