@@ -286,7 +286,8 @@ def flash_attention(
         clip_gamma, clip_zeta: stretch of the probabilities, gamma <= 0 and zeta >= 1.
         clip_alpha: if given, gamma is -alpha / number of keys that a row sees.
         documents: see `documents.py`; None is plain causal.
-        fast_tanh: tanh by the hardware, relative error 2^-11; NVIDIA GPUs only.
+        fast_tanh: tanh by the hardware, NVIDIA GPUs only. Its relative error of 2^-11 is one of
+            0.024 in a capped score of 50, and 2.5 % of that score's weight.
         unbiased: take the bias out of half precision's rounding, as `attention_forward` has it, for
             four bytes more per element of the output; fp32 has none.
         return_statistics: whether to return what attention did.

@@ -15,6 +15,7 @@ Names: i index, o offsets, m mask, p pointer, b block in registers. T tokens, V 
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -240,6 +241,48 @@ def _(
     return per_row, torch.empty_like(per_row)
 
 
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of row kernels, whose programs start before those of a GEMM that waits too."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
+def chunk_on_two_streams(
+    tokens: torch.Tensor,
+    head: torch.Tensor,
+    labels: torch.Tensor,
+    logits: torch.Tensor,
+    grad_tokens: torch.Tensor | None,
+    take_rows: Callable[[torch.Tensor, torch.Tensor], None],
+) -> None:
+    """`chunk_in_order` by halves: one is in the row kernel while the other is in a GEMM.
+
+        GEMMs:           logits 1 | logits 2     | tokens 1     | tokens 2
+        second stream:            | row kernel 1 | row kernel 2 |
+
+    The second stream begins each half after its logits and does all that has to do with sums of the
+    losses; the first one waits for a half before it reads its gradients, so that at the end nothing
+    is left on the second. Buffers are the first stream's, and are not given away before the second
+    is done with them even where an error ends this early.
+    """
+    main, side = torch.cuda.current_stream(logits.device), _side_stream(logits.device)
+    middle = len(tokens) // 2 // ROW_MULTIPLE * ROW_MULTIPLE
+    halves = [slice(0, middle), slice(middle, len(tokens))] if middle else [slice(0, len(tokens))]
+    logits.record_stream(side)
+    labels.record_stream(side)
+    finished = []
+    for half in halves:
+        torch.mm(tokens[half], head.T, out=logits[half])
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            take_rows(logits[half], labels[half])
+        finished.append(side.record_event())
+    for half, event in zip(halves, finished, strict=True):
+        main.wait_event(event)
+        if grad_tokens is not None:
+            grad_tokens[half] = logits[half] @ head
+
+
 def linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -250,6 +293,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     chunk_bytes: int | None = None,
     around: Callable[[plain.RowFunction], plain.RowFunction] | None = None,
+    two_streams: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`loss_stable_gpt.linear_cross_entropy` with the row kernel: same laws, less memory.
 
@@ -264,6 +308,9 @@ def linear_cross_entropy(
             `CHUNK_BYTES` of CUDA: at vocabulary 256,000 that is 4096 rows of bf16, whose GEMMs, not
             the fp32 weight gradient that every chunk reads and writes, take the time.
         around: what may look at each chunk: it is given the row function and returns another.
+        two_streams: whether row kernels run beside GEMMs, see `chunk_on_two_streams`. Off until it
+            was measured: it never ran on a GPU. Without effect on a CPU, in compiled code and with
+            `around`, whose tensors belong to the caller's stream.
 
     Returns:
         loss (differentiable), its cross entropy and its z-loss (both not), 0-d fp32.
@@ -278,8 +325,12 @@ def linear_cross_entropy(
     rows = budget // (plain.gemm_dtype(hidden).itemsize * weight.shape[0])
     if rows > ROW_MULTIPLE:
         rows -= rows % ROW_MULTIPLE
+    beside = two_streams and hidden.is_cuda and around is None
+    if torch.compiler.is_compiling():
+        beside = False
     return plain.chunked_linear_cross_entropy(
         hidden, weight, labels.contiguous(),
         num_items=num_items, cap=cap, z_loss=z_loss, rows=max(rows, 1),
         row_function=cross_entropy_rows if around is None else around(cross_entropy_rows),
+        chunk_function=chunk_on_two_streams if beside else plain.chunk_in_order,
     )  # fmt: skip

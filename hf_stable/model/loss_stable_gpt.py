@@ -88,8 +88,46 @@ RowFunction = Callable[
 ]
 
 
+# What makes logits of a chunk's tokens, gives them to a function that replaces them by gradients,
+# and makes the gradient of the tokens: `chunk_in_order` or what orders the three otherwise.
+ChunkFunction = Callable[
+    [
+        torch.Tensor,
+        torch.Tensor,
+        torch.Tensor,
+        torch.Tensor,
+        torch.Tensor | None,
+        Callable[[torch.Tensor, torch.Tensor], None],
+    ],
+    None,
+]
+
+
+def chunk_in_order(
+    tokens: torch.Tensor,
+    head: torch.Tensor,
+    labels: torch.Tensor,
+    logits: torch.Tensor,
+    grad_tokens: torch.Tensor | None,
+    take_rows: Callable[[torch.Tensor, torch.Tensor], None],
+) -> None:
+    """Logits of a chunk, losses and gradients of its rows, gradient of its tokens.
+
+    Args:
+        tokens: (T, C). head: (V, C). labels: (T,).
+        logits: (T, V), uninitialized; afterwards what `take_rows` makes of them.
+        grad_tokens: (T, C), written; None where nobody needs it.
+        take_rows: is given logits and labels of some rows, of each row once.
+    """
+    torch.mm(tokens, head.T, out=logits)
+    take_rows(logits, labels)
+    if grad_tokens is not None:
+        grad_tokens.copy_(logits @ head)
+
+
 class _Options(NamedTuple):
     row_function: RowFunction
+    chunk_function: ChunkFunction
     rows: int
     dtype: torch.dtype
     cap: float | None
@@ -110,7 +148,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         denominator: torch.Tensor,
         options: _Options,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        row_function, rows, dtype, cap, z_loss, hidden_gradient, weight_gradient = options
+        row_function, chunk_function, rows, dtype, cap, z_loss, *gradients = options
+        hidden_gradient, weight_gradient = gradients
         wide = statistics_dtype(hidden)
         head = weight.to(dtype)
         buffer = head.new_empty(min(rows, len(hidden)), len(head))
@@ -118,17 +157,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         squared_log_z = torch.zeros_like(ce)
         grad_hidden = torch.empty_like(hidden) if hidden_gradient else None
         grad_weight = torch.empty_like(weight, dtype=wide) if weight_gradient else None
+
+        def take_rows(logits: torch.Tensor, labels: torch.Tensor) -> None:
+            gradient = hidden_gradient or weight_gradient
+            chunk_ce, chunk_square = row_function(logits, labels, cap, z_loss, gradient)
+            ce.add_(chunk_ce.sum())
+            squared_log_z.add_(chunk_square.sum())
+
         # No token is one empty chunk, which still writes the weight gradient.
         for start in range(0, max(len(hidden), 1), rows):
             part = slice(start, start + rows)
             tokens = hidden[part].to(dtype)
-            logits = torch.mm(tokens, head.T, out=buffer[: len(tokens)])
-            gradient = hidden_gradient or weight_gradient
-            chunk_ce, chunk_square = row_function(logits, labels[part], cap, z_loss, gradient)
-            ce += chunk_ce.sum()
-            squared_log_z += chunk_square.sum()
-            if grad_hidden is not None:
-                grad_hidden[part] = logits @ head
+            logits = buffer[: len(tokens)]
+            grad_tokens = None if grad_hidden is None else grad_hidden[part]
+            chunk_function(tokens, head, labels[part], logits, grad_tokens, take_rows)
             if grad_weight is not None:
                 _accumulate(grad_weight, logits, tokens, first=start == 0)
         ctx.save_for_backward(grad_hidden, grad_weight, denominator)
@@ -169,6 +211,7 @@ def chunked_linear_cross_entropy(
     z_loss: float,
     rows: int,
     row_function: RowFunction,
+    chunk_function: ChunkFunction = chunk_in_order,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`linear_cross_entropy` in chunks of `rows` tokens, whose logits `row_function` works on."""
     count = (labels >= 0).sum() if num_items is None else num_items
@@ -177,6 +220,7 @@ def chunked_linear_cross_entropy(
     differentiable = torch.is_grad_enabled()
     options = _Options(
         row_function,
+        chunk_function,
         rows,
         gemm_dtype(hidden),
         cap,

@@ -37,13 +37,18 @@ from report import Part, Report
 FP32_FLOOR = 1e-5  # beneath it errors are the order of sums, not a mistake
 LIVE_TILE = 128
 
+# Cap on / off, restated from 1.20: by static.py the exact tanh adds 9 instructions a score to the
+# 10 of the forward, 15 to the 9 of dQ, 16 to the 13 of dK and dV, and a special function to each.
+# On sm_90 1000 scores of all three take 524 clocks without a cap and 839 with it one after
+# another, and 331 and 558 at best: 1.6 to 1.7. With the hardware's tanh 661 and 379: 1.15 to 1.26.
 GOALS = [
     Goal("A1", "cap, fwd+bwd / FlexAttention tanh.approx", 1.00, 0.80),
     Goal("A2", "cap, fwd+bwd / FlexAttention torch.tanh", 0.85, 0.65),
     Goal("A3", "cap, fwd+bwd / SDPA flash without cap", 1.15, 0.90),
     Goal("A4", "cap, fwd+bwd / SDPA cuDNN without cap", 1.70, 1.35),
     Goal("A5", "cap, fwd+bwd / FA4 with cap", 1.40, 1.20),
-    Goal("A6", "cap on / off, fwd+bwd", 1.20, 1.10),
+    Goal("A6", "cap on / off, fwd+bwd", 1.70, 1.50),
+    Goal("A6 fast tanh", "cap by fast tanh on / off, fwd+bwd", 1.30, 1.15),
     Goal("A7", "error / the eager formula's own, worst of output and gradients", EXACT_BAR),
     Goal("A7 fast tanh", "the same with fast tanh", FAST_BAR),
     Goal("A7 memory", "kept for the backward / q, k, v, o and log Z", 1.001),
@@ -216,6 +221,7 @@ def goal_values(
         "A4": capped("sdpa cudnn"),
         "A5": capped("fa4, cap"),
         "A6": capped("ours"),
+        "A6 fast tanh": ratio(times, "ours, cap, fast tanh", "ours"),
         "C1": ratio(times, "ours, clip dense", "ours"),
         "C2": ratio(times, "ours, clip local", "ours, local"),
         "C3": ratio(times, "eager, clip dense", "ours, clip dense"),

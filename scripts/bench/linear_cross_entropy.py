@@ -24,8 +24,16 @@ LENGTHS = {"8k": 8192, "32k": 32768}
 
 
 def _goals(tokens: str) -> list[Goal]:
+    """Goals at one number of tokens.
+
+    L1 was restated from 1.15. A token at width 1024 and vocabulary 256,000 is 1.57 GFLOP of GEMMs,
+    2.25 us at 700 TFLOP/s. The row kernel reads 512 KB twice and writes them, 0.36 us at 4.3 TB/s,
+    and every chunk of 4096 tokens reads and writes 1 GB of fp32 gradient, 0.12 us a token: 1.21
+    times the GEMMs. A second stream hides at most the half of the row kernel in which it waits for
+    memory (static.py: 149 of 302 clocks are instructions), which would be 1.13.
+    """
     return [
-        Goal(f"L1 {tokens}", "ours / the three bare GEMMs", 1.15, 1.08),
+        Goal(f"L1 {tokens}", "ours / the three bare GEMMs", 1.22, 1.15),
         Goal(f"L2 {tokens}", "peak extra memory, GB", 3.5, 2.0),
         Goal(f"L3 default {tokens}", "ours / Liger as it comes", 0.5, 0.25),
         Goal(f"L3 best {tokens}", "ours / Liger with its best chunks", 1.0, 0.95),
@@ -54,7 +62,7 @@ class Shape:
 MODEL = Shape(8192, 1024, 256_000)
 DRY = Shape(4, 16, 96)
 CHECK_TOKENS = 2048
-CHECKED = ("ours", "ours, without z-loss", "ours, cap")
+CHECKED = ("ours", "ours, without z-loss", "ours, cap", "ours, two streams")
 
 
 class Bench:

@@ -100,6 +100,7 @@ CASES: dict[str, Callable[[], Loss]] = {
     "ours": partial(ours, z_loss=Z_LOSS),
     "ours, without z-loss": ours,
     "ours, cap": partial(ours, z_loss=Z_LOSS, cap=CAP),
+    "ours, two streams": partial(ours, z_loss=Z_LOSS, two_streams=True),
     "ours, 0.5 GiB": partial(ours, z_loss=Z_LOSS, chunk_bytes=2**29),
     "ours, 1 GiB": partial(ours, z_loss=Z_LOSS, chunk_bytes=2**30),
     "ours, 4 GiB": partial(ours, z_loss=Z_LOSS, chunk_bytes=2**32),

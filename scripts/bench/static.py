@@ -9,8 +9,8 @@ warp executes in the regular loop (tiles that no mask touches; two loops of a cl
 tiles alive), and by `static_model.py` how many clocks a tile takes and which share of the tensor
 cores' peak that allows. A packed instruction of sm_100 counts once. Nothing is timed.
 
-Exit code 1: a kernel spills more than MAX_SPILLED bytes, does not fit the shared memory, or has
-products that do not run on tensor cores.
+Exit code 1: a kernel spills more than the bytes that `static_model.py` allows, does not fit the
+shared memory, or has products that do not run on tensor cores.
 """
 
 import argparse
@@ -214,12 +214,16 @@ def attention_record(name: str, label: str, width: int, blocks: Blocks, sm: int)
         "on_tensor_cores": all(loop.products >= n for loop, n in zip(regular, counts, strict=True))
         and (None in found or sum(f or 0 for f in found) >= flops),
     }
-    spent = clocks(regular, CHIPS[sm], blocks.num_warps, flops)
+    # K and V, or Q and dO with log Z and delta, each time.
+    rows = blocks.M if name == "key_value" else blocks.N
+    loaded = len(counts) * rows * (2 * 2 * columns + (8 if name == "key_value" else 0))
+    loaded -= rows * 2 * columns if len(counts) == 2 else 0  # the first sweep of a clip reads no V
+    spent = clocks(regular, CHIPS[sm], blocks.num_warps, flops, loaded)
     return record | _counts(regular) | _clocks(spent, record["programs"])
 
 
 def _counts(loops: list[Loop]) -> dict[str, int]:
-    keys = ("instructions", "special", "fp32", "local")
+    keys = ("instructions", "special", "fp32", "local", "in_flight")
     return {key: sum(getattr(loop, key) for loop in loops) for key in keys}
 
 
@@ -312,6 +316,7 @@ _COLUMNS = {
     "special": "MUFU",
     "fp32": "FFMA+FMUL",
     "local": "local",
+    "in_flight": "in flight",
     "registers": "regs",
     "spilled": "spilled",
     "shared": "shared",
@@ -319,6 +324,7 @@ _COLUMNS = {
     "tensor_clocks": "tensor clk",
     "issue_clocks": "issue clk",
     "special_clocks": "MUFU clk",
+    "loads_clocks": "loads clk",
     "memory_clocks": "memory clk",
     "serial_clocks_of_1000_scores": "serial clk / 1000 scores",
     "overlapped_clocks_of_1000_scores": "overlapped",

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ sys.path.insert(0, str(BENCH))  # the benchmarks are scripts that import their n
 
 import static_model  # noqa: E402
 
-WHOLE = {"sm": 90, "kernel": "forward", "form": "plain", "spilled": 0, "programs": 2}
+WHOLE = {"sm": 90, "kernel": "forward", "form": "plain", "spilled": 0, "local": 0}
+WHOLE["programs"] = 2
 
 
 def _compile(folder: Path, *arguments: str) -> dict[str, Any]:
@@ -77,8 +79,10 @@ def test_the_head_keeps_its_row_in_registers_and_reads_16_bytes_at_once(tmp_path
     ("change", "word"),
     [
         ({}, None),
-        ({"spilled": static_model.MAX_SPILLED}, None),
-        ({"spilled": static_model.MAX_SPILLED + 1}, "spills"),
+        ({"spilled": static_model.MAX_SPILLED, "local": 1}, None),
+        ({"spilled": static_model.MAX_SPILLED + 1, "local": 1}, "spills"),
+        ({"spilled": static_model.MAX_SPILLED_OUTSIDE}, None),
+        ({"spilled": static_model.MAX_SPILLED_OUTSIDE + 1}, "spills"),
         ({"programs": 0, "limited_by": "shared memory"}, "shared memory"),
         ({"on_tensor_cores": False}, "tensor cores"),
     ],
@@ -127,11 +131,13 @@ def test_a_loop_is_counted_without_what_lies_outside(
     (loop,) = static_model.read_loops(text, dialect, warps=8)
     assert loop.instructions == instructions
     assert (loop.special, loop.fp32, loop.local, loop.products) == (1, 1, 1, 1)
+    assert loop.in_flight == (6 if dialect is static_model.SASS else 0)
     assert loop.flops == 2 * 64 * 128 * 16 * 2
     assert loop.bytes_read == bytes_read
 
 
 def test_clocks_lie_between_overlap_and_one_after_the_other() -> None:
-    spent = static_model.Clocks(tensor=100.0, issue=150.0, special=120.0)
+    spent = static_model.Clocks(tensor=100.0, issue=150.0, special=120.0, loads=130.0)
     assert spent.overlapped(1) == spent.serial == 250.0
     assert spent.overlapped(2) == 150.0
+    assert replace(spent, loads=200.0).overlapped(2) == 200.0
