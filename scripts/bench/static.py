@@ -184,7 +184,7 @@ def regular_loops(loops: list[Loop], sweeps: int) -> list[Loop]:
 
 def attention_record(name: str, label: str, width: int, blocks: Blocks, sm: int) -> dict[str, Any]:
     """Counts and clocks of one kernel in one form, in bf16."""
-    form, columns = FORMS[label], triton.next_power_of_2(width)
+    form, columns = FORMS[label], 1 << (width - 1).bit_length()
     constants: dict[str, Any] = {
         "GROUPS": 1,
         "CAP": form.cap,
@@ -260,7 +260,7 @@ def steps(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         kernels = [forward, *(found.get((sm, name, form)) for name in ("query", "key_value"))]
         if None in kernels:
             continue
-        width = triton.next_power_of_2(forward["width"])
+        width = 1 << (forward["width"] - 1).bit_length()
         best = 7 * 2 * width / CHIPS[sm].tensor
         step: dict[str, Any] = {"sm": sm, "form": label}
         for model in ("serial", "overlapped"):
