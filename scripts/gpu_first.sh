@@ -9,7 +9,8 @@ here=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-$here/.venv/bin/python}
 if ! command -v "$python" >/dev/null; then python=python3; fi
 if [ -n "${WHEELS:-}" ]; then
+    WHEELS=$(realpath "$WHEELS")
     "$python" "$here/scripts/wheels.py" install "$WHEELS" "$WHEELS.site"
-    export PYTHONPATH="$(realpath "$WHEELS.site")${PYTHONPATH:+:$PYTHONPATH}"
+    export PYTHONPATH="$WHEELS.site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 exec "$python" "$here/scripts/bench/first.py" "$@"

@@ -9,6 +9,7 @@ What Transformers needs is there, except what only its command line imports.
 import re
 import sys
 import venv
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -18,20 +19,30 @@ NAMES = ("torch", "triton", "transformers", "numpy", "safetensors", "pytest")
 WITHOUT = ("rich", "typer", "pydantic", "pydantic-core")
 
 
-def closure(names: tuple[str, ...], without: tuple[str, ...]) -> dict[str, metadata.Distribution]:
-    """Return distributions by name, with all that they require and that is installed."""
+def closure(names: Iterable[str], without: tuple[str, ...]) -> dict[str, metadata.Distribution]:
+    """Return distributions by name, with all that they require and that is installed.
+
+    Names are requirements without versions: `fsspec[http]` includes what that extra needs.
+    """
     found: dict[str, metadata.Distribution] = {}
+    seen: set[str] = set()
     waiting = list(names)
     while waiting:
-        name = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
-        if name in found or name in without:
+        asked = Requirement(waiting.pop())
+        name = re.sub(r"[-_.]+", "-", asked.name).lower()
+        if str(asked) in seen or name in without:
             continue
+        seen.add(str(asked))
         try:
             found[name] = metadata.distribution(name)
         except metadata.PackageNotFoundError:
             continue
-        needs = [Requirement(each) for each in found[name].requires or ()]
-        waiting += [each.name for each in needs if not each.marker or each.marker.evaluate()]
+        for need in map(Requirement, found[name].requires or ()):
+            extras = ("", *asked.extras)
+            if not need.marker or any(need.marker.evaluate({"extra": each}) for each in extras):
+                waiting.append(
+                    f"{need.name}[{','.join(need.extras)}]" if need.extras else need.name
+                )
     return found
 
 
