@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "scripts" / "bench"
 sys.path.insert(0, str(BENCH))  # the benchmarks are scripts that import their neighbours
 
+import clocks  # noqa: E402
 import first  # noqa: E402
 import goals  # noqa: E402
 import page  # noqa: E402
@@ -114,10 +115,14 @@ def test_kernel_tests_collect_in_a_bare_environment(bare_python: Path) -> None:
 @pytest.mark.slow
 def test_ten_kills_at_random_seconds_lose_nothing(tmp_path: Path, bare_python: Path) -> None:
     chance = random.Random(0)
-    for _ in range(10):
+    for number in range(10):
         kept = records(tmp_path, "case")
+        begun = len(records(tmp_path, "begin"))
         process = begin(tmp_path, bare_python)
-        time.sleep(chance.uniform(1, 40))
+        # Every other one not before a case has begun, so that there is something to lose.
+        while number % 2 and len(records(tmp_path, "begin")) == begun and process.poll() is None:
+            time.sleep(0.1)
+        time.sleep(chance.uniform(0, 20))
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
         assert records(tmp_path, "case")[: len(kept)] == kept
@@ -133,6 +138,21 @@ def test_ten_kills_at_random_seconds_lose_nothing(tmp_path: Path, bare_python: P
 def make(folder: Path, **changes: Any) -> first.First:
     options = {"folder": folder, "dry": True, "only": "", "seconds": None}
     return first.First(argparse.Namespace(**{**options, **changes}))
+
+
+def test_clocks_are_those_of_the_timed_spans(tmp_path: Path, monkeypatch: Any) -> None:
+    made_up = tmp_path / "nvidia-smi"
+    made_up.write_text("#!/bin/sh\necho '[N/A], 1, 1, 1'\necho '1980, 3201, 650.5, 60'\n")
+    made_up.chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    begin = time.monotonic()
+    read = clocks.Clocks()
+    while not read.during([(begin, time.monotonic())]):
+        time.sleep(0.01)
+    assert read.during([(begin, time.monotonic())])["sm_mhz"] == [1980.0] * 3
+    assert read.during([(begin - 2, begin - 1)]) == {}
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert clocks.Clocks().during([(begin, time.monotonic())]) == {} == clocks.query()
 
 
 def test_two_starts_on_one_folder_are_refused(tmp_path: Path) -> None:

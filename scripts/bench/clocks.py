@@ -53,9 +53,13 @@ class Clocks:
             with contextlib.suppress(ValueError):  # "[N/A]": a field that this GPU does not have
                 self._readings.append((time.monotonic(), [float(x) for x in line.split(",")]))
 
-    def since(self, begin: float) -> dict[str, list[float]]:
-        """Return least, median and largest of each field since a time of `time.monotonic()`."""
-        found = [values for moment, values in self._readings if moment >= begin]
+    def during(self, spans: list[tuple[float, float]]) -> dict[str, list[float]]:
+        """Return least, median and largest of each field within spans of `time.monotonic()`."""
+        found = [
+            values
+            for moment, values in list(self._readings)
+            if any(begin <= moment <= end for begin, end in spans)
+        ]
         columns = zip(FIELDS, zip(*found, strict=True), strict=False)
         return {
             name: [min(values), statistics.median(values), max(values)] for name, values in columns

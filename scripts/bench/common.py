@@ -93,6 +93,7 @@ class Device:
     Attributes:
         dry: tiny shapes; on a CPU always.
         deadline: of `time.monotonic()`; what was not reached by then is not measured.
+        spans: when it timed, by `time.monotonic()`, for the readings of clocks.
     """
 
     def __init__(self, dry: bool, seconds: float, rounds: int = ROUNDS) -> None:
@@ -106,6 +107,7 @@ class Device:
         flush_bytes = 2**28 if self.cuda else 0
         self._flush = torch.empty(flush_bytes, dtype=torch.int8, device=self.torch)
         self._order = random.Random(0)
+        self.spans: list[tuple[float, float]] = []
         torch.manual_seed(0)
         # Many forms of one function are compiled in a process, each for one shape.
         torch._dynamo.config.recompile_limit = 256
@@ -174,7 +176,8 @@ class Device:
         A case that runs out of memory beside the others is left out.
         """
         names, times = list(cases), {name: list[float]() for name in cases}
-        end = min(time.monotonic() + seconds, self.deadline)
+        begin = time.monotonic()
+        end = min(begin + seconds, self.deadline)
         for number in range(self.rounds):
             if number >= MIN_ROUNDS and time.monotonic() > end:
                 break
@@ -188,6 +191,7 @@ class Device:
             names = list(readings)
             for name, read in readings.items():
                 times[name].append(read())
+        self.spans.append((begin, time.monotonic()))
         return times
 
     def peak_bytes(self, run: Callable[[], object]) -> int | None:

@@ -125,4 +125,4 @@ def _table(rows: list[Record]) -> list[str]:
 def _clocks(record: Record) -> list[str]:
     read = {name: [number(x) for x in each] for name, each in record.get("clocks", {}).items()}
     text = "; ".join(f"{name} {' / '.join(each)}" for name, each in read.items())
-    return ["", f"Least, median, largest while it ran: {text}."] if text else []
+    return ["", f"Least, median, largest while it was timed: {text}."] if text else []

@@ -82,6 +82,7 @@ class Worker:
         case, begin = self.cases[name], time.monotonic()
         about = {"case": name, "sizes": dict(case.sizes)}
         left = max(1.0, self.deadline - begin)
+        self.device.spans.clear()
         self._append("begin", **about, limit=min(case.limit, left), cut=left < case.limit)
         # By a thread in C: it also ends what holds the interpreter, and says where it stood.
         faulthandler.dump_traceback_later(min(case.limit, left), exit=True)
@@ -105,7 +106,7 @@ class Worker:
             seconds=spent,
             rows=rows,
             values=measured,
-            clocks=self.clocks.since(begin),
+            clocks=self.clocks.during(self.device.spans),
         )
         print(f"{about['status']}: {name}, {spent:.1f} s", flush=True)
         if _is_lost([*rows, about]):
