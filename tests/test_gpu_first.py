@@ -162,6 +162,17 @@ def test_two_starts_on_one_folder_are_refused(tmp_path: Path) -> None:
     del holder
 
 
+def test_a_closed_pipe_ends_no_measurement(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    script = "import sys; import first; first.show('a'); first.show('b'); sys.stderr.write('end')"
+    answer = subprocess.run(
+        [sys.executable, "-c", script], cwd=BENCH, stdout=write, stderr=subprocess.PIPE, check=True
+    )
+    os.close(write)
+    assert answer.stderr == b"end"
+
+
 def test_without_a_gpu_only_a_rehearsal_starts(tmp_path: Path) -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(BENCH / "first.py"), str(tmp_path)]

@@ -38,6 +38,14 @@ SWEPT = ("dry", "code", "device")
 _LEAST = 3  # seconds that are too few to begin anything
 
 
+def show(text: str) -> None:
+    """Print, where somebody still reads it: a closed pipe must not end a measurement."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # until the end
+
+
 class First:
     """One start of the program on one folder."""
 
@@ -54,7 +62,7 @@ class First:
 
     def say(self, text: str) -> None:
         """Print a line, and keep it in the log."""
-        print(text, flush=True)
+        show(text)
         self.log.write(f"== {text}\n")
 
     def call(self, number: int) -> None:
@@ -176,7 +184,7 @@ class First:
 
     def finish(self) -> int:
         """Print the page's goals; return 1 when something of ours failed."""
-        print(self.write_page().split("\n## Measured")[0])
+        show(self.write_page().split("\n## Measured")[0])
         failures = [*self.broken, *page.failures(page.latest(self.store.read(), self.identity))]
         for failure in failures:
             self.say(f"failed: {failure}")
