@@ -4,8 +4,8 @@
     python scripts/wheels.py download study FOLDER      # on a machine with network
     python scripts/wheels.py install FOLDER SITE        # without network; SITE goes on PYTHONPATH
 
-`scripts/gpu_wheels.txt` lists what `first` (scripts/gpu_first.sh) and `study` need
-(scripts/study_gpu.sh). Standard library and pip only.
+`scripts/gpu_wheels.txt` lists what scripts/gpu_first.sh (`first`), scripts/study_gpu.sh (`study`)
+and the sample text (`text`) need. Standard library and pip only.
 """
 
 import argparse
@@ -93,7 +93,7 @@ def main() -> int:
     actions = options.add_subparsers(dest="action", required=True)
     for name in ("check", "download"):
         action = actions.add_parser(name)
-        action.add_argument("section", choices=("first", "study"))
+        action.add_argument("section", choices=("first", "study", "text"))
         folder = {"check": "?", "download": None}[name]
         action.add_argument("folder", type=Path, nargs=folder)
     action.add_argument("--python", default="3.12", help="of the GPU's machine (%(default)s)")
