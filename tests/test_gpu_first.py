@@ -113,6 +113,7 @@ def test_kernel_tests_collect_in_a_bare_environment(bare_python: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_ten_kills_at_random_seconds_lose_nothing(tmp_path: Path, bare_python: Path) -> None:
     chance = random.Random(0)
     for number in range(10):
@@ -190,7 +191,7 @@ def test_a_case_that_ends_its_process_is_a_failure_and_the_rest_goes_on(tmp_path
         case = {"case": "tiles: forward", "sizes": {}, "start": asked["start"]}
         code = next(codes)
         if code:
-            made.store.append("begin", made.identity, call=1, limit=45.0, cut=False, **case)
+            made.store.append("begin", made.identity, call=1, limit=45.0, **case)
         return code
 
     made._run = run  # type: ignore[method-assign]
@@ -272,7 +273,7 @@ def test_tiles_that_break_a_test_are_taken_back(tmp_path: Path, monkeypatch: Any
     made.apply()
     assert table.read_text() == base.replace("1, 1, 1, 1", "2, 2, 4, 3")
     made.store.append("test", made.identity, test="a law", outcome="failed")
-    made.take_back_if_wrong(before)
+    made.take_back_if_wrong()
     assert table.read_text() == base and made.identity == before
     assert made.is_applied  # so that the next start does not take them again
 

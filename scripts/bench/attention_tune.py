@@ -15,14 +15,20 @@ from common import Part, Run, rows_of
 if TYPE_CHECKING:
     from attention import Bench
 
-# (M, N, warps, stages) by kernel, for half precision and heads 64 wide, whatever the form. All but
-# the first few let two programs share a multiprocessor.
+# M, N, warps, stages: what static.py predicts to be fastest at head width 64, mostly two programs a
+# multiprocessor, and the one large tile whose loads from the L2 cost least.
 CANDIDATES = {
-    "forward": [(128, 64, 8, 3), (64, 128, 4, 3), (64, 64, 4, 3), (64, 64, 4, 4)],
-    "query": [(128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3)],
-    "key_value": [(64, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3)],
+    "forward": (
+        (64, 64, 4, 3),
+        (64, 128, 4, 3),
+        (128, 64, 4, 3),
+        (128, 64, 8, 3),
+        (128, 128, 8, 3),
+    ),
+    "query": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (64, 128, 4, 3), (128, 64, 8, 3)),
+    "key_value": ((64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 3), (32, 64, 4, 2), (64, 128, 8, 3)),
 }
-DRY_CANDIDATES = [(16, 16, 4, 1), (16, 32, 4, 1)]
+DRY_CANDIDATES = ((16, 16, 4, 1), (16, 32, 4, 1))
 
 
 def sweep(bench: "Bench", kernel: str, clips: bool) -> Part:

@@ -71,13 +71,12 @@ class First:
         seconds = self.options.seconds or (_DRY_SECONDS if dry else SECONDS[number])
         end = begin + seconds
         self.say(f"call {number}, at most {seconds:.0f} s")
-        before = self.identity
         if number == 2 and not self.is_applied:
             self.apply()
         if self.options.only in ("", "tests"):
             self.test(number, "half", min(end, begin + (seconds if dry else TEST_SECONDS[number])))
-            if self.identity != before:
-                self.take_back_if_wrong(before)
+            if number == 2:
+                self.take_back_if_wrong()
         if self.options.only != "tests":
             self.measure(number, end)
         if number == 2 and not self.options.only and not dry:
@@ -89,6 +88,8 @@ class First:
         """Run the kernels' tests; every verdict is in the results at once."""
         if find_spec("pytest") is None:
             self.say("tests are not run: pytest is not installed; see scripts/wheels.py")
+            return
+        if end - time.monotonic() < _LEAST:
             return
         asked = self._asked(number) | {"select": select, "most": 2 if self.options.dry else None}
         command = ["-m", "pytest", "-v", "-p", "verdicts", "-m", "not slow and not wide_fp32"]
@@ -109,10 +110,10 @@ class First:
             asked = self._asked(number) | {"seconds": left, "only": self.options.only}
             code = self._run([str(BENCH / "worker.py"), json.dumps(asked)], end + 5)
             self.write_page()
-            if code == 0 or (code != LOST and not self._blame(code, number)):
+            if code == 0 or (code != LOST and not self._blame(code, number, end)):
                 break
 
-    def _blame(self, code: int | None, number: int) -> bool:
+    def _blame(self, code: int | None, number: int, end: float) -> bool:
         """Record the case that ended its worker as failed; False when none did."""
         begun: Record | None = None
         for record in self.store.read(self.identity):
@@ -121,7 +122,7 @@ class First:
         if begun is None:
             self.broken.append(f"the worker of call {number} ended with code {code}; see log.txt")
             return False
-        if begun["cut"] or code is None:
+        if code is None or time.monotonic() >= end - 1:
             return False  # the call's time is over, which is no failure of the case
         reason = f"its process ended with code {code} (limit {begun['limit']:.0f} s); see log.txt"
         about = {key: begun[key] for key in ("start", "call", "case", "sizes")}
@@ -160,8 +161,12 @@ class First:
         """Whether a start of this program made the present table."""
         return any(each["after"] == self.identity for each in self._records("applied", ()))
 
-    def take_back_if_wrong(self, before: Record) -> None:
+    def take_back_if_wrong(self) -> None:
         """Put the former tiles back when a test fails with the new ones that did not without."""
+        made = [each for each in self._records("applied", ()) if each["after"] == self.identity]
+        if not made or not made[-1]["tiles"] or self.options.dry:
+            return
+        before = made[-1]["identity"]
         failed = [
             {each["test"] for each in self.store.read(identity) if each.get("outcome") == "failed"}
             for identity in (before, self.identity)

@@ -83,7 +83,7 @@ class Worker:
         about = {"case": name, "sizes": dict(case.sizes)}
         left = max(1.0, self.deadline - begin)
         self.device.spans.clear()
-        self._append("begin", **about, limit=min(case.limit, left), cut=left < case.limit)
+        self._append("begin", **about, limit=min(case.limit, left))
         # By a thread in C: it also ends what holds the interpreter, and says where it stood.
         faulthandler.dump_traceback_later(min(case.limit, left), exit=True)
         try:
