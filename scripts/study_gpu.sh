@@ -3,11 +3,19 @@
 # finished stays, and every piece ends with a report of all there is. Never run on a GPU yet.
 #     scripts/study_gpu.sh                     WORKERS=4 runs at once, MINUTES=10 a piece
 #     TEXT='[my/text.jsonl]' scripts/study_gpu.sh
+#     WHEELS=FOLDER scripts/study_gpu.sh       takes packages that are missing from wheels in FOLDER
 #     scripts/study_gpu.sh --dry               a rehearsal of all of it on tiny runs, without a GPU
+# What is missing is named before anything starts; scripts/wheels.py fetches it elsewhere.
 set -euo pipefail
+if [ -n "${WHEELS:-}" ]; then WHEELS=$(realpath "$WHEELS"); fi
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 if ! command -v "$python" >/dev/null; then python=python3; fi
+"$python" scripts/wheels.py check study ${WHEELS:+"$WHEELS"}
+if [ -n "${WHEELS:-}" ]; then
+    "$python" scripts/wheels.py install "$WHEELS" "$WHEELS.site"
+    PYTHONPATH="$WHEELS.site${PYTHONPATH:+:$PYTHONPATH}"
+fi
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 end=$((SECONDS + 60 * ${MINUTES:-10} - 45)) # the rest is for the report
 output=${OUTPUT:-runs/sweeps}

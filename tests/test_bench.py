@@ -1,7 +1,5 @@
 """Laws of the benchmarks: how goals are judged, what a ratio is, and what is a failure."""
 
-import argparse
-import json
 import math
 import sys
 import time
@@ -22,23 +20,16 @@ sys.path.insert(0, str(BENCH))  # the benchmarks are scripts that import their n
 import attention  # noqa: E402
 import attention_cases  # noqa: E402
 import common  # noqa: E402
+import goals  # noqa: E402
 import linear_cross_entropy  # noqa: E402
-import report  # noqa: E402
+import page  # noqa: E402
 import stacked_runs  # noqa: E402
-import train_step  # noqa: E402
 import train_step_models  # noqa: E402
 import train_step_profile  # noqa: E402
 
-BENCHMARKS = {
-    "attention": attention.GOALS,
-    "linear_cross_entropy": linear_cross_entropy.GOALS,
-    "train_step": train_step.GOALS,
-}
-
 
 def device(**changes: Any) -> common.Device:
-    options = {"dry": True, "rounds": 3, "seconds": 60.0}
-    return common.Device(argparse.Namespace(**{**options, **changes}))
+    return common.Device(**{"dry": True, "rounds": 3, "seconds": 60.0, **changes})
 
 
 @pytest.mark.parametrize(
@@ -60,21 +51,21 @@ def test_a_goal_is_judged_by_its_direction(
     at_least: bool, value: float | None, verdict: str, stretch_met: bool | None
 ) -> None:
     stretch = 1.2 if at_least else 0.8
-    judged = common.Goal("X1", "made up", 1.0, stretch, at_least).judge(value)
+    judged = goals.Goal("X1", "made up", 1.0, stretch, at_least).judge(value)
     assert judged["verdict"] == verdict
     assert judged["stretch_met"] is stretch_met
     assert judged["value"] is value and judged["bar"] == 1.0
 
 
 def test_a_goal_without_a_stretch_has_none_to_meet() -> None:
-    judged = common.Goal("X1", "made up", 1.0).judge(0.1)
+    judged = goals.Goal("X1", "made up", 1.0).judge(0.1)
     assert (judged["verdict"], judged["stretch_met"]) == ("met", None)
 
 
-@pytest.mark.parametrize("goals", BENCHMARKS.values(), ids=BENCHMARKS)
-def test_goals_have_ids_of_their_own_and_harder_stretches(goals: list[common.Goal]) -> None:
-    assert len({goal.id for goal in goals}) == len(goals)
-    for goal in goals:
+def test_goals_have_ids_of_their_own_and_harder_stretches() -> None:
+    every = [goal for each in goals.GOALS.values() for goal in each]
+    assert len({goal.id for goal in every}) == len(every)
+    for goal in every:
         if goal.stretch is not None:
             assert goal.stretch > goal.bar if goal.at_least else goal.stretch < goal.bar
 
@@ -124,36 +115,18 @@ def test_an_absent_peer_and_a_passed_deadline_are_reasons() -> None:
     assert skipped == {"late": "not run: no time left"}
 
 
-def made_up_report(tmp_path: Path) -> report.Report:
-    goals = [common.Goal("X1", "made up", 1.0), common.Goal("X2", "never measured", 1.0)]
-    return report.Report("made_up", goals, device(), tmp_path)
-
-
-def test_a_part_that_breaks_loses_no_other_and_is_a_failure(tmp_path: Path) -> None:
-    made_up = made_up_report(tmp_path)
-    row = {"part": "first", "case": "ours", "ms": 1.0}
-    made_up.part("first", lambda: ([row], {"X1": 0.5}))
-    made_up.part("second", lambda: 1 / 0)  # type: ignore[arg-type]
-    on_disk = json.loads((tmp_path / "made_up.json").read_text())
-    assert on_disk["rows"][0] == row and "ZeroDivisionError" in on_disk["rows"][1]["skipped"]
-    assert [goal["verdict"] for goal in on_disk["goals"]] == ["met", "not measured"]
-    assert made_up.finish() == 1
-
-
 @pytest.mark.parametrize(
-    ("row", "code"),
+    ("row", "fails"),
     [
-        ({"case": "ours", "ms": 1.0}, 0),
-        ({"case": "ours, cap", "skipped": "CompilationError: spilled"}, 1),
-        ({"case": "ours, cap", "skipped": "not run: no time left"}, 0),
-        ({"case": "peer", "skipped": "ModuleNotFoundError: No module named 'peer'"}, 0),
-        ({"case": "ours", "ms": 1.0, "wrong": "relative error 0.5"}, 1),
+        ({"case": "ours", "ms": 1.0}, False),
+        ({"case": "ours, cap", "skipped": "CompilationError: spilled"}, True),
+        ({"case": "ours, cap", "skipped": "not run: no time left"}, False),
+        ({"case": "peer", "skipped": "ModuleNotFoundError: No module named 'peer'"}, False),
+        ({"case": "ours", "ms": 1.0, "wrong": "relative error 0.5"}, True),
     ],
 )
-def test_only_what_is_ours_can_fail(row: dict[str, Any], code: int, tmp_path: Path) -> None:
-    made_up = made_up_report(tmp_path)
-    made_up.add([{"part": "first", **row}], {})
-    assert made_up.finish() == code
+def test_only_what_is_ours_can_fail(row: dict[str, Any], fails: bool) -> None:
+    assert bool(page.failures([{"case": "made up", "rows": [row]}])) == fails
 
 
 def test_attention_goals_come_from_the_ratios_that_they_name() -> None:
@@ -174,7 +147,7 @@ def test_attention_goals_come_from_the_ratios_that_they_name() -> None:
     assert values["statistics"] == pytest.approx(1.02)
     for absent in ("A1", "A4", "A5", "C2", "statistics, cap"):
         assert values[absent] is None
-    assert set(values) <= {goal.id for goal in attention.GOALS}
+    assert set(values) <= {goal.id for goal in goals.ATTENTION}
 
 
 def test_attention_errors_condemn_a_wrong_kernel_and_nan() -> None:
@@ -205,7 +178,7 @@ def test_liger_is_judged_by_its_best_chunk() -> None:
     assert values["L3 default 8k"] == pytest.approx(0.25)
     assert values["L3 best 8k"] == pytest.approx(0.75)
     assert values["L4 8k"] is None
-    assert set(values) <= {goal.id for goal in linear_cross_entropy.GOALS}
+    assert set(values) <= {goal.id for goal in goals.LOSS}
 
 
 def test_the_timed_model_is_the_recipe_s() -> None:
@@ -272,30 +245,6 @@ def test_the_micro_batch_is_halved_until_it_fits() -> None:
 )
 def test_kernels_are_told_apart(kernel: str, kind: str) -> None:
     assert train_step_profile.kind_of(kernel) == kind
-
-
-def test_the_markdown_of_goals_says_what_was_not_measured() -> None:
-    goals = [goal.judge(None) for goal in attention.GOALS]
-    result = {
-        "benchmark": "attention",
-        "dry": False,
-        "started": "2026-01-01",
-        "device": {"name": "a GPU"},
-        "git_revision": "abc",
-        "gemm_tflops": {"before": 700.0},
-        "goals": goals,
-    }
-    text = report.goals_markdown([result])
-    assert text.count("| not measured | not measured |") == len(goals)
-    assert "GEMM peak 700 TFLOP/s" in text
-
-
-def test_times_without_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["attention.py"])
-    with pytest.raises(SystemExit) as stop:
-        common.parse(common.parser("made up"))
-    assert stop.value.code == 2
 
 
 @pytest.mark.parametrize("method", ["baseline", "qk_norm"])

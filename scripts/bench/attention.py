@@ -1,9 +1,5 @@
 """Attention at B=8, H=16, S=4096, D=64, causal, bf16: our kernels against every peer that is there.
 
-    python scripts/bench/attention.py --output FOLDER              # errors, times, goals
-    python scripts/bench/attention.py --output FOLDER --scaling    # lengths and head widths too
-    python scripts/bench/attention.py --output FOLDER --tune --seconds 1500    # tiles only
-
 TFLOP/s count the causal half of 4 S^2 D a head forward, and 3.5 times that with the backward pass.
 Errors are of the timed call's first two heads against the eager formula in float64; beside them is
 the error of the eager formula in the timed dtype. Eager attention runs on a part of the batch that
@@ -16,12 +12,7 @@ from typing import Any
 
 import torch
 from attention_cases import (
-    ATT,
-    CHECK,
     CLIP,
-    DRY,
-    EXACT_BAR,
-    FAST_BAR,
     OWN,
     PEERS,
     Attention,
@@ -30,35 +21,27 @@ from attention_cases import (
     eager,
     inputs,
 )
-from attention_tune import tune
-from common import Device, Goal, Run, Times, parse, parser, ratio, relative_error, rows_of, worst
-from report import Part, Report
+from common import Device, Part, Run, Times, ratio, relative_error, rows_of, worst
+from goals import EXACT_BAR, FAST_BAR
 
 FP32_FLOOR = 1e-5  # beneath it errors are the order of sums, not a mistake
 LIVE_TILE = 128
-
-# Cap on / off, restated from 1.20: by static.py the exact tanh adds 9 instructions a score to the
-# 10 of the forward, 15 to the 9 of dQ, 16 to the 13 of dK and dV, and a special function to each.
-# On sm_90 1000 scores of all three take 524 clocks without a cap and 840 with it one after
-# another, and 331 and 558 at best: 1.6 to 1.7. With the hardware's tanh 660 and 379: 1.15 to 1.26.
-GOALS = [
-    Goal("A1", "cap, fwd+bwd / FlexAttention tanh.approx", 1.00, 0.80),
-    Goal("A2", "cap, fwd+bwd / FlexAttention torch.tanh", 0.85, 0.65),
-    Goal("A3", "cap, fwd+bwd / SDPA flash without cap", 1.15, 0.90),
-    Goal("A4", "cap, fwd+bwd / SDPA cuDNN without cap", 1.70, 1.35),
-    Goal("A5", "cap, fwd+bwd / FA4 with cap", 1.40, 1.20),
-    Goal("A6", "cap on / off, fwd+bwd", 1.70, 1.50),
-    Goal("A6 fast tanh", "cap by fast tanh on / off, fwd+bwd", 1.30, 1.15),
-    Goal("A7", "error / the eager formula's own, worst of output and gradients", EXACT_BAR),
-    Goal("A7 fast tanh", "the same with fast tanh", FAST_BAR),
-    Goal("A7 memory", "kept for the backward / q, k, v, o and log Z", 1.001),
-    Goal("C1", "clip, all keys active, fwd+bwd / plain", 2.0, 1.5),
-    Goal("C2", "clip (-0.03, 1.03), local attention, fwd+bwd / plain", 1.3, 1.0),
-    Goal("C3", "eager clip / clip, fwd+bwd", 8.0, 15.0, at_least=True),
-    Goal("C3 memory", "(peak of clip - of plain) / one output tensor, fwd+bwd", 1.05),
-    Goal("statistics", "statistics on / off, without cap, fwd+bwd", 1.03),
-    Goal("statistics, cap", "statistics on / off, with cap, fwd+bwd", 1.03),
-]
+# Compared within each round, most valuable first; ratios in the rows are over the first case.
+COMPARISONS = {
+    "cap beside SDPA": (
+        *("ours, cap", "ours", "ours again", "ours, cap, fast tanh"),
+        *("sdpa flash", "sdpa cudnn"),
+    ),
+    "cap beside FlexAttention": (
+        *("ours, cap", "flex, cap, approximate tanh", "flex, cap, exact tanh", "flex"),
+    ),
+    "statistics": ("ours", "ours, statistics", "ours, cap", "ours, cap, statistics"),
+    "clip": ("ours", "ours, clip dense", "ours, local", "ours, clip local"),
+    "cap beside FlashAttention": ("ours, cap", "fa2, cap", "fa3, cap", "fa4, cap"),
+    "eager": ("ours, clip dense", "eager, clip dense", "eager", "eager, cap"),
+    "more clips": ("ours", "ours, cap, clip dense", "ours, clip scattered"),
+}
+CASES = {**OWN, **PEERS}
 
 
 def gradients(attention: Attention, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -160,7 +143,7 @@ def check(bench: Bench) -> Part:
     """Errors of all our cases and what they keep; a fast proof before anything is timed."""
     builders = {name: partial(bench.run, case, backward=True) for name, case in OWN.items()}
     ready, skipped = bench.device.prepare(builders, warm_ups=1)
-    part = f"errors at {bench.shape.length} tokens"
+    part = f"attention, errors at {bench.shape.length} tokens"
     rows: list[dict[str, Any]] = []
     for name, run in ready.items():
         rows.append({"part": part, "case": name, **bench.errors(OWN[name], run(0))})
@@ -177,14 +160,14 @@ def check(bench: Bench) -> Part:
 
 
 def measure(
-    bench: Bench, cases: dict[str, Case], part: str, backward: bool
+    bench: Bench, names: tuple[str, ...], part: str, backward: bool
 ) -> tuple[list[dict[str, Any]], Times]:
-    """Times of all cases interleaved, with TFLOP/s, peak memory and errors."""
-    device, shape = bench.device, bench.shape
+    """Times of these cases interleaved, with TFLOP/s, peak memory and errors."""
+    device, shape, cases = bench.device, bench.shape, {name: CASES[name] for name in names}
     builders = {name: partial(bench.run, case, backward) for name, case in cases.items()}
-    ready, times, skipped = device.measure(builders, seconds=15)
+    ready, times, skipped = device.measure(builders, seconds=8)
     times = {name: [bench.scale(cases[name]) * ms for ms in times[name]] for name in times}
-    rows = rows_of(times, skipped, part, "ours, cap")
+    rows = rows_of(times, skipped, part, names[0])
     for row in rows:
         if "ms" not in row:
             continue
@@ -199,9 +182,9 @@ def measure(
     return rows, times
 
 
-def compare(bench: Bench, cases: dict[str, Case]) -> Part:
-    """The comparison that most goals are of."""
-    rows, times = measure(bench, cases, "forward and backward", backward=True)
+def compare(bench: Bench, name: str) -> Part:
+    """One of COMPARISONS, forward and backward, with the goals that it has the cases for."""
+    rows, times = measure(bench, COMPARISONS[name], f"attention, {name}", backward=True)
     peaks = {row["case"]: row.get("peak_gb") for row in rows}
     shape, bytes_each = bench.shape, bench.device.dtype.itemsize
     output_gb = shape.batch * shape.heads * shape.length * shape.width * bytes_each / 1e9
@@ -242,31 +225,3 @@ def scaling(shape: Shape) -> dict[str, Shape]:
     for width in (32, 128, 256):
         shapes[f"head width {width}"] = replace(shape, heads=max(1, channels // width), width=width)
     return shapes
-
-
-def main() -> int:
-    options = parser((__doc__ or "").split("\n\n")[0])
-    options.add_argument("--scaling", action="store_true", help="other lengths and widths too")
-    options.add_argument("--tune", action="store_true", help="only tiles of our kernels; slow")
-    arguments = parse(options)
-    device = Device(arguments)
-    shape, cases = DRY if device.dry else ATT, {**OWN, **PEERS}
-    if arguments.tune:
-        report = Report("attention_tiles", [], device, arguments.output)
-        tune(Bench(shape, device), report)
-        return report.finish()
-    report = Report("attention", GOALS, device, arguments.output)
-    report.part("errors", lambda: check(Bench(DRY if device.dry else CHECK, device)))
-    if arguments.check:
-        return report.finish()
-    bench = Bench(shape, device)
-    report.part("forward and backward", lambda: compare(bench, cases))
-    report.part("forward", lambda: (measure(bench, cases, "forward", backward=False)[0], {}))
-    some = {name: cases[name] for name in ("ours", "ours, cap", "sdpa flash")}
-    for name, other in scaling(shape).items() if arguments.scaling else ():
-        report.part(name, lambda n=name, o=other: (measure(Bench(o, device), some, n, True)[0], {}))
-    return report.finish()
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,16 +1,16 @@
-"""Tiles, warps and stages of our attention kernels, one kernel at a time.
+"""Tiles, warps and stages of our attention kernels, one entry of the table at a time.
 
 The kernels read `BLOCKS` at every launch, so that candidates are interleaved like any other cases.
-A row's ratio is over the present entry: what is below 1 by more than the noise is worth taking.
+A row's ratio is over the present entry; `tiles.py` says which candidate wins and writes it down.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from attention_cases import OWN
-from common import Run, rows_of
-from report import Part, Report
+from common import Part, Run, rows_of
 
 if TYPE_CHECKING:
     from attention import Bench
@@ -31,35 +31,33 @@ CANDIDATES = {
 DRY_CANDIDATES = ((16, 16, 4, 1), (16, 32, 4, 1))
 
 
-def tune(bench: "Bench", report: Report) -> None:
-    """One part for every entry of the table that belongs to this head width."""
-    from hf_stable.kernels.blocks import BLOCKS  # noqa: PLC0415  # needs Triton
-
-    for key in [key for key in BLOCKS if key[1] == max(32, bench.shape.width)]:
-        name = "tiles of " + ", ".join(map(str, key))
-        report.part(name, partial(sweep, bench, BLOCKS, key, name))
-
-
-def sweep(bench: "Bench", table: dict[Any, Any], key: Any, part: str) -> Part:
+def sweep(bench: "Bench", kernel: str, clips: bool) -> Part:
     """Time each candidate of one entry: the forward alone, the backward ones in a whole step."""
-    kernel, _, clips = key
+    from hf_stable.kernels.blocks import BLOCKS, Blocks  # noqa: PLC0415  # needs Triton
+
+    key = (kernel, max(32, bench.shape.width), clips)
     case = OWN["ours, cap, clip dense" if clips else "ours, cap"]
-    run = bench.run(case, backward=kernel != "forward")
-    present = table[key]
-    builders: dict[str, Callable[[], Run]] = {str(present): lambda: run}
-    for values in DRY_CANDIDATES if bench.device.dry else CANDIDATES[kernel]:
-        candidate = type(present)(*values)
-        builders[str(candidate)] = lambda blocks=candidate: partial(
-            replaced, run, table, key, blocks
-        )
-    _, times, skipped = bench.device.measure(builders, seconds=10, warm_ups=2)
-    rows = rows_of(times, skipped, part, str(present))
-    rows.sort(key=lambda row: row.get("ms", float("inf")))
-    return rows, {}
+    run, step = (bench.run(case, backward) for backward in (kernel != "forward", True))
+    tried = DRY_CANDIDATES if bench.device.dry else CANDIDATES[kernel]
+    candidates = list(dict.fromkeys([BLOCKS[key], *(Blocks(*each) for each in tried)]))
+    names = {str(list(vars(blocks).values())): blocks for blocks in candidates}
+    builders: dict[str, Callable[[], Run]] = {
+        name: lambda blocks=blocks: partial(replaced, run, BLOCKS, key, blocks)
+        for name, blocks in names.items()
+    }
+    ready, times, skipped = bench.device.measure(builders, seconds=5, warm_ups=2)
+    base = next(iter(names))
+    rows = rows_of(times, skipped, f"tiles of {', '.join(map(str, key))}", base)
+    for row in rows:
+        blocks = names[row["case"]]
+        row.update(entry=list(key), tiles=list(vars(blocks).values()))
+        if row["case"] in ready:  # a tile that is fast and wrong must not win
+            row.update(bench.errors(case, replaced(step, BLOCKS, key, blocks, 0)))
+    return sorted(rows, key=lambda row: row.get("ms", math.inf)), {}
 
 
-def replaced(run: Run, table: dict[Any, Any], key: Any, blocks: Any, number: int) -> object:
-    """One call with another entry of the table."""
+def replaced(run: Run, table: dict[Any, Any], key: Any, blocks: Any, number: int) -> Any:
+    """Make one call with another entry of the table."""
     before = table[key]
     table[key] = blocks
     try:

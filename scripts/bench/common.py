@@ -1,4 +1,4 @@
-"""What the GPU benchmarks share: how time and memory are measured, and how goals are judged.
+"""What the GPU benchmarks share: how time and memory are measured.
 
 Laws: all cases of a comparison live in one process. A round times each of them once, in an order
 that changes, so that a clock that drifts hits all alike; a ratio is taken within a round, and the
@@ -8,21 +8,20 @@ or fails is a row with its reason. `--dry` runs everything on tiny shapes, on a 
 rehearsal, whose numbers mean nothing and are marked so.
 """
 
-import argparse
 import gc
 import math
 import os
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import clocks
 import torch
+from page import NOT_RUN
 
 # Triton decides at its import, which comes later, whether kernels run on a GPU or are interpreted.
 if not torch.cuda.is_available():
@@ -32,34 +31,11 @@ Run = Callable[[int], object]
 """One call of what is timed, on the input set of this number."""
 Times = dict[str, list[float]]
 """Milliseconds of each round by case."""
+Part = tuple[list[dict[str, Any]], dict[str, float | None]]
+"""Rows, and values by goal id."""
 
 PEAK_FLOPS = 989e12  # dense bf16 of H100 and H200 by NVIDIA's data sheet, the base of every MFU
-MIN_ROUNDS = 5
-OURS = "ours"  # names of our own cases begin so
-NOT_RUN = "not run: "
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A number to reach. `worst` of several measured values is judged where an id has several."""
-
-    id: str
-    what: str
-    bar: float
-    stretch: float | None = None
-    at_least: bool = False
-
-    def judge(self, value: float | None) -> dict[str, Any]:
-        """The goal with its value and verdict; NaN has missed every bar."""
-
-        def reached(mark: float | None) -> bool | None:
-            if mark is None or value is None:
-                return None
-            return bool(value >= mark if self.at_least else value <= mark)
-
-        verdict = {None: "not measured", True: "met", False: "missed"}[reached(self.bar)]
-        marks = {"value": value, "verdict": verdict, "stretch_met": reached(self.stretch)}
-        return {**asdict(self), **marks}
+ROUNDS, MIN_ROUNDS = 50, 5
 
 
 def ratio(times: Times, name: str, base: str) -> float | None:
@@ -82,6 +58,21 @@ def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
     return ((value.double() - truth).norm() / truth.norm()).item()
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """One case of the plan: what is measured together, saved together, and not repeated.
+
+    Attributes:
+        limit: seconds after which it counts as failed and its process is ended.
+        sizes: what it is measured on, a part of its identity.
+    """
+
+    name: str
+    measure: Callable[[], Part]
+    limit: float
+    sizes: Mapping[str, Any]
+
+
 class NotRunError(Exception):
     """A case that this machine or the time left does not allow: no failure, whoever's it is."""
 
@@ -102,19 +93,21 @@ class Device:
     Attributes:
         dry: tiny shapes; on a CPU always.
         deadline: of `time.monotonic()`; what was not reached by then is not measured.
+        spans: when it timed, by `time.monotonic()`, for the readings of clocks.
     """
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
+    def __init__(self, dry: bool, seconds: float, rounds: int = ROUNDS) -> None:
         self.cuda = torch.cuda.is_available()
-        self.dry: bool = arguments.dry
+        self.dry = dry
         self.torch = torch.device("cuda" if self.cuda else "cpu")
         # The interpreter of Triton cannot do bf16.
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
-        self.rounds: int = 1 if self.dry else arguments.rounds
-        self.deadline = time.monotonic() + arguments.seconds
+        self.rounds: int = 1 if self.dry else rounds
+        self.deadline = time.monotonic() + seconds
         flush_bytes = 2**28 if self.cuda else 0
         self._flush = torch.empty(flush_bytes, dtype=torch.int8, device=self.torch)
         self._order = random.Random(0)
+        self.spans: list[tuple[float, float]] = []
         torch.manual_seed(0)
         # Many forms of one function are compiled in a process, each for one shape.
         torch._dynamo.config.recompile_limit = 256
@@ -183,7 +176,8 @@ class Device:
         A case that runs out of memory beside the others is left out.
         """
         names, times = list(cases), {name: list[float]() for name in cases}
-        end = min(time.monotonic() + seconds, self.deadline)
+        begin = time.monotonic()
+        end = min(begin + seconds, self.deadline)
         for number in range(self.rounds):
             if number >= MIN_ROUNDS and time.monotonic() > end:
                 break
@@ -197,6 +191,7 @@ class Device:
             names = list(readings)
             for name, read in readings.items():
                 times[name].append(read())
+        self.spans.append((begin, time.monotonic()))
         return times
 
     def peak_bytes(self, run: Callable[[], object]) -> int | None:
@@ -216,9 +211,13 @@ class Device:
             gc.collect()
             torch.cuda.empty_cache()
 
+    @property
+    def gemm_size(self) -> int:
+        return 64 if self.dry else 8192
+
     def gemm_tflops(self) -> float:
-        """What the library's bf16 product of two random 8192 x 8192 matrices reaches."""
-        size = 64 if self.dry else 8192
+        """What the library's bf16 product of two large random square matrices reaches."""
+        size = self.gemm_size
         shape = (3, size, size)
         left, right = (torch.randn(shape, device=self.torch, dtype=self.dtype) for _ in range(2))
 
@@ -242,19 +241,7 @@ class Device:
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
         }
-        return {**about, **nvidia_smi()}
-
-
-def nvidia_smi() -> dict[str, str]:
-    """Driver, clocks, power and temperature of the first GPU; empty where they cannot be read."""
-    fields = ["driver_version", "clocks.sm", "clocks.mem", "power.draw", "power.limit"]
-    fields += ["temperature.gpu", "clocks_event_reasons.active"]
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return dict(zip(fields, answer.stdout.splitlines()[0].split(", "), strict=False))
+        return {**about, **clocks.query()}
 
 
 def rows_of(times: Times, skipped: dict[str, str], part: str, base: str) -> list[dict[str, Any]]:
@@ -274,22 +261,3 @@ def rows_of(times: Times, skipped: dict[str, str], part: str, base: str) -> list
             }
         )
     return rows + [{"part": part, "case": name, "skipped": why} for name, why in skipped.items()]
-
-
-def parser(description: str) -> argparse.ArgumentParser:
-    """The options that all benchmarks have."""
-    options = argparse.ArgumentParser(description=description)
-    options.add_argument("--dry", action="store_true", help="tiny shapes: a rehearsal")
-    options.add_argument("--check", action="store_true", help="errors only, no times")
-    options.add_argument("--output", type=Path, help="folder for the JSON and the figure")
-    options.add_argument("--seconds", type=float, default=240, help="start nothing new after this")
-    options.add_argument("--rounds", type=int, default=50, help="at most, of each comparison")
-    return options
-
-
-def parse(options: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse the command line; without a GPU only a dry run is possible."""
-    arguments = options.parse_args()
-    if not arguments.dry and not torch.cuda.is_available():
-        options.error("there is no CUDA device: --dry rehearses on a CPU, without meaningful times")
-    return arguments

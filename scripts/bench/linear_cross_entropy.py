@@ -1,7 +1,5 @@
 """Head and loss at width 1024, vocabulary 256,000, z-loss 1e-4, bf16: ours against every peer.
 
-    python scripts/bench/linear_cross_entropy.py --output FOLDER    # errors, times, memory, goals
-
 A call makes the loss and the gradients of hidden states and head. The floor is the three bare GEMMs
 of the same shapes. Extra memory is what a call holds at its peak beyond hidden states, head and the
 gradients of both. Errors are against the plain formula in float64; the reference for the head's
@@ -14,42 +12,24 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import Device, Goal, Run, Times, parse, parser, ratio, relative_error, rows_of
+from common import Device, Part, Run, Times, ratio, relative_error, rows_of
+from goals import HEAD_BAR
 from linear_cross_entropy_cases import CASES, Loss, eager, formula
-from report import Part, Report
 
-HIDDEN_BAR, HEAD_BAR = 2.0, 1.1  # times the error of the plain formula in the same dtype
+HIDDEN_BAR = 2.0  # times the error of the plain formula in the same dtype
 FP32_FLOOR = 1e-5  # beneath it errors are the order of sums, not a mistake
 LENGTHS = {"8k": 8192, "32k": 32768}
-
-
-def _goals(tokens: str) -> list[Goal]:
-    """Goals at one number of tokens.
-
-    L1 was restated from 1.15. A token at width 1024 and vocabulary 256,000 is 1.57 GFLOP of GEMMs,
-    2.25 us at 700 TFLOP/s. The row kernel reads 512 KB twice and writes them, 0.36 us at 4.3 TB/s,
-    and every chunk of 4096 tokens reads and writes 1 GB of fp32 gradient, 0.12 us a token: 1.21
-    times the GEMMs. A second stream hides at most the half of the row kernel in which it waits for
-    memory (static.py: 149 of 302 clocks are instructions), which would be 1.13.
-    """
-    return [
-        Goal(f"L1 {tokens}", "ours / the three bare GEMMs", 1.22, 1.15),
-        Goal(f"L2 {tokens}", "peak extra memory, GB", 3.5, 2.0),
-        Goal(f"L3 default {tokens}", "ours / Liger as it comes", 0.5, 0.25),
-        Goal(f"L3 best {tokens}", "ours / Liger with its best chunks", 1.0, 0.95),
-        Goal(f"L4 {tokens}", "ours / compiled unchunked F.cross_entropy", 1.08, 1.0),
-        Goal(f"L5 z-loss {tokens}", "z-loss on / off", 1.01),
-        Goal(f"L5 cap {tokens}", "final cap on / off", 1.04),
-    ]
-
-
-GOALS = [
-    *_goals("8k"),
-    *_goals("32k"),
-    Goal("L6", "error of the head's gradient / of fp32-accumulated chunks", HEAD_BAR),
-    Goal("G1 CE time", "time at vocabulary 256,000 / at 128,000", 2.1),
-    Goal("G1 CE memory", "extra memory beyond an fp32 head gradient, likewise", 1.05),
-]
+# Compared within each round, most valuable first; ratios in the rows are over the bare GEMMs.
+COMPARISONS = {
+    "floor": ("ours", "ours, without z-loss", "ours, cap", "unchunked, compiled"),
+    "liger": ("ours", "liger", *(f"liger, chunk {n}" for n in (4, 16, 64))),
+    "peers": (
+        *("ours", "ours again", "eager", "torch, without z-loss", "cce, without z-loss"),
+        *("quack, without z-loss", "fla, without z-loss", "liger, chunk 16, fp32 sums"),
+    ),
+    "streams": ("ours", "ours, two streams"),
+    "chunks": ("ours", "ours, 0.5 GiB", "ours, 1 GiB", "ours, 4 GiB", "unchunked", "eager, cap"),
+}
 
 
 @dataclass(frozen=True)
@@ -150,7 +130,7 @@ def errors(results: list[torch.Tensor], exact: list[torch.Tensor]) -> dict[str, 
 
 def check(bench: Bench) -> Part:
     """Errors of our cases at the full vocabulary; a fast proof before anything is timed."""
-    part = f"errors at {bench.shape.tokens} tokens"
+    part = f"head and loss, errors at {bench.shape.tokens} tokens"
     builders = {name: partial(bench.run, CASES[name]) for name in CHECKED}
     ready, skipped = bench.device.prepare(builders, warm_ups=1)
     rows: list[dict[str, Any]] = []
@@ -160,13 +140,16 @@ def check(bench: Bench) -> Part:
     return rows + rows_of({}, skipped, part, "ours"), {"L6": max(over, default=None)}
 
 
-def compare(bench: Bench, tokens: str) -> Part:
-    """Every case at one number of tokens."""
+def compare(bench: Bench, tokens: str, name: str) -> Part:
+    """One of COMPARISONS at one number of tokens, beside the bare GEMMs."""
     device = bench.device
     # The floor first: its buffer then counts when it is found out who fits.
-    builders = {"gemms": bench.gemms, **{k: partial(bench.run, v) for k, v in CASES.items()}}
-    ready, times, skipped = device.measure(builders, seconds=12, warm_ups=2)
-    rows = rows_of(times, skipped, f"{tokens} tokens", "gemms")
+    builders = {
+        "gemms": bench.gemms,
+        **{k: partial(bench.run, CASES[k]) for k in COMPARISONS[name]},
+    }
+    ready, times, skipped = device.measure(builders, seconds=6, warm_ups=2)
+    rows = rows_of(times, skipped, f"head and loss, {name}, {tokens} tokens", "gemms")
     for row in rows:
         if "ms" in row and row["case"] != "gemms":
             row["extra_gb"] = bench.extra_gb(ready[row["case"]])
@@ -200,7 +183,7 @@ def vocabulary(shape: Shape, device: Device) -> Part:
     builders = {name: partial(bench.run, CASES["ours"]) for name, bench in benches.items()}
     ready, times, skipped = device.measure(builders, seconds=5)
     small, large = benches
-    rows = rows_of(times, skipped, "vocabulary", small)
+    rows = rows_of(times, skipped, "head and loss, vocabulary", small)
     beyond: dict[str, float] = {}
     for row in rows:
         name = row["case"]
@@ -209,23 +192,3 @@ def vocabulary(shape: Shape, device: Device) -> Part:
             beyond[name] = extra - 4 * benches[name].head.numel() / 1e9
     memory = beyond[large] / beyond[small] if len(beyond) == 2 else None
     return rows, {"G1 CE time": ratio(times, large, small), "G1 CE memory": memory}
-
-
-def main() -> int:
-    arguments = parse(parser((__doc__ or "").split("\n\n")[0]))
-    device = Device(arguments)
-    report = Report("linear_cross_entropy", GOALS, device, arguments.output)
-    base = DRY if device.dry else MODEL
-    few = base if device.dry else Shape(CHECK_TOKENS, base.width, base.vocab)
-    report.part("errors", lambda: check(Bench(few, device)))
-    if arguments.check:
-        return report.finish()
-    for name, tokens in LENGTHS.items():
-        shape = Shape(base.tokens * tokens // LENGTHS["8k"], base.width, base.vocab)
-        report.part(f"{name} tokens", lambda n=name, s=shape: compare(Bench(s, device), n))
-    report.part("vocabulary", lambda: vocabulary(base, device))
-    return report.finish()
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

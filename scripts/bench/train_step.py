@@ -1,15 +1,11 @@
 """Training steps of the paper's 830m model: tokens/s, MFU and memory, by technique, against a peer.
 
-    python scripts/bench/train_step.py --output FOLDER
-    python scripts/bench/train_step.py --output FOLDER --profile    # only where a step's time goes
-
 A step is what `hf_stable.training` does with one micro-batch: bf16 autocast, forward, backward,
 clipping, the host's look at the gradient norm, fused AdamW; on random tokens. Blocks are compiled
 unless a row says otherwise. MFU counts matrix products and causal attention, once forward and twice
 backward, head in, recomputation out, over 989 TFLOP/s. The peer is Transformers' Gemma 2 of the
 same width, depth, heads and MLP FLOPs with its eager softcap attention and its own loss, at the
-largest micro-batch that fits; its times are scaled to the same number of tokens. The most important
-parts come first: what the time does not allow is not measured.
+largest micro-batch that fits; its times are scaled to the same number of tokens.
 """
 
 import time
@@ -21,17 +17,14 @@ import torch
 from common import (
     PEAK_FLOPS,
     Device,
-    Goal,
+    Part,
     Times,
-    parse,
-    parser,
     ratio,
     rows_of,
     worst,
 )
-from report import Part, Report
+from goals import SLOWDOWN
 from torch._inductor.utils import fresh_inductor_cache
-from train_step_errors import check
 from train_step_models import (
     ALL,
     CLIP_ALPHA,
@@ -50,31 +43,7 @@ from train_step_models import (
 )
 from train_step_profile import profile
 
-# Largest slowdown of a whole step by one technique.
-SLOWDOWN = {
-    "qk_norm": 0.02,
-    "qkv_norm": 0.02,
-    # Attention is 13 to 20 % of a step and takes 1.6 to 1.7 times as long with the exact tanh.
-    "soft_cap": 0.12,
-    "soft_temp": 0.005,  # none, and half a percent of noise
-    "layer_scale": 0.01,
-    "z_loss": 0.005,
-    "sigma_reparam": 0.02,
-    "soft_clip": 0.15,
-    "soft_clip, alpha": 0.15,
-}
 TECHNIQUES = {**PRESETS, "soft_clip, alpha": CLIP_ALPHA}
-
-GOALS = [
-    Goal("E1", "MFU, QK-norm + cap + z-loss", 0.42, 0.48, at_least=True),
-    Goal("E2", "tokens/s, all techniques / none with SDPA", 0.90, 0.95, at_least=True),
-    *(Goal(f"E3 {name}", "slowdown of a step", bar, bar / 2) for name, bar in SLOWDOWN.items()),
-    Goal("E4", "tokens/s, E1's techniques / Gemma 2 of Transformers", 2.0, 3.0, at_least=True),
-    Goal("E5", "peak memory of E1's training, GB", 60.0, 48.0),
-    Goal("G1 time", "time a token over the FLOP model's, 2k and 8k over 4k", 1.08),
-    Goal("G1 memory", "peak beyond weights and moments, largest / smallest of 2k, 4k, 8k", 1.05),
-    Goal("G1 compile", "cold compile time, 24 layers / 4", 1.15),
-]
 
 
 class Lab:
@@ -151,6 +120,12 @@ class Lab:
         }
 
 
+def first(lab: Lab) -> Part:
+    """E1 alone: the first number that a new machine should give."""
+    rows, _, _ = lab.compare("training step, E1", {"ours, E1": partial(lab.stable, E1)}, seconds=5)
+    return rows, {"E1": rows[0].get("mfu"), "E5": rows[0].get("peak_gb")}
+
+
 def headline(lab: Lab) -> Part:
     """E1 beside the same code with every technique off, and all techniques."""
     builders = {
@@ -185,8 +160,9 @@ def uncompiled(lab: Lab) -> Part:
     return lab.compare("without compile", builders)[0], {}
 
 
-def profiled(lab: Lab, gemm_tflops: float) -> Part:
+def profiled(lab: Lab) -> Part:
     """Where the time of E1's step goes."""
+    gemm_tflops = lab.device.gemm_tflops()
     training = lab.stable(E1)
     for number in range(2):
         training(number)
@@ -255,36 +231,3 @@ def step_seconds(training: Training, device: Device) -> float:
     training(0)
     device.synchronize()
     return time.perf_counter() - start
-
-
-def main() -> int:
-    options = parser((__doc__ or "").split("\n\n")[0])
-    options.add_argument("--profile", action="store_true", help="only where a step's time goes")
-    arguments = parse(options)
-    device = Device(arguments)
-    name = "train_step_kernels" if arguments.profile else "train_step"
-    report = Report(name, [] if arguments.profile else GOALS, device, arguments.output)
-    lab, gemm = Lab(device), report.content["gemm_tflops"]["before"]
-    parts: dict[str, Callable[[], Part]] = {
-        "errors": lambda: check(lab.geometry, lab.shape, device),
-        "all on, all off": lambda: headline(lab),
-        "gemma 2": lambda: against_gemma2(lab, compiled=False),
-        "profile": lambda: profiled(lab, gemm),
-        "sequence length": lambda: lengths(lab),
-        **{f"technique {name}": partial(technique, lab, name) for name in SLOWDOWN},
-        "without compile": lambda: uncompiled(lab),
-        "compile": lambda: compile_times(lab),
-        "vocabulary": lambda: vocabularies(lab),
-        "gemma 2, compiled": lambda: against_gemma2(lab, compiled=True),
-    }
-    if not device.dry:
-        others = [name for name in TECHNIQUES if name not in SLOWDOWN]
-        parts.update({f"technique {name}": partial(technique, lab, name) for name in others})
-    chosen = ["profile"] if arguments.profile else ["errors"] if arguments.check else list(parts)
-    for name in chosen:
-        report.part(name, parts[name])
-    return report.finish()
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -4,8 +4,7 @@ import copy
 from typing import Any
 
 import torch
-from common import Device, relative_error
-from report import Part
+from common import Device, Part, relative_error
 from train_step_models import ALL, CLIP_ALPHA, E1, Shape, stable_gpt
 
 ERROR_BAR = 2.0  # times the error of eager attention in the same precision

@@ -1,6 +1,8 @@
 """What only a GPU can show: bf16 on tensor cores at full tile sizes, and the hardware's tanh."""
 
 import math
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +11,15 @@ import torch
 from hf_stable import StableGPTConfig, StableGPTForCausalLM
 from hf_stable.kernels.attention import flash_attention
 from hf_stable.kernels.backends import default_attention
+from hf_stable.kernels.blocks import BLOCKS, Blocks
 from hf_stable.kernels.documents import build_documents
 
 from .reference import assert_as_good_as_plain, dense, draw, error, plain
+
+BENCH = Path(__file__).parents[2] / "scripts" / "bench"
+sys.path.insert(0, str(BENCH))  # the benchmarks are scripts that import their neighbours
+
+from attention_tune import CANDIDATES  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,6 +47,18 @@ def test_bfloat16_errs_no_more_than_the_eager_formula(form, width, packed) -> No
     mask = dense(documents) if documents is not None else None
     output, _ = flash_attention(*inputs.tensors, documents=documents, **score)
     assert_as_good_as_plain(inputs.gradients(output), inputs, mask, times=1.0, **score)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "tiles"), [(kernel, each) for kernel in CANDIDATES for each in CANDIDATES[kernel]]
+)
+def test_tiles_that_are_tried_for_speed_are_right(kernel, tiles, monkeypatch) -> None:
+    """In parallel they are also compiled in parallel, before `scripts/gpu_first.sh` times them."""
+    monkeypatch.setitem(BLOCKS, (kernel, 64, False), Blocks(*tiles))
+    inputs = draw((2, 4, 4, 1008, 64), torch.bfloat16)
+    score: dict[str, Any] = {"scaling": 0.125, "softcap": 50.0}
+    output, _ = flash_attention(*inputs.tensors, **score)
+    assert_as_good_as_plain(inputs.gradients(output), inputs, None, **score)
 
 
 def test_the_hardware_tanh_errs_as_much_as_its_eleven_bits() -> None:

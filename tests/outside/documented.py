@@ -69,7 +69,7 @@ QUICKSTART = blocks_of_help()[0].lines
 # Documented command -> the same with other sizes, texts or folders, or where it is run instead. A
 # command that is not here runs as it stands.
 _CHECKOUT = Elsewhere("needs a checkout", ".ci/run")
-_BENCH = Elsewhere("needs a GPU", "tests/test_bench_rehearsal.py")
+_BENCH = Elsewhere("needs a GPU", "tests/test_gpu_first.py")
 _HUB = Elsewhere("needs the Hub", "tests/hub/test_push.py")
 _SERVER = Elsewhere("serves until it is stopped", "tests/clients/test_generation.py")
 _SURVIVAL = SMALL.replace("training.steps=4", "training.steps=60") + " output=runs/survival"
@@ -117,9 +117,9 @@ INSTEAD: dict[str, str | Elsewhere] = {
         "needs a task", "tests/clients/test_lm_eval.py"
     ),
     "scripts/study_gpu.sh": Elsewhere("needs a GPU", "tests/sweep/test_study_gpu.py"),
-    "scripts/bench/gpu.sh": _BENCH,
-    "MINUTES=30 scripts/bench/gpu.sh": _BENCH,
-    "scripts/bench/gpu.sh --dry": _BENCH,
+    "scripts/gpu_first.sh --call 1 runs/gpu_first": _BENCH,
+    "scripts/gpu_first.sh --call 2 runs/gpu_first": _BENCH,
+    "scripts/gpu_first.sh --dry runs/rehearsal": _BENCH,
     "hf-stable-serve runs/quickstart/model --device cpu --port 8000": _SERVER,
     "transformers chat runs/quickstart/model http://localhost:8000 max_new_tokens=8": _SERVER,
     "accelerate estimate-memory org/name --library_name transformers --trust_remote_code": (
