@@ -152,15 +152,12 @@ def _numel(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def memory(
-    sizes: Shapes, sharding: Sharding, *, accumulates: bool, recompute: bool, fused_optimizer: bool
-) -> Memory:
+def memory(sizes: Shapes, sharding: Sharding, *, accumulates: bool, recompute: bool) -> Memory:
     """Compose a step's moments.
 
     Args:
         accumulates: whether a step has more than one micro batch.
         recompute: whether blocks are computed again in the backward pass.
-        fused_optimizer: whether AdamW makes no temporary tensors.
     """
     weights = _FP32 * sizes.parameters // sharding.shard_size
     make = _sharded_moments if sharding.is_sharded else _whole_moments
@@ -173,8 +170,8 @@ def memory(
             for name, moment in moments.items()
         }
         return Memory(0, 0, moments, host=4 * weights)
-    temporary = 0 if fused_optimizer else weights
-    moments["the update"] = Moment(weights, 0, 0, temporary)
+    # Fused AdamW makes no temporary tensors.
+    moments["the update"] = Moment(weights, 0, 0, 0)
     return Memory(weights, 2 * weights, moments)
 
 
