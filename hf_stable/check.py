@@ -143,7 +143,6 @@ def _estimate(
         sharding,
         accumulates=accumulation > 1,
         recompute=recipe.training.gradient_checkpointing,
-        fused_optimizer=not sharding.is_sharded,
     )
 
 

@@ -109,11 +109,13 @@ class Shapes:
     logits: int
     """Rows of one chunk of the loss times vocabulary."""
     narrow: int
+    gathered: int
+    """Bytes of an element of a block that is gathered from its shards."""
     cuda: bool
     """Whether the loss overwrites its logits in their own dtype, as the kernel on CUDA does, and
     sums of gradients are made in place; gloo copies what it sums."""
     cost: dict[bool, BlockCost]
-    """By whether the block's weights come in `narrow` bytes, as shards of them are gathered."""
+    """By whether the block's weights come in 2 bytes, as shards of them may be gathered."""
 
     @property
     def parameters(self) -> int:
@@ -133,6 +135,7 @@ def shapes(model: StableGPTForCausalLM, recipe: Recipe, device: str = "cuda") ->
     head, block = model.lm_head.weight, _numel(model.model.layers[0])
     embedding = model.model.embed_tokens.weight
     embedded = 0 if embedding is head else embedding.numel()
+    narrow = bf16 and not model.config.sigma_reparam  # see parallel.py
     layers = len(model.model.layers)
     return Shapes(
         layers=layers,
@@ -143,8 +146,9 @@ def shapes(model: StableGPTForCausalLM, recipe: Recipe, device: str = "cuda") ->
         stream=tokens * model.config.hidden_size,
         logits=min(tokens, rows) * model.config.vocab_size,
         narrow=2 if bf16 else _FP32,
+        gathered=2 if narrow else _FP32,
         cuda=device == "cuda",
-        cost={narrow: _block_cost(model.config, recipe, narrow) for narrow in {False, bf16}},
+        cost={each: _block_cost(model.config, recipe, each) for each in {False, narrow}},
     )
 
 
@@ -152,15 +156,12 @@ def _numel(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def memory(
-    sizes: Shapes, sharding: Sharding, *, accumulates: bool, recompute: bool, fused_optimizer: bool
-) -> Memory:
+def memory(sizes: Shapes, sharding: Sharding, *, accumulates: bool, recompute: bool) -> Memory:
     """Compose a step's moments.
 
     Args:
         accumulates: whether a step has more than one micro batch.
         recompute: whether blocks are computed again in the backward pass.
-        fused_optimizer: whether AdamW makes no temporary tensors.
     """
     weights = _FP32 * sizes.parameters // sharding.shard_size
     make = _sharded_moments if sharding.is_sharded else _whole_moments
@@ -173,8 +174,8 @@ def memory(
             for name, moment in moments.items()
         }
         return Memory(0, 0, moments, host=4 * weights)
-    temporary = 0 if fused_optimizer else weights
-    moments["the update"] = Moment(weights, 0, 0, temporary)
+    # Fused AdamW makes no temporary tensors.
+    moments["the update"] = Moment(weights, 0, 0, 0)
     return Memory(weights, 2 * weights, moments)
 
 
@@ -190,7 +191,7 @@ class _Kept(NamedTuple):
 
 
 def _kept(sizes: Shapes, sharded: bool, recompute: bool) -> _Kept:
-    kept, backward = sizes.cost[sharded and sizes.narrow == 2]
+    kept, backward = sizes.cost[sharded and sizes.gathered == 2]
     stream = _FP32 * sizes.stream
     outside = 2 * stream  # the last norm's input and output
     if recompute:
@@ -234,7 +235,7 @@ def _sharded_moments(
     shard = _FP32 * sizes.parameters // sharding.shard_size
     before = shard if accumulates else 0
     tied = sizes.embedding == 0
-    block, head = sizes.narrow * sizes.block, (_FP32 if tied else sizes.narrow) * sizes.head
+    block, head = sizes.gathered * sizes.block, (_FP32 if tied else sizes.narrow) * sizes.head
     embedding, stream = _FP32 * (sizes.embedding or sizes.head), _FP32 * sizes.stream
     again = sharding.reshard_after_forward
     # The root keeps what it gathers for the whole step: vectors, and a tied weight.

@@ -178,7 +178,6 @@ class _Planner:
             sharding,
             accumulates=sequences > training.micro_batch_size,
             recompute=recompute,
-            fused_optimizer=not sharding.is_sharded,
         )
 
     def _is_chosen(self, sharding: Sharding) -> bool:

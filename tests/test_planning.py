@@ -94,13 +94,7 @@ def test_memory_moves_with_what_decides_it() -> None:
     sizes = shapes(build_model(large), large)
 
     def total(sharding: Sharding, recompute: bool = False, accumulates: bool = True) -> int:
-        found = memory(
-            sizes,
-            sharding,
-            accumulates=accumulates,
-            recompute=recompute,
-            fused_optimizer=not sharding.is_sharded,
-        )
+        found = memory(sizes, sharding, accumulates=accumulates, recompute=recompute)
         assert sum(found.parts().values()) == found.total
         return found.total
 

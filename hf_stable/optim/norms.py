@@ -3,14 +3,17 @@
 All of it is read from the moments afterwards: nothing is kept of the weights before the step.
 """
 
-from collections.abc import Mapping
+# torch hides its foreach functions.
+# pyright: reportPrivateImportUsage=false
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from .optimizers import StableAdamW
-from .shards import pieces, sum_over_shards
+from .shards import batches, held, sum_over_shards, sum_pieces
 
 # Where sqrt(v) is eps an update is half of what Adam means it to be: then most of a group's are.
 EPS_FRACTION = 0.5
@@ -28,46 +31,57 @@ def update_norm(optimizer: torch.optim.AdamW) -> torch.Tensor:
     Returns:
         0-d float64 on the parameters' device, the same on all processes.
     """
-    moved = [
-        (group, parameter)
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter.grad is not None
-    ]
-    squares = [_squared_update(optimizer, group, parameter) for group, parameter in moved]
-    whole = sum_over_shards(squares, [parameter for _, parameter in moved])
-    return torch.stack(whole).sum().sqrt()
+    parameters: list[nn.Parameter] = []
+    squares: list[torch.Tensor] = []
+    for group in optimizer.param_groups:
+        members = [parameter for parameter in group["params"] if parameter.grad is not None]
+        if members:
+            parameters += members
+            squares += _squared_updates(optimizer, group, members)
+    return torch.stack(sum_over_shards(squares, parameters)).sum().sqrt()
 
 
-def _debiased(group: dict[str, Any], state: Mapping[str, Any]) -> tuple[Any, Any]:
-    """1 - beta^step of both moments, 0-d float64, on the device where `step` is."""
-    step = state["step"].double()
+def _debiased(
+    group: dict[str, Any], states: Sequence[Mapping[str, Any]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """1 - beta^step of both moments by state, float64, on the device where moments are."""
+    steps = torch.stack([state["step"] for state in states]).double()
+    # Of AdamW one by one and of StableAdamW steps are on the host: for them nobody waits there.
+    steps = steps.to(held(states[0]["exp_avg"]).device, non_blocking=True)
     beta1, beta2 = group["betas"]
-    return 1 - beta1**step, 1 - beta2**step
+    return 1 - beta1**steps, 1 - beta2**steps
 
 
-def _squared_update(
-    optimizer: torch.optim.AdamW, group: dict[str, Any], parameter: nn.Parameter
-) -> torch.Tensor:
-    """Sum of squares of this process's part of a parameter's last change, 0-d float64.
+def _squared_updates(
+    optimizer: torch.optim.AdamW, group: dict[str, Any], members: list[nn.Parameter]
+) -> Sequence[torch.Tensor]:
+    """Sums of squares of this process's part of parameters' last change, 0-d float64.
 
     The step is w' = (1 - a d) w - a u with rate a, decay d and Adam's u, so that in the weights w'
     that are left of it, w' - w = -a (u + d w') / (1 - a d).
     """
-    state, decay = optimizer.state[parameter], group["weight_decay"]
+    states, decay = [optimizer.state[parameter] for parameter in members], group["weight_decay"]
     rate: Any = group["lr"]
     if isinstance(optimizer, StableAdamW):
-        rate = rate / optimizer.rms[parameter].clamp(min=1.0)
-    bias1, bias2 = _debiased(group, state)
-    root, total = bias2.sqrt(), torch.zeros((), dtype=torch.float64, device=parameter.device)
+        rate = rate / torch.stack([optimizer.rms[each] for each in members]).clamp(min=1.0)
+    bias1, bias2 = _debiased(group, states)
+    root = bias2.sqrt()
     # u = scale * m / (sqrt(v) + eps * root), constants taken together.
     scale = root / bias1
-    for w, m, v in pieces(parameter, state["exp_avg"], state["exp_avg_sq"]):
-        update = torch.div(m, v.sqrt().add_(group["eps"] * root))
+    small, decays = (group["eps"] * root).unbind(), (decay / scale).unbind()
+    moments = ([state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states])
+    owners: list[int] = []
+    parts: list[torch.Tensor] = []
+    for owned, (w, m, v) in batches(members, *moments):
+        roots = torch._foreach_sqrt(v)
+        torch._foreach_add_(roots, [small[owner] for owner in owned])
+        updates = torch._foreach_div(m, roots)
         if decay:
-            update.add_(w * (decay / scale))
-        total += torch.linalg.vector_norm(update).double().square()
-    return total * (scale * rate / (1 - rate * decay)) ** 2
+            torch._foreach_addcmul_(updates, w, [decays[owner] for owner in owned])
+        owners += owned
+        parts.append(torch.stack(torch._foreach_norm(updates)).double().square())
+    sums = torch.stack(sum_pieces(owners, parts, members))
+    return (sums * (scale * rate / (1 - rate * decay)) ** 2).unbind()
 
 
 @torch.no_grad()
@@ -87,21 +101,27 @@ def fractions_below_eps(optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]
         stepped = [parameter for parameter in group["params"] if optimizer.state.get(parameter)]
         if not stepped:
             continue
-        counts = sum_over_shards(
-            [_count_below_eps(group, optimizer.state[parameter]) for parameter in stepped], stepped
-        )
+        counts = sum_over_shards(_counts_below_eps(optimizer, group, stepped), stepped)
         total = sum(parameter.numel() for parameter in stepped)
         found[group["name"]] = torch.stack(counts).sum() / total
     return found
 
 
-def _count_below_eps(group: dict[str, Any], state: Mapping[str, Any]) -> torch.Tensor:
-    root = _debiased(group, state)[1].sqrt()
-    found = [
-        (v.sqrt() < group["eps"] * root).sum(dtype=torch.float64)
-        for (v,) in pieces(state["exp_avg_sq"])
-    ]
-    return torch.stack(found).sum()
+def _counts_below_eps(
+    optimizer: torch.optim.AdamW, group: dict[str, Any], members: list[nn.Parameter]
+) -> list[torch.Tensor]:
+    states = [optimizer.state[parameter] for parameter in members]
+    limits = (group["eps"] * _debiased(group, states)[1].sqrt()).unbind()
+    owners: list[int] = []
+    parts: list[torch.Tensor] = []
+    for owned, (v,) in batches([state["exp_avg_sq"] for state in states]):
+        counts = [
+            (root < limits[owner]).sum(dtype=torch.float64)
+            for owner, root in zip(owned, torch._foreach_sqrt(v), strict=True)
+        ]
+        owners += owned
+        parts.append(torch.stack(counts))
+    return sum_pieces(owners, parts, members)
 
 
 def eps_warning(fractions: Mapping[str, float], eps: float) -> str | None:

@@ -71,7 +71,6 @@ def computed(recipe: Recipe, sharding: Sharding) -> Memory:
         sharding,
         accumulates=True,
         recompute=recipe.training.gradient_checkpointing,
-        fused_optimizer=not sharding.is_sharded,
     )
 
 

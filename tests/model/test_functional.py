@@ -146,6 +146,47 @@ def test_power_iteration_finds_the_largest_singular_value(shape: tuple[int, int]
     assert relative_error(F.spectral_norm(weight, u, v), exact) < 1e-6
 
 
+def _with_spectrum(rows: int, columns: int, spectrum: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    bases = [
+        torch.linalg.qr(torch.randn(size, len(spectrum), generator=generator).double()).Q
+        for size in (rows, columns)
+    ]
+    return bases[0] * spectrum @ bases[1].T
+
+
+SPECTRA = {
+    "random": torch.randn(150, generator=torch.Generator().manual_seed(0)).abs().double(),
+    "low rank": torch.tensor([3.0, 2.0, 1.0]).double(),
+    "rank one": torch.tensor([2.0]).double(),
+    "clustered at the top": torch.linspace(1 - 1e-5, 1.0, 150).double(),
+    "several times the largest": torch.tensor([5.0] * 4 + [1.0] * 100).double(),
+    "dense": torch.linspace(0.0, 1.0, 150).double(),
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("shape", [(150, 260), (260, 150), (150, 150)])
+def test_top_singular_vectors_are_within_tolerance(spectrum: str, shape: tuple[int, int]) -> None:
+    weight = _with_spectrum(*shape, SPECTRA[spectrum])
+    exact = torch.linalg.svdvals(weight)[0]
+    for dtype, bound in ((torch.float64, 1e-6), (torch.float32, 2e-6)):
+        u, v = F.top_singular_vectors(weight.to(dtype))
+        assert (u.dtype, u.shape, v.shape) == (dtype, shape[:1], shape[1:])
+        assert relative_error(F.spectral_norm(weight.to(dtype), u, v).double(), exact) < bound
+        for one, other in ((weight @ v.double(), u), (weight.T @ u.double(), v)):
+            assert (one - exact * other.double()).norm() < 3 * bound * exact
+
+
+def test_top_singular_vectors_draw_no_number_of_the_callers() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    found = [F.top_singular_vectors(_scores(40, 30)) for _ in range(2)]
+    assert torch.rand(4).equal(expected)
+    assert all(one.equal(other) for one, other in zip(*found, strict=True))
+
+
 def test_gradient_of_sigma_is_u_v() -> None:
     weight = _scores(4, 6).requires_grad_()
     u, v = F.top_singular_vectors(weight.detach())

@@ -1,10 +1,15 @@
 """Laws of the update rules."""
 
+import contextlib
 import math
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_stable import optim
 
@@ -141,3 +146,40 @@ def _named_groups(model: Any, optimizer: Any) -> list[tuple[dict[str, Any], list
         (group, [names[parameter] for parameter in group["params"]])
         for group in optimizer.param_groups
     ]
+
+
+class _RefuseShards(TorchDispatchMode):
+    """Operations on DTensors, which the host takes many times as long to launch, are failures."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not any(issubclass(kind, DTensor) for kind in types), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def mesh() -> Any:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["adamw", "stable_adamw"])
+def test_a_step_on_shards_is_one_on_plain_tensors(name: str, mesh: Any) -> None:
+    shapes = [(4, 6), (6,), (1,)]
+    weights = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in shapes]
+    whole = [torch.nn.Parameter(weight.clone()) for weight in weights]
+    shards = [torch.nn.Parameter(distribute_tensor(each, mesh, [Shard(0)])) for each in weights]
+    optimizers = [
+        optim.OPTIMIZERS[name]([{"params": params, "lr": RATE, "weight_decay": 0.1}])
+        for params in (whole, shards)
+    ]
+    for step in range(3):
+        for one, other in zip(whole, shards, strict=True):
+            one.grad = torch.randn(one.shape, generator=torch.Generator().manual_seed(step))
+            other.grad = distribute_tensor(one.grad, mesh, [Shard(0)])
+        optimizers[0].step()
+        with contextlib.nullcontext() if step == 0 else _RefuseShards():  # the first makes state
+            optimizers[1].step()
+    for one, other in zip(whole, shards, strict=True):
+        assert other.full_tensor().equal(one)
+        assert isinstance(optimizers[1].state[other]["exp_avg"], DTensor)
