@@ -58,7 +58,7 @@ class Thresholds:
                 raise UserError(f"thresholds: {name} is {asdict(self)[name]}; write more than 0")
 
     def to_dict(self) -> dict[str, Any]:
-        """For records."""
+        """Return a plain dict for records."""
         return asdict(self)
 
     @classmethod
@@ -126,7 +126,7 @@ class Verdict:
         return not (self.diverged or self.collapsed)
 
     def to_dict(self) -> dict[str, Any]:
-        """For records."""
+        """Return a plain dict for records."""
         return {**asdict(self), "reasons": list(self.reasons)}
 
     @classmethod
