@@ -1,4 +1,4 @@
-"""From a recipe's text to what the loop reads: a tokenizer and blocks of tokens, in an order."""
+"""Prepare the data of a recipe: tokenizer, token blocks and their order."""
 
 import hashlib
 import json
@@ -39,10 +39,10 @@ from .data.overlap import repeated_lines, shared_line, shared_text
 from .errors import DataError
 from .recipes import Recipe, SourceRecipe
 
-# Muennighoff et al. 2023 (arXiv 2305.16264): up to here text read again is worth about as much as
-# new text.
+# Muennighoff et al. 2023 (arXiv 2305.16264): repeated text is worth about as much as new text up to
+# this many epochs.
 _HARMLESS_EPOCHS = 4
-# More in one step than whoever wants to overfit a batch would ask for.
+# More readings in one step than anyone who wants to overfit a batch would request.
 _MOST_READINGS = 100
 
 
@@ -50,9 +50,9 @@ _MOST_READINGS = 100
 class Corpus:
     """Token files and their blocks of the recipe's sequence length.
 
-    Training sources with weights have a file each, whose blocks stand one after another in `train`;
-    `training_order` says which comes when. Their validation blocks are shuffled once, so that the
-    first ones are not all of one source.
+    Training sources with weights have one file each. Their blocks follow one another in `train`,
+    and `training_order` mixes them. Their validation blocks are shuffled once, so that the first
+    blocks are not all from one source.
     """
 
     train_tokens: TokenFile | TokenMixture
@@ -63,30 +63,32 @@ class Corpus:
 
 @dataclass(frozen=True)
 class SourceUse:
-    """What a run takes of one training source, or of all of them where they have no weights."""
+    """A run's use of one training source, or of all sources if they have no weights."""
 
     paths: list[str]
     share: float
-    """Of the training tokens."""
+    """Share of the training tokens."""
     tokens: int
-    """What the source has."""
+    """Number of tokens in the source."""
     epochs: float
-    """How often the run reads it."""
+    """Number of times the run reads the source."""
 
     def line(self) -> str:
-        """One line to print before training."""
+        """Return one line to print before training."""
         more = " (more than 4: worth less than new text)" if self.epochs > _HARMLESS_EPOCHS else ""
         return (
-            f"{', '.join(self.paths)}: {self.share:.2%} of the tokens, has {self.tokens:,}, "
+            f"{', '.join(self.paths)}: {self.share:.2%} of training, {self.tokens:,} tokens, "
             f"read {self.epochs:.2f} times{more}"
         )
 
 
 def sources_of(recipe: Recipe) -> tuple[list[Source], list[Source]]:
-    """Training and validation sources; without validation text, a part of each training source.
+    """Return the training and validation sources.
+
+    If the recipe names no validation text, a part of each training source is held out.
 
     Raises:
-        DataError: without validation text, files that cannot be used.
+        DataError: If text has to be held out and a file cannot be used.
     """
 
     def convert(source: SourceRecipe) -> Source:
@@ -102,7 +104,7 @@ def sources_of(recipe: Recipe) -> tuple[list[Source], list[Source]]:
 
 
 def describe_data(recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
-    """Return run.json's section on the text, by "train" and "validation", with its licenses.
+    """Return the data section of run.json, for "train" and "validation", with licenses.
 
     "share_in_training" is the share of validation text that is also training text.
     """
@@ -120,15 +122,16 @@ def describe_data(recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
 
 
 def identities_of(meta: dict[str, Any]) -> list[dict[str, Any]]:
-    """The identities of the files and datasets that a token file or a mixture was made of."""
+    """Return the fingerprints of the files and datasets in a token file or a mixture."""
     return [source for part in meta.get("mixture", [meta]) for source in part.get("sources", [])]
 
 
 def training_text_line(sources: list[Source], data: dict[str, Any]) -> str | None:
-    """Return a line on what of expanded sources is training text of a run, None for nothing.
+    """Return a warning if expanded sources contain training text of a run, else None.
 
     Args:
-        data: what run.json says of the run's text. Files as large as one of these are compared.
+        sources: Expanded sources to evaluate.
+        data: Data section of run.json. Only files with the size of a training file are compared.
     """
     train = identities_of(data.get("train") or {})
     sizes = {identity.get("bytes") for identity in train}
@@ -143,20 +146,21 @@ def training_text_line(sources: list[Source], data: dict[str, Any]) -> str | Non
     _, paths = shared_text(train, found)
     if not paths:
         return None
-    return f"data: training text of this run is evaluated: {', '.join(paths)}"
+    return f"data: evaluating on training text of this run: {', '.join(paths)}"
 
 
 def _licensed(
-    meta: dict[str, Any], sources: list[Source], licences: list[str | None]
+    meta: dict[str, Any], sources: list[Source], licenses: list[str | None]
 ) -> dict[str, Any]:
-    if not any(licences):
+    if not any(licenses):
         return meta
     if "mixture" in meta:
-        parts = zip(meta["mixture"], sources, licences, strict=True)
+        parts = zip(meta["mixture"], sources, licenses, strict=True)
         mixture = [_licensed(part, [source], [name]) for part, source, name in parts]
         return {**meta, "mixture": mixture}
-    # By order, which the fingerprint holds: a cached file may have been built from other places.
-    names = [name for source, name in zip(sources, licences, strict=True) for _ in expand([source])]
+    # Match by order, which is part of the fingerprint: a cached token file may have been built from
+    # the same text at other paths.
+    names = [name for source, name in zip(sources, licenses, strict=True) for _ in expand([source])]
     each = zip(meta["sources"], names, strict=True)
     return {
         **meta,
@@ -165,7 +169,7 @@ def _licensed(
 
 
 def _first_bytes(sources: Sequence[Source], limit: int) -> Iterator[str]:
-    """Documents of the sources in order, up to `limit` bytes of UTF-8."""
+    """Yield documents of the sources in order, up to `limit` bytes of UTF-8."""
     seen, report = 0, ReadReport()
     for source in expand(sources):
         for text in read_documents(source, report):
@@ -180,7 +184,7 @@ def _first_bytes(sources: Sequence[Source], limit: int) -> Iterator[str]:
 def _tokenizer_text(
     sources: list[Source], weights: list[float] | None, limit: int
 ) -> Iterator[str]:
-    """What a tokenizer is trained on; of weighted sources, bytes in proportion to the weights."""
+    """Yield the text to train a tokenizer on; weighted sources give bytes in proportion."""
     if weights is None:
         yield from _first_bytes(sources, limit)
         return
@@ -189,12 +193,12 @@ def _tokenizer_text(
 
 
 def _cache(recipe: Recipe) -> Path:
-    """Return the folder where token files and trained tokenizers are kept."""
+    """Return the folder of token files and trained tokenizers."""
     return Path(recipe.data.cache or Path(HF_HOME) / "hf_stable")
 
 
 def _tokenizer(recipe: Recipe, sources: list[Source], *, progress: bool) -> PreTrainedTokenizerBase:
-    """The recipe's tokenizer, trained on the training text where no finished one is named."""
+    """Load the recipe's tokenizer, or train one on the training text if no path is given."""
     wanted = recipe.tokenizer
     if wanted.path is not None:
         try:
@@ -216,10 +220,10 @@ def _tokenizer(recipe: Recipe, sources: list[Source], *, progress: bool) -> PreT
 
 
 def prepare_corpus(recipe: Recipe, *, progress: bool) -> tuple[PreTrainedTokenizerBase, Corpus]:
-    """Train or load the tokenizer and build or open the token files, all kept in the cache.
+    """Train or load the tokenizer and build or open the token files, all cached.
 
     Raises:
-        DataError: text that cannot be used, or too little of it for one block or a step.
+        DataError: If text cannot be used, or is too short for one block or one step.
     """
     train, validation = sources_of(recipe)
     refuse_unusable(expand([*train, *validation]))
@@ -231,7 +235,7 @@ def prepare_corpus(recipe: Recipe, *, progress: bool) -> tuple[PreTrainedTokeniz
     if len(tokenizer) > recipe.tokenizer.vocab_size:
         raise DataError(
             f"tokenizer.vocab_size is {recipe.tokenizer.vocab_size}, but the tokenizer has "
-            f"{len(tokenizer)} tokens: raise it to at least that."
+            f"{len(tokenizer)} tokens: raise vocab_size to at least that."
         )
     folder = _cache(recipe) / "tokens"
     separate, weights = recipe.data.separate_documents, recipe.data.weights
@@ -261,11 +265,12 @@ def prepare_corpus(recipe: Recipe, *, progress: bool) -> tuple[PreTrainedTokeniz
 
 
 def _tell_of_text(recipe: Recipe, train: list[Source], validation: list[Source]) -> None:
-    """Say what of the text may not be what was meant: how it is held out, and what is repeated."""
+    """Print warnings about text that is held out by tails, repeated or shared."""
     if validation[0].holdout_by == "tail":
         _say(
-            "data: too few documents to hold out whole ones; the end of each is validation text "
-            f"(data.holdout {recipe.data.holdout:g}, unless data.validation names other text)"
+            "data: too few documents to hold out whole ones, so the end of each document is "
+            f"validation text (data.holdout {recipe.data.holdout:g}); set data.validation to use "
+            "other text"
         )
     memory = _cache(recipe) / "hashes.json"
     parts = [identify(expand(sources), memory) for sources in (train, validation)]
@@ -289,18 +294,23 @@ def _check_batch(recipe: Recipe, blocks: int) -> None:
     if batch > _MOST_READINGS * blocks:
         raise DataError(
             f"training.global_batch_size is {batch:,} blocks, but data.train has only {blocks:,} "
-            f"of {recipe.data.sequence_length} tokens, which a step would read {batch // blocks:,} "
-            "times: lower it, lower data.sequence_length, or give more text"
+            f"of {recipe.data.sequence_length} tokens, so one step would read them "
+            f"{batch // blocks:,} times: lower it, lower data.sequence_length, or give more text"
         )
 
 
 def training_order(
     recipe: Recipe, corpus: Corpus, skipped: Sequence[tuple[int, int]] = ()
 ) -> Order:
-    """Which block of `corpus.train` comes when; `skipped` are ranges of absolute positions.
+    """Return the order of the blocks of `corpus.train`.
+
+    Args:
+        recipe: Recipe of the run.
+        corpus: Data of the recipe.
+        skipped: Ranges of absolute positions to skip.
 
     Raises:
-        DataError: a weight too small for one block in `data.mixture.PERIOD`.
+        DataError: If a weight is too small for one block in `data.mixture.PERIOD`.
     """
     if recipe.data.weights is None:
         return DataOrder(recipe.seed, len(corpus.train), skipped)
@@ -315,7 +325,7 @@ def _block_counts(corpus: Corpus) -> list[int]:
 
 
 def planned_epochs(recipe: Recipe, corpus: Corpus) -> list[SourceUse]:
-    """How often the whole run reads each weighted source, or all sources as one text."""
+    """Return the whole run's use of each weighted source, or of all sources as one text."""
     samples = recipe.num_steps * recipe.training.global_batch_size
     order = training_order(recipe, corpus)
     paths, tokens = [source.path for source in recipe.data.train], corpus.train_tokens

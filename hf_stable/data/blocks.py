@@ -1,4 +1,4 @@
-"""Blocks of equal length cut from a token file: what a model trains on."""
+"""Training blocks of equal length, cut from a token file."""
 
 import numpy as np
 import torch
@@ -14,18 +14,18 @@ IGNORED_LABEL = -100
 class BlockDataset(Dataset[dict[str, torch.Tensor]]):
     """Block i is tokens[i*S : i*S + S + 1]: S inputs and the S tokens that follow them as labels.
 
-    Every token but the first is a label exactly once, and the last tokens that fill no block
-    (`num_unused_tokens`) are not used. A label that is the first token of a document whose
-    predecessor ended with a token of its own is -100: what comes there is not in the text.
+    Every token except the first is a label exactly once. The last tokens, which do not fill a
+    block, are unused (`num_unused_tokens`). If documents end with a separate end token, the label
+    after it, the first token of the next document, is -100: the text does not determine it.
 
     Args:
-        sequence_length: S.
-        separate_documents: add position_ids that restart at 0 at each document, by which the
-            attention mask keeps the documents of a block apart.
+        sequence_length: Number of inputs S in a block.
+        separate_documents: Add position_ids that restart at 0 at each document. The attention mask
+            uses them to keep the documents of a block apart.
 
     Raises:
-        DataError: fewer tokens than one block needs; on reading, an id outside the vocabulary or
-            document starts out of order.
+        DataError: If the file has fewer tokens than one block needs. On reading, if an id is
+            outside the vocabulary or the document starts do not increase.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class BlockDataset(Dataset[dict[str, torch.Tensor]]):
         return (self.token_file.num_tokens - 1) // self.sequence_length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """`input_ids`, `shift_labels` and perhaps `position_ids`, (S,) int64 each."""
+        """Return `input_ids`, `shift_labels` and optionally `position_ids`, (S,) int64 each."""
         if not 0 <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
         start, length = index * self.sequence_length, self.sequence_length
@@ -62,7 +62,7 @@ class BlockDataset(Dataset[dict[str, torch.Tensor]]):
         return block
 
     def _starts_in(self, first: int) -> torch.Tensor:
-        """Document starts among the S tokens from `first`, relative to it."""
+        """Return the document starts among the S tokens from `first`, relative to `first`."""
         starts = self.token_file.document_starts
         low, high = np.searchsorted(starts, [first, first + self.sequence_length])
         inside = starts[low:high] - first

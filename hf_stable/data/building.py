@@ -1,4 +1,7 @@
-"""From text to a token file: resumable at any moment, with the same bytes as a build in one go."""
+"""Build a token file from text.
+
+A build can be interrupted at any moment. Resuming gives the same bytes as an uninterrupted build.
+"""
 
 import hashlib
 import json
@@ -29,17 +32,17 @@ from hf_stable.data.tokenizer import boundary_ids
 from hf_stable.errors import DataError
 from hf_stable.records import write_json
 
-# Text tokenized at once (bytes), and tokens between two points from which a killed build goes on.
+# Bytes of text tokenized at once, and tokens between two points from which a build can resume.
 BATCH_BYTES = 2_000_000
 RECORD_TOKENS = 4_000_000
-# Part of every fingerprint; another number where the same text and tokenizer give other tokens.
+# Part of every fingerprint. Raise it when the same text and tokenizer give different tokens.
 _RULES = 1
 _START = np.dtype("<i8")
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """All that decides the bytes of a token file."""
+    """Everything that determines the bytes of a token file."""
 
     sources: list[Source]
     identities: list[dict[str, Any]]
@@ -59,11 +62,11 @@ class _Plan:
 
 @dataclass
 class _State:
-    """Where a build stands: everything before this point is on disk.
+    """Position of a build: everything before this point is on disk.
 
-    Of a file, `report` is what was counted before it: it is read and counted again from its begin,
-    without being tokenized. Of a `datasets` name, it is what was counted before `rows`, the place
-    to go on from.
+    For a file, `report` holds the counts from before the file: a resumed build reads and counts
+    the file again from its beginning, but does not tokenize the documents again. For a `datasets`
+    name, `report` holds the counts from before `rows`, the position to resume from.
     """
 
     source: int = 0
@@ -81,18 +84,24 @@ def build_token_file(
     *,
     progress: bool,
 ) -> TokenFile:
-    """Tokenize all documents into `folder/<fingerprint>/`, or reuse what is there.
+    """Tokenize all documents into `folder/<fingerprint>/`, or reuse the token file there.
 
-    The fingerprint is a pure function of the tokenizer and of the content of the sources (not of
-    their place or time). A build that was killed goes on from its last recorded point, at most
-    RECORD_TOKENS tokens and a batch back; sources that changed meanwhile have another fingerprint
-    and are built anew. A second process that wants the same file waits for the first. Text that
-    spells a special token stays text. What was left out is in `meta["report"]` and is printed to
-    stderr when it is found.
+    The fingerprint is a pure function of the tokenizer and of the content of the sources; their
+    paths and modification times do not matter. An interrupted build resumes from its last recorded
+    point, at most RECORD_TOKENS tokens and a batch back. Sources that changed in the meantime have
+    another fingerprint and are built from the start. A second process that needs the same file
+    waits for the first. Text that spells a special token is tokenized as text. Documents that were
+    left out are listed in `meta["report"]` and printed to stderr.
+
+    Args:
+        sources: Sources of text, not yet expanded.
+        tokenizer: Tokenizer with a fast backend.
+        folder: Folder that holds the token files, one subfolder each.
+        progress: Print progress to stderr.
 
     Raises:
-        DataError: a source is unusable or changed while it was read, all of them together give no
-            document, or the tokenizer has no fast backend or no eos token.
+        DataError: If a source is unusable or changed while it was read, if there is no document at
+            all, or if the tokenizer has no fast backend or no eos token.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +127,7 @@ def _plan(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, folder:
 
 
 def _unchecked(plan: _Plan, place: Path) -> list[Source]:
-    """Sources that may be unusable: of a finished file those where something was left out."""
+    """Return the sources to check; of a finished token file, those with bad documents."""
     if (place / "progress.json").exists():
         return []
     if not (place / "meta.json").exists():
@@ -130,7 +139,7 @@ def _unchecked(plan: _Plan, place: Path) -> list[Source]:
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """A copy that neither cuts nor pads, and reads the names of special tokens as text."""
+    """Return a copy that neither truncates nor pads, and reads special tokens as text."""
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise DataError(
             f"tokenizer {tokenizer.name_or_path!r} is a {type(tokenizer).__name__} without a "
@@ -144,7 +153,7 @@ def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
 
 def _only_one(place: Path) -> FileLock:
-    """A held lock; it is freed by leaving it, or by the end of the process, however it ends."""
+    """Acquire the lock of a token file; the system frees it when the process ends."""
     lock = FileLock(f"{place}.lock")
     try:
         lock.acquire(timeout=1)
@@ -186,31 +195,31 @@ def _build(plan: _Plan, place: Path, progress: bool) -> None:
 
 
 def _rows_of(source: Source, state: _State) -> DatasetRows | None:
-    """The rows of a `datasets` name from the recorded place on; None for files."""
+    """Return the rows of a `datasets` name from the recorded position; None for files."""
     return DatasetRows(source, state.rows) if is_dataset(source) else None
 
 
 def _refuse_changes(plan: _Plan, place: Path) -> None:
-    """Give up what was made of a file that is no longer what the fingerprint says."""
+    """Discard the build if a file no longer matches the fingerprint."""
     files = [i for i, source in enumerate(plan.sources) if not is_dataset(source)]
     now = identify([plan.sources[i] for i in files], place.parent / "identities.json")
     for i, identity in zip(files, now, strict=True):
         if identity["content"] != plan.identities[i]["content"]:
             (place / "progress.json").unlink()
             raise DataError(
-                f"{plan.sources[i].path} changed while it was read: run again when nothing writes "
-                "to it"
+                f"{plan.sources[i].path} changed while it was read: run again when no process "
+                "writes to it"
             )
 
 
 def _resume(place: Path) -> _State:
-    """The last recorded point, or the start."""
+    """Return the last recorded point, or the start."""
     path = place / "progress.json"
     if not path.exists():
         return _State()
     state = _State(**json.loads(path.read_text(encoding="utf-8")))
     print(
-        f"tokens: going on with {place} after {state.documents:,} documents",
+        f"tokens: resuming {place} after {state.documents:,} documents",
         file=sys.stderr,
         flush=True,
     )
@@ -218,7 +227,7 @@ def _resume(place: Path) -> _State:
 
 
 def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
-    """Documents in order, as many at once as have about BATCH_BYTES characters."""
+    """Yield documents in order, in batches of about BATCH_BYTES characters."""
     texts, size = [], 0
     for text in documents:
         texts.append(text)
@@ -231,7 +240,10 @@ def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
 
 
 class _Writer:
-    """Appends tokens and document starts; a record puts both and then the state on the disk."""
+    """Append tokens and document starts.
+
+    `record` flushes both to disk before it writes the state.
+    """
 
     def __init__(self, place: Path, plan: _Plan, state: _State) -> None:
         self._path = place / "progress.json"
@@ -303,7 +315,7 @@ def _finish(
 
 
 def _write_starts(place: Path, count: int) -> None:
-    """documents.bin as documents.npy, piece by piece: there may be more than memory holds."""
+    """Convert documents.bin to documents.npy in pieces, because it may not fit in memory."""
     header = {"descr": _START.str, "fortran_order": False, "shape": (count,)}
     with (place / "documents.bin").open("rb") as old, (place / "documents.npy").open("wb") as new:
         np.lib.format.write_array_header_1_0(new, header)

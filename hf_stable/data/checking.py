@@ -1,4 +1,4 @@
-"""Name all files that cannot be used at once, before any of them is tokenized."""
+"""Check all files before any is tokenized, to report every unusable file at once."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,18 +11,18 @@ from hf_stable.data.report import ReadReport
 from hf_stable.data.sources import Source, read_documents
 from hf_stable.errors import DataError
 
-# Text of each file that is read: all of most files, and seconds for a corpus of a thousand shards.
+# Text read from each file: all of most files, and only seconds for a corpus of a thousand shards.
 _CHECKED_BYTES = 4 * 2**20
 
 
 def refuse_unusable(sources: Sequence[Source]) -> None:
-    """Read the beginning of each expanded source that is a file, to name all that cannot be used.
+    """Read the beginning of each expanded file and report all unusable ones at once.
 
-    Small files are read in whole. Damage that lies deeper in a large one is an error when its turn
-    comes. Pipes and names of datasets are not read.
+    Small files are read completely. Damage further into a large file raises an error when that part
+    is read. Pipes and `datasets` names are not read.
 
     Raises:
-        DataError: files that cannot be used, each with the reason, or no text in any file.
+        DataError: If files cannot be used (each is named with the reason), or if no file has text.
     """
     checked = []
     for source in sources:
@@ -47,7 +47,7 @@ class _Checked(NamedTuple):
 
 @lru_cache(maxsize=2**16)
 def _check(source: Source, *_stamp: int) -> _Checked:
-    """Check one file; the result is cached while `_stamp` (inode, size, time) is the same."""
+    """Check one file; the result is cached as long as `_stamp` (inode, size, time) is unchanged."""
     report = ReadReport()
     try:
         for _ in read_documents(source, report):

@@ -1,6 +1,7 @@
-"""Folders that `datasets` wrote or the Hub has: `datasets` itself says which files a split has.
+"""Folders written by `datasets` or downloaded from the Hub.
 
-The files are then read like any other file, so that a fingerprint holds their content.
+`datasets` resolves which files belong to a split. The files are then read like any other file, so
+the fingerprint covers their content.
 """
 
 import os
@@ -29,26 +30,28 @@ class DatasetFolder:
     """A folder that `datasets` reads as a dataset.
 
     Attributes:
-        kind: A repository of files with splits, or what `save_to_disk` made of splits or a table.
+        path: Path of the folder.
+        kind: "repository" for data files with splits; "saved splits" or "saved table" for the
+            output of `save_to_disk`.
     """
 
     path: Path
     kind: Kind
 
     def files(self, source: Source) -> list[Path]:
-        """Return the files of the source's split and configuration, in their order.
+        """Return the files of the source's split and configuration, in order.
 
         Raises:
-            DataError: a folder that `datasets` refuses, or one without this split.
+            DataError: If `datasets` cannot load the folder, or if it lacks the split.
         """
-        # Half a second that readers of other files need not wait.
+        # Imported here: it takes half a second, which readers of other files need not wait.
         from datasets.exceptions import DatasetsError  # noqa: PLC0415
 
         try:
             splits = _repository(source) if self.kind == "repository" else _saved(source)
         except (OSError, ValueError, DatasetsError) as error:
             raise DataError(
-                f"{self.path} is a folder of a dataset, which failed to load "
+                f"{self.path} is a folder of a dataset, which `datasets` failed to load "
                 f"(name={source.name}): {error}"
             ) from error
         split = source.split or DEFAULT_SPLIT
@@ -64,7 +67,7 @@ class DatasetFolder:
 
 
 def dataset_folder(path: Path) -> DatasetFolder | None:
-    """Return the dataset that a folder is, or None for a folder of plain files."""
+    """Return the dataset in a folder, or None for a folder of plain files."""
     if (path / "dataset_dict.json").is_file():
         return DatasetFolder(path, "saved splits")
     described = (path / "dataset_info.json").is_file()

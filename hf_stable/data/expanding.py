@@ -1,4 +1,4 @@
-"""Sources as they are stated become sources of one file each, or the name of a dataset."""
+"""Expand the sources of a recipe into single files and `datasets` names."""
 
 import re
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from hf_stable.errors import DataError
 
 _DATASET_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SPLITS = {"dataset", "repository", "saved splits"}
-# Where each option of a source has an effect, and what to do elsewhere.
+# For each option: the kinds of source it affects, and the advice for all other kinds.
 _OPTIONS = {
     "split": (_SPLITS, "name the files of the split instead"),
     "name": (_SPLITS - {"saved splits"}, "name the files of the configuration instead"),
@@ -24,23 +24,26 @@ _OPTIONS = {
     "sample_by": ({"text", "pipe"}, "remove it, each record is one document"),
 }
 _DEFAULTS = {field.name: field.default for field in fields(Source)}
-# A source's expanded sources, and the kinds of what it stands for.
+# The sources that one source expands to, and their kinds.
 _Expanded = tuple[list[Source], set[str]]
 
 
 def expand(
     sources: Sequence[Source], report: ReadReport | None = None, *, shared_options: bool = False
 ) -> list[Source]:
-    """Replace folders and globs by one source a file, sorted by name; `datasets` names stay.
+    """Replace folders and globs with one source per file, sorted by name.
+
+    `datasets` names are returned unchanged.
 
     Args:
+        sources: Sources with files, folders, globs or `datasets` names as paths.
         report: Receives the files that are found but not read, with the reasons.
-        shared_options: Whether options were stated once for all sources, so that it is enough that
-            one of them uses each.
+        shared_options: True if the options were given once for all sources. Each option then needs
+            to affect only one of them.
 
     Raises:
-        DataError: a path matches nothing that can be read, an option has no effect, or no source
-            was given.
+        DataError: If a path matches no readable file, an option has no effect, or no source was
+            given.
     """
     if not sources:
         raise DataError("no data sources given: name at least one file, folder or `datasets` name")
@@ -88,7 +91,7 @@ def _is_glob(path: str) -> bool:
 
 
 def has_splits(path: str) -> bool:
-    """Return whether a path is the name of a dataset, or a folder that has splits."""
+    """Return True if a path is a `datasets` name or a dataset folder with splits."""
     if not Path(path).is_dir():
         return not Path(path).exists() and not _is_glob(path)
     folder = dataset_folder(Path(path))
@@ -98,7 +101,7 @@ def has_splits(path: str) -> bool:
 def _format(path: Path) -> str:
     kind = file_format(path)
     if kind is None:
-        hint = ", to which CSV is converted first" if ".csv" in path.suffixes else ""
+        hint = "; convert CSV to one of them" if ".csv" in path.suffixes else ""
         raise DataError(f"{path}: cannot read this kind of file; readable are {READABLE}{hint}")
     return kind
 
@@ -111,7 +114,7 @@ def _folder(source: Source, report: ReadReport) -> _Expanded:
         if dataset and dataset.kind != "saved table":
             raise DataError(
                 f"{inner} inside {top} is a folder of a dataset with splits: give it as a "
-                "source of its own, or name the files to read, for example with a glob"
+                "separate source, or name the files to read, for example with a glob"
             )
     return _readable(source, files, report)
 
@@ -123,7 +126,7 @@ def _dataset_files(source: Source, dataset: DatasetFolder, report: ReadReport) -
     kinds = {_format(file) for file in files}
     others = sorted({*folder_files(dataset.path, report)} - {*files})
     for other in others:
-        report.leave("not of the split and configuration of this dataset", other)
+        report.leave("not in the chosen split and configuration of the dataset", other)
     plain = replace(source, name=None, split=None)
     return [replace(plain, path=str(file)) for file in files], {*kinds, dataset.kind}
 
@@ -144,9 +147,11 @@ def _readable(source: Source, files: list[Path], report: ReadReport) -> _Expande
 def _check_dataset_name(source: Source) -> None:
     path = Path(source.path)
     if path.is_symlink():
-        raise DataError(f"{path} is a link to {path.readlink()}, which does not exist: correct it")
+        raise DataError(
+            f"{path} is a link to {path.readlink()}, which does not exist: correct the link"
+        )
     if file_format(path) is not None or not _DATASET_NAME.fullmatch(source.path):
         raise DataError(
-            f"{source.path} does not exist; relative paths start at the current directory, "
-            f"{Path.cwd()}"
+            f"{source.path} does not exist; relative paths are resolved against the current "
+            f"directory, {Path.cwd()}"
         )

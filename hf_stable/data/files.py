@@ -1,7 +1,7 @@
-"""Find the files of a folder or glob: follow links, and name everything that is left out.
+"""Find the files of a folder or glob, follow links, and report everything that is left out.
 
-Hidden files and folders are left out as by `datasets`: names that begin with a dot, and folders
-that begin with two underscores, unless a glob says so itself.
+Hidden files and folders are left out, as in `datasets`: names that begin with a dot, and folders
+that begin with two underscores, unless the glob names them explicitly.
 """
 
 import os
@@ -14,10 +14,10 @@ from hf_stable.errors import DataError
 
 HIDDEN = "hidden by name"
 DANGLING = "links to nothing"
-REPEATED = "links to a folder that is read already"
-METADATA = "records of `datasets`, no text"
-FOLDER = "folders that a glob matches: name them themselves, or end the glob with /**"
-SPECIAL = "neither file nor folder"
+REPEATED = "links to a folder that is already read"
+METADATA = "metadata of `datasets`, not text"
+FOLDER = "folders that match a glob: give the folder itself, or end the glob with /**"
+SPECIAL = "neither a file nor a folder"
 
 _RECORDS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
 
@@ -26,7 +26,7 @@ def folder_files(folder: Path, report: ReadReport) -> list[Path]:
     """Return all files in a folder and its subfolders, sorted.
 
     Raises:
-        DataError: a folder that cannot be listed.
+        DataError: If a folder cannot be listed.
     """
     found = _walk(folder, report, with_hidden=False)
     shown = (path for path in found if not _leave_hidden(path, 0, folder, report))
@@ -34,10 +34,10 @@ def folder_files(folder: Path, report: ReadReport) -> list[Path]:
 
 
 def glob_files(pattern: str, report: ReadReport) -> list[Path]:
-    """Return the files that match a glob, sorted; `**` is any number of folders.
+    """Return the files that match a glob, sorted; `**` matches any number of folders.
 
     Raises:
-        DataError: no valid glob, or a folder that cannot be listed.
+        DataError: If the glob is invalid or a folder cannot be listed.
     """
     anchor = Path(Path(pattern).anchor)
     parts = Path(pattern).relative_to(anchor).parts
@@ -49,7 +49,7 @@ def glob_files(pattern: str, report: ReadReport) -> list[Path]:
             matches = anchor.glob("/".join(parts))
         kept = [path for path in matches if not _leave_hidden(path, hidden, anchor, report)]
     except ValueError as error:
-        raise DataError(f"{pattern} is no valid glob: {error}") from error
+        raise DataError(f"{pattern} is not a valid glob: {error}") from error
     return _only_files(kept, report)
 
 
@@ -65,7 +65,7 @@ def _deep_matches(anchor: Path, parts: tuple[str, ...], report: ReadReport) -> I
 
 
 def _matches(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Return whether names match the parts of a glob, as `PurePath.full_match` of Python 3.13."""
+    """Return True if names match the parts of a glob, like `PurePath.full_match` (Python 3.13)."""
     if not pattern:
         return not names
     if pattern[0] == "**":
@@ -76,7 +76,7 @@ def _matches(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 
 
 def _walk(top: Path, report: ReadReport, *, with_hidden: bool) -> Iterator[Path]:
-    """All that is no folder under `top`; each folder is entered once, links after real ones."""
+    """Yield every non-folder under `top`. Each folder is entered once; links come last."""
     seen: set[str] = set()
     above: set[str] = set()
     starts = [top]
@@ -122,7 +122,7 @@ def _is_hidden(parts: tuple[str, ...]) -> list[bool]:
 
 
 def _leave_hidden(path: Path, asked_for: int, top: Path, report: ReadReport) -> bool:
-    """Leave out a path with more hidden names below `top` than were asked for."""
+    """Leave out a path with more hidden names below `top` than the glob names."""
     if sum(_is_hidden(path.relative_to(top).parts)) <= asked_for:
         return False
     report.leave(HIDDEN, path)
@@ -130,7 +130,7 @@ def _leave_hidden(path: Path, asked_for: int, top: Path, report: ReadReport) -> 
 
 
 def _leave_record(path: Path, report: ReadReport) -> bool:
-    """Leave out what `datasets` writes beside the text of a table."""
+    """Leave out the metadata that `datasets` writes next to the text."""
     beside = path.name == "state.json" and (path.parent / "dataset_info.json").exists()
     if path.name not in _RECORDS and not beside:
         return False

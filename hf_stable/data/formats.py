@@ -1,6 +1,6 @@
-"""Rows of one file of text or JSON: each is a text, or a reason why it is none.
+"""Read the rows of one text or JSON file: each is a text, or the reason why it is unusable.
 
-A file that as a whole cannot be used raises `DataError`; nothing is ever dropped without a word.
+A file that is unusable as a whole raises `DataError`. Nothing is dropped silently.
 """
 
 import io
@@ -24,14 +24,17 @@ READABLE = (
     "*.txt *.md *.text *.jsonl *.ndjson *.json (each also .gz .bz2 .xz .zst .zstd), *.parquet and "
     "*.arrow"
 )
-# Measured: a fast tokenizer takes 140 bytes of memory for each byte of a document; this is 4.7 GB.
+# Measured: a fast tokenizer takes 140 bytes of memory per byte of a document, so 4.7 GB here.
 MAX_DOCUMENT_BYTES = 32 * 2**20
-# A JSON array is parsed as a whole, in about ten times its size.
+# A JSON array is parsed as a whole, which takes about ten times its size in memory.
 _MAX_ARRAY_BYTES = 2**30
 
 
 class Row(NamedTuple):
-    """A line, paragraph, record or file: its number from 1, and its text or why it is unusable."""
+    """A line, paragraph, record or file.
+
+    It has a number, counted from 1, and either its text or the reason why it is unusable.
+    """
 
     number: int
     text: str
@@ -41,7 +44,7 @@ class Row(NamedTuple):
 
 
 def file_format(path: Path) -> Format | None:
-    """Return the format by the file's name, None when it is not one that we read."""
+    """Return the format from the file's name, or None if it is not supported."""
     name = path.name.lower()
     if name.endswith(TABLE_SUFFIXES):
         return "table"
@@ -52,9 +55,10 @@ def file_format(path: Path) -> Format | None:
 
 
 def read_rows(path: Path, column: str, sample_by: SampleBy) -> Iterator[Row]:
-    """Read a text or JSON file; numbers are line numbers (1 for a whole file), or places in a list.
+    """Read a text or JSON file.
 
-    A pipe, which has no telling name, is JSON when it begins with a brace or bracket.
+    Rows are numbered by line, by position in a JSON array, or 1 for a whole file. A pipe has no
+    file extension: it is read as JSON if it begins with a brace or bracket.
     """
     with open_text(path) as file:
         kind = file_format(path)
@@ -69,9 +73,10 @@ def read_rows(path: Path, column: str, sample_by: SampleBy) -> Iterator[Row]:
 
 
 def _decode(data: bytes) -> str:
-    """Decode UTF-8; ValueError with a short reason when it is not, or when it holds a NUL byte.
+    """Decode UTF-8 and remove byte order marks, also inside files that were concatenated.
 
-    Files with a byte order mark that were joined have one at the start of a line; it is no text.
+    Raises:
+        ValueError: If the bytes are not UTF-8 or contain a NUL byte, with a short reason.
     """
     if b"\0" in data:
         raise ValueError(f"NUL byte at byte {data.index(0) + 1}")
@@ -86,15 +91,15 @@ def _whole(path: Path, file: BinaryIO) -> Row:
     data = file.read(MAX_DOCUMENT_BYTES + 1)
     if len(data) > MAX_DOCUMENT_BYTES:
         raise DataError(
-            f"{path} is larger than {MAX_DOCUMENT_BYTES} bytes, the most that one document may be: "
-            "set sample_by to 'paragraph' or 'line', or split it"
+            f"{path} is larger than {MAX_DOCUMENT_BYTES} bytes, the limit for one document: "
+            "set sample_by to 'paragraph' or 'line', or split the file"
         )
     try:
         return Row(1, _decode(data))
     except ValueError as error:
         raise DataError(
             f"{path} cannot be read as one document: {error}; convert it to UTF-8, or set "
-            "sample_by to 'line' to leave out and count the bad lines only"
+            "sample_by to 'line' to leave out only the bad lines"
         ) from error
 
 
@@ -107,7 +112,7 @@ def _lines(lines: Iterable[bytes]) -> Iterator[Row]:
 
 
 def _paragraphs(file: Iterable[bytes]) -> Iterator[Row]:
-    """Runs of lines between blank lines; a bad line makes its paragraph bad, under its number."""
+    """Yield runs of lines between blank lines; a bad line makes its whole paragraph bad."""
     start, lines, problem = 0, [], None
     for line in _lines(file):
         if line.text.strip() or line.problem:
@@ -122,7 +127,7 @@ def _paragraphs(file: Iterable[bytes]) -> Iterator[Row]:
 
 
 def _json(path: Path, file: io.BufferedReader, column: str) -> Iterator[Row]:
-    """Records of one array, where the file is one, else of one object a line."""
+    """Yield the records of a JSON array, or of a file with one object per line."""
     lead: list[bytes] = []
     while not (lead and lead[-1].strip()) and (line := file.readline()):
         lead.append(line)
@@ -133,7 +138,7 @@ def _json(path: Path, file: io.BufferedReader, column: str) -> Iterator[Row]:
     if len(data) > _MAX_ARRAY_BYTES:
         raise DataError(
             f"{path} is one JSON array of more than {_MAX_ARRAY_BYTES} bytes, too large to parse "
-            f"at once: write one object a line, for example with jq -c '.[]'"
+            f"at once: write one object per line, for example with jq -c '.[]'"
         )
     try:
         records = json.loads(data)
@@ -145,7 +150,7 @@ def _json(path: Path, file: io.BufferedReader, column: str) -> Iterator[Row]:
 
 
 def _json_lines(lines: Iterable[bytes], column: str) -> Iterator[Row]:
-    """Rows of one JSON object a line; blank lines are empty rows."""
+    """Yield the rows of a file with one JSON object per line; blank lines are empty rows."""
     for line in _lines(lines):
         if line.problem or not line.text.strip():
             yield line
@@ -153,13 +158,13 @@ def _json_lines(lines: Iterable[bytes], column: str) -> Iterator[Row]:
         try:
             record = json.loads(line.text)
         except (ValueError, RecursionError) as error:
-            yield Row(line.number, "", f"not one JSON object a line: {error}")
+            yield Row(line.number, "", f"not one JSON object per line: {error}")
             continue
         yield check_record(line.number, record, column)
 
 
 def check_value(number: int, value: Any) -> Row:
-    """Return the row for one value of a column: text, or the reason why it is none."""
+    """Return the row for one value of a column: its text, or the reason why it is unusable."""
     if isinstance(value, bytes):
         try:
             value = value.decode("utf-8")
@@ -172,7 +177,7 @@ def check_value(number: int, value: Any) -> Row:
 
 
 def check_record(number: int, record: Any, column: str) -> Row:
-    """Return the row for one mapping of columns to values; a dot in `column` leads inside."""
+    """Return the row for one record; a dot in `column` selects a nested field."""
     if not isinstance(record, dict):
         return Row(
             number, "", f"{type(record).__name__} where an object with {column!r} is expected"
@@ -186,5 +191,5 @@ def check_record(number: int, record: Any, column: str) -> Row:
 
 
 def not_utf8(error: UnicodeDecodeError) -> str:
-    """Return the short reason why bytes are no text."""
+    """Return a short reason why the bytes are not text."""
     return f"not UTF-8: 0x{error.object[error.start]:02x} at byte {error.start + 1}"

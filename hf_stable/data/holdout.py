@@ -1,4 +1,4 @@
-"""Choose how a corpus is held out: by whole documents, or by tails where there are too few."""
+"""Choose the held-out text: whole documents, or tails if there are too few documents."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,23 +14,26 @@ from hf_stable.data.sources import Part, Source, part_of_document, read_document
 def hold_out(
     sources: Sequence[Source], holdout: float, *, each: bool
 ) -> tuple[list[Source], list[Source]]:
-    """Return the training and the validation part of sources that are stated without parts.
+    """Split sources into a training and a validation part.
 
-    Whole documents are held out, by a hash of their text. Where that leaves a part without any, the
-    tail of each document is held out. The choice depends on the content of the sources alone.
+    Whole documents are held out, chosen by a hash of their text. If that leaves a part without
+    documents, the tail of each document is held out instead. The choice depends only on the content
+    of the sources.
 
     Args:
-        each: every source must have a training part, and not only all of them together.
+        sources: Sources without a part.
+        holdout: Fraction to hold out.
+        each: True if every source needs a training part, False if one of them is enough.
 
     Raises:
-        DataError: files that cannot be used.
+        DataError: If files cannot be used.
     """
     parts: tuple[Part, Part] = ("train", "validation")
     train, validation = (
         [replace(source, part=part, holdout=holdout) for source in sources] for part in parts
     )
     groups = [[source] for source in train] if each else [train]
-    # A pipe can be read only once, and is refused later.
+    # A pipe can be read only once, so it is not read here; it is rejected later.
     if any(is_pipe(Path(source.path)) for source in sources) or not _lacks_part(groups):
         return train, validation
     train = [replace(source, holdout_by="tail") for source in train]
@@ -38,9 +41,9 @@ def hold_out(
 
 
 def _lacks_part(groups: Sequence[Sequence[Source]]) -> bool:
-    """Return whether a group has no training document, or all groups no validation document.
+    """Return True if a group has no training document, or no group a validation document.
 
-    Reading ends where both have been found, so that of most corpora little is read.
+    Reading stops once both are found, which is early in most corpora.
     """
     refuse_unusable([source for group in groups for source in expand(group)])
     has_validation = False
@@ -56,7 +59,7 @@ def _lacks_part(groups: Sequence[Sequence[Source]]) -> bool:
 
 
 def _are_train(sources: Sequence[Source]) -> Iterator[bool]:
-    """Tell of each document of training sources whether it is in their part."""
+    """Yield, for each document of training sources, True if it is a training document."""
     for source in expand(sources):
         whole = replace(source, part="all", holdout=0.0)
         for text in read_documents(whole, ReadReport()):
@@ -64,14 +67,15 @@ def _are_train(sources: Sequence[Source]) -> Iterator[bool]:
 
 
 def empty_part(sources: Sequence[Source], others: int) -> str:
-    """Say that sources give no document, and what helps.
+    """Return the error message for sources that give no document.
 
     Args:
-        others: Number of documents that belong to the other part.
+        sources: Sources of one part.
+        others: Number of documents in the other part.
     """
     first, paths = sources[0], ", ".join(source.path for source in sources)
     if not others:
-        return f"{paths}: no document"
+        return f"{paths}: no document found; give files with text"
     if first.holdout_by == "tail":
         return (
             f"{paths}: {first.part} part is empty: holdout {first.holdout:g} of {others} documents "

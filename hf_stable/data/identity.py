@@ -1,4 +1,4 @@
-"""What a source contains, wherever it lies: the part of a fingerprint that the data decide."""
+"""Fingerprints of the content of sources, independent of their paths."""
 
 import hashlib
 import json
@@ -19,13 +19,13 @@ from hf_stable.records import write_json
 
 
 def identify(sources: Sequence[Source], memory: Path) -> list[dict[str, Any]]:
-    """One mapping for each expanded source: its path, and as "content" what decides its documents.
+    """Return one mapping per expanded source, with its "path" and its "content".
 
-    Hashes of files are kept in `memory` (JSON) and used again while size and modification time are
-    the same.
+    "content" holds everything that determines the documents of the source. Hashes of files are
+    cached in `memory` (JSON) and reused while size and modification time are unchanged.
 
     Raises:
-        DataError: a file cannot be read or a dataset not be found.
+        DataError: If a file cannot be read or a dataset cannot be found.
     """
     with FileLock(f"{memory}.lock"):
         known = _load(memory)
@@ -36,7 +36,7 @@ def identify(sources: Sequence[Source], memory: Path) -> list[dict[str, Any]]:
 
 
 def _load(memory: Path) -> dict[str, Any]:
-    """Remembered hashes; a damaged file only costs the time to make them again."""
+    """Return the cached hashes; a damaged cache costs only the time to compute them again."""
     try:
         return json.loads(memory.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -50,8 +50,8 @@ def _identify_one(source: Source, known: dict[str, Any]) -> dict[str, Any]:
         choice["holdout_by"] = source.holdout_by
     if is_pipe(path):
         raise DataError(
-            f"{path} is a pipe, which can be read only once, and training reads its text several "
-            "times: save the text in a file"
+            f"{path} is a pipe, which can be read only once, but training reads its text several "
+            "times: save the text to a file"
         )
     if not path.is_file():
         return {"path": source.path, "content": {**_identify_dataset(source), **choice}}
@@ -65,7 +65,7 @@ def _identify_one(source: Source, known: dict[str, Any]) -> dict[str, Any]:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     kind = file_format(path)
     detail = source.sample_by if kind == "text" else source.column
-    # The order is part of the fingerprints.
+    # The order of the keys is part of the fingerprints.
     content = {
         "format": path.suffix.lower().removeprefix(".") if kind == "table" else kind,
         "detail": detail,
@@ -77,12 +77,15 @@ def _identify_one(source: Source, known: dict[str, Any]) -> dict[str, Any]:
 
 
 def _packing(path: Path) -> dict[str, Any]:
-    """Return keys for compression and arrays; none is new where earlier versions read the same."""
+    """Return keys for compression and arrays.
+
+    No key is added for files that earlier versions read in the same way.
+    """
     compression = compression_of(path)
     packing: dict[str, Any] = {"gzip": compression == ".gz"}
     if compression not in ("", ".gz"):
         packing["compression"] = compression
-    # Earlier versions took each line of an array for a record.
+    # Earlier versions read each line of an array as a record.
     if file_format(path) == "json" and begins_with_bracket(path):
         packing["array"] = True
     return packing
@@ -94,7 +97,7 @@ def _hash(path: Path) -> str:
 
 
 def _identify_dataset(source: Source) -> dict[str, Any]:
-    # Half a second that readers of files need not wait.
+    # Imported here: it takes half a second, which readers of files need not wait.
     import datasets  # noqa: PLC0415
     from datasets.exceptions import DatasetsError  # noqa: PLC0415
 
@@ -102,7 +105,7 @@ def _identify_dataset(source: Source) -> dict[str, Any]:
         builder = datasets.load_dataset_builder(source.path, source.name)
     except (OSError, ValueError, DatasetsError) as error:
         raise DataError(
-            f"{source.path} is no file or folder here, and no dataset that can be loaded "
+            f"{source.path} is neither a file nor a folder here, nor a dataset that can be loaded "
             f"(name={source.name}): {error}"
         ) from error
     return {
@@ -117,7 +120,7 @@ def _identify_dataset(source: Source) -> dict[str, Any]:
 
 
 def estimated_bytes(source: Source) -> int | None:
-    """About how many bytes of text a source holds, for a progress bar; None when nobody knows."""
+    """Return the approximate bytes of text in a source, for a progress bar; None if unknown."""
     path = Path(source.path)
     if not path.is_file() or compression_of(path):
         return None
@@ -126,7 +129,7 @@ def estimated_bytes(source: Source) -> int | None:
     try:
         footer = pq.read_metadata(path)
     except (pa.ArrowException, OSError):
-        # Reading it will say so, with what to do.
+        # Reading the file later raises an error with the remedy.
         return None
     groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
     columns = [group.column(j) for group in groups for j in range(group.num_columns)]

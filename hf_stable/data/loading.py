@@ -1,4 +1,4 @@
-"""From an order to batches: which process loads which block when, for any number of them."""
+"""Turn an order of blocks into the microbatches of each rank, for any number of ranks."""
 
 from collections.abc import Iterator
 from typing import Any, TypedDict, Unpack
@@ -22,21 +22,21 @@ def microbatches(
     rank: int,
     world_size: int,
 ) -> Iterator[list[int]]:
-    """Block ids of this rank's microbatches, `global_batch_size / (micro * world)` of them a step.
+    """Return the block ids of this rank's microbatches.
 
-    Step s takes positions [s*G, (s+1)*G) for every world size. Within a step the microbatches go
-    through the batch in order, each rank taking its part of every `micro_batch_size * world_size`
-    samples.
+    There are `global_batch_size / (micro_batch_size * world_size)` microbatches per step. Step s
+    covers positions [s*G, (s+1)*G), with G the global batch size, for every world size. Within a
+    step, each rank takes its part of every `micro_batch_size * world_size` consecutive samples.
 
     Raises:
-        DataError: the sizes do not divide, or the rank is none of the world's.
+        DataError: If the sizes do not divide, or the rank is not below the world size.
     """
     together = micro_batch_size * world_size
     if not 0 <= rank < world_size:
         raise DataError(f"rank is {rank}, must be at least 0 and less than world_size {world_size}")
     if micro_batch_size < 1 or global_batch_size < 1 or global_batch_size % together:
         raise DataError(
-            f"global_batch_size {global_batch_size} is no multiple of micro_batch_size "
+            f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size "
             f"{micro_batch_size} * {world_size} processes = {together}: change one of them"
         )
     if start_step < 0 or num_steps < 0:
@@ -49,7 +49,7 @@ def microbatches(
 
 
 class StepSizes(TypedDict):
-    """The keywords of `microbatches`."""
+    """Keyword arguments of `microbatches`."""
 
     start_step: int
     num_steps: int
@@ -60,7 +60,7 @@ class StepSizes(TypedDict):
 
 
 class _Microbatches:
-    """The microbatches, as often as asked for; a generator would be empty the second time."""
+    """Microbatches that can be iterated more than once, unlike a generator."""
 
     def __init__(self, order: Order, sizes: StepSizes) -> None:
         self._order = order
@@ -78,10 +78,10 @@ class _Microbatches:
 def data_loader(
     dataset: Dataset[Any], order: Order, *, num_workers: int = 0, **sizes: Unpack[StepSizes]
 ) -> DataLoader[Any]:
-    """A loader of this rank's microbatches (sizes as in `microbatches`), as stacked tensors.
+    """Return a loader of this rank's microbatches as stacked tensors; sizes as in `microbatches`.
 
-    It draws from a generator of its own: the global random numbers, and with them dropout, are the
-    same whether batches were loaded before or not.
+    The loader has a separate random generator: loading batches does not change the global random
+    numbers, and so does not change dropout.
     """
     microbatches(order, **sizes)
     return DataLoader(

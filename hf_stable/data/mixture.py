@@ -1,6 +1,6 @@
-"""Weighted sources: which source a position takes, evenly spread and in exact proportion.
+"""Mix weighted sources: evenly spread and in exact proportion.
 
-Weights are shares of blocks, and so of tokens; how long or many the documents are changes nothing.
+Weights are shares of blocks, and so of tokens. The length and number of documents do not matter.
 """
 
 import hashlib
@@ -14,22 +14,22 @@ from hf_stable.data.order import DataOrder, Order
 from hf_stable.data.token_file import TokenFile
 from hf_stable.errors import DataError
 
-# Positions after which the sources come in the same order again: a share is exact to 0.005 %.
+# Positions after which the order of the sources repeats: a share is exact to 0.005 %.
 PERIOD = 10_000
 
 
 def apportion(weights: Sequence[float], total: int) -> list[int]:
-    """Whole parts of `total` in proportion to the weights, by the largest remainder.
+    """Split `total` into integers in proportion to the weights, by the largest remainder.
 
-    They sum to `total`, and each differs from its exact share by less than one.
+    The parts sum to `total`, and each differs from its exact share by less than one.
 
     Raises:
-        DataError: a weight that is no positive number.
+        DataError: If a weight is not a positive number.
     """
     values = np.asarray(weights, dtype=np.float64)
     if not len(values) or not (np.isfinite(values) & (values > 0)).all():
         raise DataError(f"weights are {list(weights)}, each must be a number above 0")
-    # Scaled by the largest first: the sum of huge weights would overflow.
+    # Scale by the largest first, because the sum of huge weights would overflow.
     values /= values.max()
     exact = values / values.sum() * total
     parts = np.floor(exact).astype(np.int64)
@@ -40,11 +40,12 @@ def apportion(weights: Sequence[float], total: int) -> list[int]:
 
 @lru_cache(maxsize=8)
 def _pattern(counts: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The source of each position of a period, and its earlier occurrences there; (period,) int64.
+    """Return the source of each position of a period and its earlier occurrences, (period,) int64.
 
     Tijdeman's rule (The chairman assignment problem, Discrete Mathematics 32, 1980): among the
-    sources that lag by enough, the one whose lag would first become too large is next. In every
-    prefix each source is less than one block away from its exact share. The seed decides ties.
+    sources that lag enough, the next one is the one whose lag would be the first to become too
+    large. In every prefix, each source is less than one block away from its exact share. The seed
+    breaks ties.
     """
     share = np.array(counts, dtype=np.int64)
     period, slack = int(share.sum()), max(2 * len(counts) - 2, 1)
@@ -64,18 +65,20 @@ def _pattern(counts: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray
 class MixtureOrder(Order):
     """An endless order of the blocks of several sources, in proportion to their weights.
 
-    Of any PERIOD absolute positions in a row, each source has the same number, `apportion` of the
-    weights; no start of a period is more than one block off. Each source has epochs and
-    permutations of its own: one that is used up begins again, in another order. Ids are those of
-    the sources' blocks one after another (`torch.utils.data.ConcatDataset`).
+    Any PERIOD consecutive absolute positions hold the same number of blocks of a source, given by
+    `apportion`. In every prefix of a period, each source is less than one block away from its exact
+    share. Each source has separate epochs and permutations: an exhausted source starts again, in
+    another order. Block ids count through the sources one after another, as in
+    `torch.utils.data.ConcatDataset`.
 
     Args:
-        num_blocks: of each source.
-        weights: of each source, positive; only their ratios count.
-        seed, skipped: as of `Order`.
+        seed: See `Order`.
+        num_blocks: Number of blocks of each source.
+        weights: Positive weight of each source; only their ratios matter.
+        skipped: See `Order`.
 
     Raises:
-        DataError: no block in a source, or a weight too small for one block in a period.
+        DataError: If a source has no block, or a weight is too small for one block in a period.
     """
 
     def __init__(
@@ -87,7 +90,9 @@ class MixtureOrder(Order):
     ) -> None:
         super().__init__(seed, skipped)
         if len(num_blocks) != len(weights):
-            raise DataError(f"{len(num_blocks)} sources have {len(weights)} weights")
+            raise DataError(
+                f"{len(num_blocks)} sources have {len(weights)} weights: give one for each source"
+            )
         self.num_blocks = tuple(num_blocks)
         self.weights = tuple(weights)
         self.counts = tuple(apportion(weights, PERIOD))
@@ -103,11 +108,11 @@ class MixtureOrder(Order):
         self._first = np.concatenate([[0], np.cumsum(num_blocks)])[:-1]
 
     def sources(self, positions: np.ndarray) -> np.ndarray:
-        """Index of the source (int64) at positions of any shape."""
+        """Return the index of the source (int64) at positions of any shape."""
         return self._turn(self.absolute(positions))[0]
 
     def epochs(self, num_positions: int) -> list[float]:
-        """How often each source is read in the first positions, when none is skipped."""
+        """Return how often each source is read in the first positions, with none skipped."""
         periods, rest = divmod(num_positions, PERIOD)
         some = np.bincount(_pattern(self.counts, self.seed)[0][:rest], minlength=len(self.counts))
         blocks = periods * np.array(self.counts) + some
@@ -118,7 +123,7 @@ class MixtureOrder(Order):
         return MixtureOrder(self.seed, self.num_blocks, self.weights, ranges)
 
     def _turn(self, absolute: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The source at absolute positions, and how many of its blocks came before."""
+        """Return the source at absolute positions, and the number of its earlier blocks."""
         sources, ranks = _pattern(self.counts, self.seed)
         periods, places = np.divmod(absolute, PERIOD)
         found = sources[places]
@@ -139,7 +144,7 @@ def _source_seed(seed: int, source: int) -> int:
 
 
 class TokenMixture:
-    """The token files of weighted sources, as one for what counts tokens and records them."""
+    """The token files of weighted sources, with the interface of one token file for counts."""
 
     def __init__(self, files: Sequence[TokenFile], weights: Sequence[float]) -> None:
         self.files = tuple(files)
@@ -156,7 +161,7 @@ class TokenMixture:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """What a run records of its data: sums, and meta.json of each file with its weight."""
+        """Metadata for a run's record: totals, and meta.json of each file with its weight."""
         return {
             "fingerprint": self.fingerprint,
             "tokens": self.num_tokens,
@@ -169,7 +174,7 @@ class TokenMixture:
         }
 
     def sample(self, num_tokens: int) -> np.ndarray:
-        """About `num_tokens` tokens to count, uint32: the first ones of each file by its weight."""
+        """Return about `num_tokens` tokens, uint32: the first of each file, by weight."""
         parts = apportion(self.weights, num_tokens)
         return np.concatenate(
             [file.sample(part) for file, part in zip(self.files, parts, strict=True)]

@@ -1,4 +1,4 @@
-"""What tables of single tokens and of pairs know about a text: marks a model must beat."""
+"""Unigram and bigram baselines: cross-entropies that a model must beat."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ BIGRAM_SMOOTHING = 0.1
 
 @dataclass(frozen=True)
 class NgramBaselines:
-    """Cross entropies in nats a token, over `tokens` predicted tokens of the validation text."""
+    """Cross-entropies in nats per token, over `tokens` predicted tokens of the validation text."""
 
     unigram: float
     bigram: float
@@ -27,20 +27,21 @@ def ngram_cross_entropy(
     boundary: int | None = None,
     max_tokens: int = 20_000_000,
 ) -> NgramBaselines:
-    """Cross entropy of counted unigrams (add-1) and bigrams (add-0.1) on the same tokens.
+    """Return the cross-entropy of counted unigrams (add-1) and bigrams (add-0.1).
 
-    Both are averaged over the validation tokens that have a predecessor. Memory
-    goes with the number of tokens, not with the square of the vocabulary.
+    Both are averaged over the same validation tokens, those with a predecessor. Memory grows with
+    the number of tokens, not with the square of the vocabulary.
 
     Args:
-        train, validation: ids, (n,) of an integer type; only the first `max_tokens` of each are
-            used.
-        vocab_size: number of ids V.
-        boundary: id that begins every document; it is a context but no label, so that the numbers
-            are comparable with a perplexity over documents. None scores every token.
+        train: Training ids, (n,) of an integer type.
+        validation: Validation ids, (n,) of an integer type.
+        vocab_size: Number of ids V.
+        boundary: Id that begins every document. It is a context but not a label, which makes the
+            numbers comparable with a perplexity over documents. None scores every token.
+        max_tokens: Number of tokens used, from the start of each text.
 
     Raises:
-        DataError: less than two tokens, or an id outside [0, V).
+        DataError: If a text has fewer than two tokens, or an id is outside [0, V).
     """
     train = _checked("train", train[:max_tokens], vocab_size)
     validation = _checked("validation", validation[:max_tokens], vocab_size)
@@ -65,9 +66,9 @@ def ngram_cross_entropy(
 
 
 def _checked(name: str, tokens: np.ndarray, vocab_size: int) -> np.ndarray:
-    """The ids as int64 (a pair's key, id * V + id, fits for any V below 3e9)."""
+    """Return the ids as int64, in which the key of a pair, id * V + id, fits for V below 3e9."""
     if len(tokens) < 2:
-        raise DataError(f"{name} has {len(tokens)} tokens, n-gram baselines need at least 2")
+        raise DataError(f"{name} has {len(tokens)} tokens, but n-gram baselines need at least 2")
     ids = np.asarray(tokens).astype(np.int64)
     outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
     if len(outside):

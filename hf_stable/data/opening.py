@@ -37,15 +37,15 @@ _COMPRESSIONS = {
 
 
 def compression_of(path: Path) -> str:
-    """Return the ending that says how the file is compressed, "" for a plain file."""
+    """Return the file extension of the compression, or "" for a plain file."""
     ending = path.suffix.lower()
     return ending if ending in _COMPRESSIONS else ""
 
 
 def is_pipe(path: Path) -> bool:
-    """Return whether a path can be read only once and has no telling name, such as /dev/stdin.
+    """Return True if a path can be read only once, such as /dev/stdin.
 
-    Standard input counts, also where it is redirected from a file. Files in /dev/shm do not.
+    Standard input counts as a pipe, even if it is redirected from a file. Files in /dev/shm do not.
     """
     if not path.exists() or path.is_dir():
         return False
@@ -55,10 +55,10 @@ def is_pipe(path: Path) -> bool:
 
 @contextmanager
 def open_text(path: Path) -> Iterator[io.BufferedReader]:
-    """Open a file that looks like text, behind its byte order mark; an empty file is text.
+    """Open a text file, positioned after its byte order mark; an empty file counts as text.
 
     Raises:
-        DataError: a binary file, or damage that is met while the file is read.
+        DataError: If the file is binary, or if damage is found while the file is read.
     """
     ending = compression_of(path)
     title, opener = _COMPRESSIONS[ending] if ending else ("", None)
@@ -77,11 +77,11 @@ def open_text(path: Path) -> Iterator[io.BufferedReader]:
         if isinstance(error, OSError) and (error.errno is not None or not ending):
             raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
         raise DataError(
-            f"{path} is truncated or no {title} file ({error}): make or download it again"
+            f"{path} is truncated or not a {title} file ({error}): create or download it again"
         ) from error
 
 
 def begins_with_bracket(path: Path) -> bool:
-    """Return whether the first character of a text file after white space is `[`."""
+    """Return True if the first character of a text file, after white space, is `[`."""
     with open_text(path) as file:
         return file.peek(_HEAD_BYTES).lstrip().startswith(b"[")

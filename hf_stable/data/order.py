@@ -1,7 +1,7 @@
-"""Which block comes when: a pure function of (seed, absolute position, skipped ranges).
+"""Data order: a pure function of (seed, absolute position, skipped ranges).
 
-No state, no global random numbers, no stored permutation: any step is found in constant time, for
-any number of processes and workers.
+There is no state, no global random number and no stored permutation. Any step is found in constant
+time, for any number of processes and workers.
 """
 
 import hashlib
@@ -17,19 +17,18 @@ _ROUNDS = 8
 
 
 class Order(ABC):
-    """An endless order of blocks, of which ranges may be left out.
+    """An endless order of blocks, from which ranges can be skipped.
 
-    A *position* counts the samples that training takes, from 0 and for ever. Its *absolute*
-    position also counts the samples of the skipped ranges before it, so that a range that is
-    skipped leaves all that comes before and after it where it was.
+    A *position* counts the samples that training reads, from 0 without end. The *absolute* position
+    also counts the samples of the skipped ranges before it. So skipping a range does not change the
+    blocks before and after it.
 
     Args:
-        seed: any integer of 64 bits.
-        skipped: [start, stop) ranges of absolute positions to leave out; overlapping ones are
-            merged.
+        seed: Unsigned integer of 64 bits.
+        skipped: [start, stop) ranges of absolute positions to skip; overlapping ranges are merged.
 
     Raises:
-        DataError: a seed out of range, or a range that is none.
+        DataError: If the seed is out of range or a skipped range is invalid.
     """
 
     def __init__(self, seed: int, skipped: Sequence[tuple[int, int]] = ()) -> None:
@@ -43,36 +42,41 @@ class Order(ABC):
         self._turns = starts - self._left_out[:-1]
 
     def absolute(self, positions: np.ndarray) -> np.ndarray:
-        """Absolute positions (int64) of positions of any shape, skipped samples counted in."""
+        """Return the absolute positions (int64) of positions of any shape."""
         positions = np.asarray(positions, dtype=np.int64)
         if (positions < 0).any():
             raise DataError(f"position {positions.min()} is negative")
         return positions + self._left_out[np.searchsorted(self._turns, positions, side="right")]
 
     def blocks(self, positions: np.ndarray) -> np.ndarray:
-        """Block ids (int64) at positions of any shape."""
+        """Return block ids (int64) at positions of any shape."""
         return self._blocks_at(self.absolute(positions))
 
     def block(self, position: int) -> int:
-        """Block id at one position."""
+        """Return the block id at one position."""
         return int(self.blocks(np.array([position]))[0])
 
     @abstractmethod
     def with_skipped(self, start: int, stop: int) -> "Order":
-        """The same order that also leaves out the absolute positions [start, stop)."""
+        """Return the same order that also skips the absolute positions [start, stop)."""
 
     @abstractmethod
     def _blocks_at(self, absolute: np.ndarray) -> np.ndarray:
-        """Block ids at absolute positions."""
+        """Return block ids at absolute positions."""
 
 
 class DataOrder(Order):
-    """Each epoch is another permutation of all blocks, of which there are [0, num_blocks).
+    """An order in which each epoch is another permutation of the blocks [0, num_blocks).
 
-    Block = permutation of epoch (absolute // num_blocks). Arguments are those of `Order`.
+    The epoch of an absolute position is absolute // num_blocks.
+
+    Args:
+        seed: See `Order`.
+        num_blocks: Number of blocks.
+        skipped: See `Order`.
 
     Raises:
-        DataError: no blocks, a seed out of range, or a range that is none.
+        DataError: If there are no blocks, the seed is out of range or a skipped range is invalid.
     """
 
     def __init__(self, seed: int, num_blocks: int, skipped: Sequence[tuple[int, int]] = ()) -> None:
@@ -107,17 +111,17 @@ def _merged(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
 
 @lru_cache(maxsize=1024)
 def _keys(seed: int, epoch: int) -> tuple[np.uint64, ...]:
-    """One 64-bit key for each round of the permutation of this epoch."""
+    """Return one 64-bit key for each round of the permutation of an epoch."""
     digest = hashlib.blake2b(f"{seed}:{epoch}".encode(), digest_size=8 * _ROUNDS).digest()
     return tuple(np.frombuffer(digest, dtype="<u8"))
 
 
 def _permute(places: np.ndarray, size: int, keys: tuple[np.uint64, ...]) -> np.ndarray:
-    """A keyed permutation of range(size) at `places` (1-d): a Feistel network with cycle walking.
+    """Permute `places` (1-d) within range(size), with a Feistel network and cycle walking.
 
-    The network permutes [0, 4**half), the smallest such range that holds `size`; what falls outside
-    is sent through again until it falls inside (Black and Rogaway 2002), at most 4 times on
-    average.
+    The network permutes [0, 4**half), the smallest such range that holds `size`. Values outside
+    range(size) pass through it again until they fall inside (Black and Rogaway 2002), at most
+    4 times on average.
     """
     half = max((max(size - 1, 1).bit_length() + 1) // 2, 1)
     values = _feistel(places.astype(np.uint64), half, keys)
@@ -137,7 +141,7 @@ def _feistel(values: np.ndarray, half: int, keys: tuple[np.uint64, ...]) -> np.n
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64: an input bit changes each output bit in about half the cases."""
+    """Apply splitmix64's finalizer: each input bit flips each output bit in half of all cases."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

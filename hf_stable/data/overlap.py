@@ -1,4 +1,4 @@
-"""Text that is read more than once, found by the identities of the files (`identity`)."""
+"""Detect text that is read more than once, by the fingerprints of the files (`identity`)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ Identity = dict[str, Any]
 
 
 def repeated_lines(identities: Sequence[Identity], field: str) -> list[str]:
-    """Return a line for each file that a recipe's field lists more than once, under any name."""
+    """Return a line for each text that a recipe's field lists more than once, under any name."""
     found: dict[tuple[Any, ...], list[str]] = {}
     for identity in identities:
         if identity.get("bytes") != 0:
@@ -19,7 +19,7 @@ def repeated_lines(identities: Sequence[Identity], field: str) -> list[str]:
     for paths in found.values():
         names = list(dict.fromkeys(paths))
         if len(names) > 1:
-            lines.append(f"data: {_named(names)} are the same text, all of them in {field}")
+            lines.append(f"data: {_named(names)} in {field} are the same text")
         elif len(paths) > 1:
             lines.append(f"data: {names[0]} is listed {len(paths)} times in {field}")
     return lines
@@ -28,10 +28,10 @@ def repeated_lines(identities: Sequence[Identity], field: str) -> list[str]:
 def shared_text(
     train: Sequence[Identity], validation: Sequence[Identity]
 ) -> tuple[float, list[str]]:
-    """Return the share of the validation text that is training text too, and the paths.
+    """Return the share of the validation text that is also training text, and its paths.
 
-    Weights are bytes of the files, or equal where one is the name of a dataset. Parts of one file
-    are compared by the shares of its documents that they hold.
+    Files are weighted by their bytes, or equally if one source is a `datasets` name. Parts of one
+    file are compared by the shares of its documents.
     """
     known: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
     for identity in train:
@@ -50,15 +50,15 @@ def shared_text(
 
 
 def shared_line(share: float, paths: Sequence[str], remedy: str) -> str:
-    """Return a line that says what validation text is training text too."""
+    """Return a warning that validation text is also training text."""
     return (
-        f"data: {share:.0%} of the validation text is training text too ({_named(paths)}), so "
-        f"perplexity on it is not that of new text: {remedy}"
+        f"data: {share:.0%} of the validation text is also training text ({_named(paths)}), so "
+        f"perplexity on it does not measure new text: {remedy}"
     )
 
 
 def _text(identity: Identity) -> tuple[Any, ...]:
-    """Name the whole text of a source; of a text file, however it is cut into documents."""
+    """Return a key of the whole text of a source, however it is split into documents."""
     content = identity["content"]
     if "blake2b" not in content:
         return tuple(content[key] for key in ("dataset", "name", "version", "split", "column"))
@@ -66,7 +66,7 @@ def _text(identity: Identity) -> tuple[Any, ...]:
 
 
 def _interval(identity: Identity) -> tuple[float, float]:
-    """Return which of a source's documents it gives, by their hashes between 0 and 1."""
+    """Return the range of document hashes, between 0 and 1, that a source gives."""
     part, holdout = identity["content"]["part"], identity["content"]["holdout"]
     if part == "all":
         return 0.0, 1.0

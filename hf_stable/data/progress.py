@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, one plain line every ten seconds elsewhere."""
+"""Progress on stderr: a bar on a terminal, otherwise one plain line every ten seconds."""
 
 import sys
 import time
@@ -11,9 +11,13 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Bytes of text done of `total` (None: unknown) and tokens made; silent unless `shown`.
+    """Progress in bytes of text and in tokens.
 
-    `tokens` is how many there are at the begin, from an earlier run that was killed.
+    Args:
+        title: Name of the work, shown first.
+        total: Bytes of text in all, or None if unknown.
+        tokens: Number of tokens at the start, from an earlier build that was interrupted.
+        shown: Print nothing if False.
     """
 
     def __init__(self, title: str, total: int | None, tokens: int = 0, *, shown: bool) -> None:
@@ -38,12 +42,12 @@ class Progress:
             self._bar.stop()
 
     def update(self, done: int, tokens: int) -> None:
-        """Show that `done` bytes have become `tokens` tokens, those of earlier runs included."""
+        """Show `done` bytes of text and `tokens` tokens, both including earlier runs."""
         speed = (tokens - self._tokens) / max(time.monotonic() - self._begin, 1e-9)
         self._show(done, f"{done / 1e6:,.1f} MB, {tokens:,} tokens, {speed:,.0f} tokens/s")
 
     def update_time(self, done: int) -> None:
-        """Show for how long `done` bytes of text have been worked on."""
+        """Show `done` bytes of text and the time since the start."""
         seconds = time.monotonic() - self._begin
         self._show(done, f"{done / 1e6:,.1f} MB, {seconds:,.0f} s")
 

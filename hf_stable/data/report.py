@@ -1,4 +1,4 @@
-"""What was read and what was left out: the counts behind 'nothing is skipped in silence'."""
+"""Counts of the documents that were read and of those that were left out."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,7 +13,7 @@ _EXAMPLES = 5
 
 @dataclass
 class Tally:
-    """Counts of one source: rows of any kind, good texts, and rows that cannot be used."""
+    """Counts of one source: all rows, good texts, and rows that cannot be used."""
 
     rows: int = 0
     good: int = 0
@@ -22,9 +22,10 @@ class Tally:
 
 @dataclass
 class ReadReport:
-    """What was read and what was left out. Keys of the dicts are paths or `datasets` names.
+    """Counts of the documents that were read and of those that were left out.
 
-    `bad` and `empty` hold the first few places of each file, the `_counts` all of them.
+    Keys of the dicts are paths or `datasets` names. `bad` and `empty` list the first few places in
+    each file; `bad_counts` and `empty_counts` count all of them.
     """
 
     documents: int = 0
@@ -37,7 +38,7 @@ class ReadReport:
     empty_counts: dict[str, int] = field(default_factory=dict)
     ignored_files: list[str] = field(default_factory=list)
     left_files: dict[str, list[str]] = field(default_factory=dict)
-    """Other files and folders that were found and not read, by the reason."""
+    """Other files and folders that were found but not read, by reason."""
 
     @property
     def bad_documents(self) -> int:
@@ -48,17 +49,17 @@ class ReadReport:
         return sum(self.empty_counts.values())
 
     def add_bad(self, file: str, place: str) -> None:
-        """Count a document that cannot be used; `place` says where in the file and why."""
+        """Count a document that cannot be used; `place` is its place in the file and the reason."""
         self.bad_counts[file] = self.bad_counts.get(file, 0) + 1
         self._add_example(self.bad, file, place)
 
     def add_empty(self, file: str, place: str) -> None:
-        """Count a document without any character but white space."""
+        """Count a document that is empty or only white space."""
         self.empty_counts[file] = self.empty_counts.get(file, 0) + 1
         self._add_example(self.empty, file, place)
 
     def leave(self, reason: str, path: Path) -> None:
-        """Name a file or folder that was found and is not read."""
+        """Record a file or folder that was found but is not read."""
         self.left_files.setdefault(reason, []).append(str(path))
 
     @staticmethod
@@ -68,11 +69,11 @@ class ReadReport:
             known.append(place)
 
     def to_dict(self) -> dict[str, Any]:
-        """A deep copy in plain JSON types; `ReadReport(**it)` gives an equal report."""
+        """Return a deep copy in plain JSON types; `ReadReport(**copy)` gives an equal report."""
         return asdict(self)
 
     def problem_lines(self) -> list[str]:
-        """One line of text for every file of which something was left out."""
+        """Return one line for each file with bad or empty documents, and lines on unread files."""
         lines = [f"{f}: {n} bad ({_examples(self.bad[f], n)})" for f, n in self.bad_counts.items()]
         lines += [
             f"{f}: {n} empty ({_examples(self.empty[f], n)})" for f, n in self.empty_counts.items()
@@ -85,7 +86,7 @@ class ReadReport:
         ]
 
     def lines(self) -> list[str]:
-        """The whole report as lines to print."""
+        """Return the whole report as lines to print."""
         total = f"{counted(self.documents, 'document')}, {self.text_bytes:,} bytes of text"
         if self.other_part_documents:
             total += f"; {self.other_part_documents:,} documents are in the other part of the split"

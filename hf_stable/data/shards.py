@@ -1,4 +1,4 @@
-"""One run of tokens in many files: of any number of them, only a few are open at a time."""
+"""One sequence of tokens in many files, of which only a few are open at a time."""
 
 import os
 from collections.abc import Sequence
@@ -11,15 +11,18 @@ import numpy as np
 from hf_stable.errors import DataError
 
 TOKEN = np.dtype("<u4")
-# Tokens of every shard but the last: 1 GiB.
+# Tokens of every shard except the last: 1 GiB.
 SHARD_TOKENS = 2**28
-REMEDY = "delete this folder and run again, it is made anew"
-# Far below the usual limit of 1024 open files, each map holding one.
+REMEDY = "delete this folder and run again, which rebuilds it"
+# Far below the usual limit of 1024 open files. Each memory map holds one file open.
 _OPEN_SHARDS = 128
 
 
 class Shard(NamedTuple):
-    """A file of tokens; `stamp` (inode, modification time) tells it from a later one there."""
+    """A file of tokens.
+
+    `stamp` (inode, modification time) distinguishes it from a later file at the same path.
+    """
 
     path: Path
     length: int
@@ -27,15 +30,15 @@ class Shard(NamedTuple):
 
 
 def shard_name(index: int) -> str:
-    """File name of shard `index` in the folder of a token file."""
+    """Return the file name of shard `index` in the folder of a token file."""
     return f"tokens-{index:05d}.bin"
 
 
 def find_shard(path: Path, length: int) -> Shard:
-    """The shard at `path`, which is looked at but not opened.
+    """Return the shard at `path` after checking its size; the file is not opened.
 
     Raises:
-        DataError: it is missing or has another size than `length` tokens.
+        DataError: If the file is missing or does not have the size of `length` tokens.
     """
     try:
         status = path.stat()
@@ -43,7 +46,7 @@ def find_shard(path: Path, length: int) -> Shard:
         raise DataError(f"{path} cannot be read ({error.strerror}): {REMEDY}") from error
     if status.st_size != length * TOKEN.itemsize:
         raise DataError(
-            f"{path} has {status.st_size} bytes where {length} tokens of {TOKEN.itemsize} belong: "
+            f"{path} has {status.st_size} bytes, expected {length} tokens of {TOKEN.itemsize}: "
             f"{REMEDY}"
         )
     return Shard(path, length, (status.st_ino, status.st_mtime_ns))
@@ -76,7 +79,7 @@ class TokenShards:
             return self[range(len(self))[key] :][0]
         start, stop, step = key.indices(len(self))
         if step != 1:
-            raise IndexError(f"tokens are read in steps of 1, not of {step}")
+            raise IndexError(f"tokens are read in steps of 1, got {step}")
         if stop <= start:
             return np.empty(0, TOKEN)
         first, last = np.searchsorted(self._ends, [start, stop - 1], side="right")
@@ -90,10 +93,10 @@ class TokenShards:
 
 
 class ShardWriter:
-    """Appends tokens to the shards in `place`, from token `start` on; what is behind it is cut off.
+    """Append tokens to the shards in `place` from token `start`; later tokens are removed.
 
     Raises:
-        DataError: the shards before `start` are not whole.
+        DataError: If the shards before `start` are incomplete.
     """
 
     def __init__(self, place: Path, start: int, shard_tokens: int) -> None:
@@ -110,7 +113,7 @@ class ShardWriter:
 
     @property
     def shards(self) -> list[tuple[str, int]]:
-        """Name and number of tokens of every shard so far."""
+        """Names and numbers of tokens of all shards so far."""
         starts = range(0, self._written, self._size)
         return [
             (shard_name(index), min(self._size, self._written - start))
@@ -118,7 +121,7 @@ class ShardWriter:
         ]
 
     def write(self, tokens: np.ndarray) -> None:
-        """Append tokens, (n,) uint32; a shard that is full is put on the disk."""
+        """Append tokens, (n,) uint32; a full shard is flushed to disk."""
         while len(tokens):
             whole, rest = divmod(self._written, self._size)
             if self._file is None:
@@ -131,7 +134,7 @@ class ShardWriter:
                 self.close()
 
     def sync(self) -> None:
-        """Put all tokens so far on the disk."""
+        """Flush all tokens so far to disk."""
         if self._file is not None:
             sync(self._file)
 
@@ -142,22 +145,22 @@ class ShardWriter:
 
 
 def sync(file: Any) -> None:
-    """Put what was written to an open file on the disk."""
+    """Flush an open file to disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def open_at(path: Path, size: int) -> Any:
-    """Open for appending at `size` bytes; what a killed build wrote behind that is cut off.
+    """Open for appending at `size` bytes; anything an interrupted build wrote after is removed.
 
     Raises:
-        DataError: the file is shorter.
+        DataError: If the file is shorter.
     """
     file = path.open("r+b" if path.exists() else "w+b")
     if file.seek(0, os.SEEK_END) < size:
         file.close()
         raise DataError(
-            f"{path} is shorter than recorded ({size} bytes): delete {path.parent}, run again"
+            f"{path} is shorter than recorded ({size} bytes): delete {path.parent} and run again"
         )
     file.truncate(size)
     file.seek(size)

@@ -1,6 +1,6 @@
-"""Sources of text, and their documents one by one.
+"""Sources of text, and a reader of their documents.
 
-Nothing is skipped in silence: what is not handed on is counted in the `ReadReport`, by file and
+Nothing is skipped silently: the `ReadReport` counts every document that is left out, by file and
 number.
 """
 
@@ -30,28 +30,28 @@ HoldoutBy = Literal["document", "tail"]
 
 @dataclass(frozen=True)
 class Source:
-    """One place that text comes from.
+    """A source of text.
 
     Attributes:
-        path: a file, folder or glob (`READABLE` has the endings), relative to the current
-            directory, or a pipe; anything else is the name of a dataset for
-            `datasets.load_dataset`. A folder that is a dataset is read as `datasets` reads it.
-        column: column or JSON key that holds the text; "a.b" is the field b inside a, unless there
+        path: File, folder or glob (`READABLE` lists the extensions), relative to the current
+            directory, or a pipe. Anything else is a dataset name for `datasets.load_dataset`. A
+            folder that is a dataset is read as `datasets` reads it.
+        column: Column or JSON key that holds the text. "a.b" is the field b inside a, unless there
             is a column of that name.
-        sample_by: what one document is, in text files only.
-        name: configuration of a `datasets` name or folder.
-        split: split of a `datasets` name or folder; None is "train".
-        streaming: read a `datasets` name without downloading it first.
-        part: which side of the holdout split to hand on.
-        holdout: fraction of the documents, chosen by a hash of their text, that are "validation".
-            The choice depends on the document alone, so both parts never share a text.
-        holdout_by: "tail" holds out the end of each document instead, for texts of so few documents
-            that whole ones leave a part empty (`data.holdout`).
-        max_bad_share: share of a file's documents, the empty ones aside, that may be unusable and
-            left out; a file with more is refused.
+        sample_by: Unit of one document, in text files only.
+        name: Configuration of a `datasets` name or folder.
+        split: Split of a `datasets` name or folder; None means "train".
+        streaming: Read a `datasets` name without downloading it first.
+        part: Part of the holdout split to read.
+        holdout: Fraction of the documents, chosen by a hash of their text, that are "validation".
+            The choice depends only on the document, so the two parts never share a text.
+        holdout_by: "tail" holds out the end of each document instead. It is used if there are too
+            few documents to hold out whole ones (`data.holdout`).
+        max_bad_share: Share of a file's non-empty documents that may be unusable and left out. A
+            file with more raises an error.
 
     Raises:
-        DataError: a field has a value that cannot work.
+        DataError: If a field has an invalid value.
     """
 
     path: str
@@ -96,25 +96,28 @@ class Source:
 
 
 def is_dataset(source: Source) -> bool:
-    """Whether an expanded source is a `datasets` name rather than a file."""
+    """Return True if an expanded source is a `datasets` name rather than a file."""
     return not Path(source.path).exists()
 
 
 def read_documents(
     source: Source, report: ReadReport, skip: int = 0, rows: DatasetRows | None = None
 ) -> Iterator[str]:
-    """Read the documents of one expanded source, in order, and count all that happens in `report`.
+    """Yield the documents of one expanded source in order, and update the counts in `report`.
+
+    A source without any text counts as one empty document.
 
     Args:
-        skip: leave out the first documents that would be handed on, for a second, resumed reading.
-            They are counted all the same, so that the report of a resumed reading equals that of
-            one in a go.
-        rows: of a `datasets` name, where the caller wants to know or choose their place.
+        source: Expanded source.
+        report: Receives the counts.
+        skip: Number of documents to skip when reading resumes. They are counted nevertheless, so a
+            resumed reading gives the same report as an uninterrupted one.
+        rows: Rows of a `datasets` name, if the caller reads or sets their position.
 
     Raises:
-        DataError: the source is unusable as a whole (missing, binary, truncated, not UTF-8,
-            without the column), too many of its documents are, or it has fewer than `skip`. A
-            source without any text counts as an empty document.
+        DataError: If the source is unusable as a whole (missing, binary, truncated, not UTF-8,
+            without the column), if too many documents are unusable, or if there are fewer than
+            `skip` documents.
     """
     tally = rows.tally if rows else Tally()
     handed_on = 0
@@ -140,13 +143,13 @@ def read_documents(
     _refuse_mostly_bad(source, report, tally)
     if handed_on < skip:
         raise DataError(
-            f"{source.path} gave {handed_on} documents, but {skip} had been read before: it "
+            f"{source.path} gave {handed_on} documents, but {skip} were read before: it "
             "changed while it was read; run again in another cache folder"
         )
 
 
 def _usable(row: Row, file: str, report: ReadReport, tally: Tally) -> bytes | None:
-    """The row's text as UTF-8, or None after counting why there is none."""
+    """Return the row's text as UTF-8, or None after counting the reason."""
     problem, data = row.problem, b""
     if not problem and not row.text.strip():
         report.add_empty(file, f"{row.unit} {row.number}")
@@ -170,18 +173,18 @@ def _refuse_mostly_bad(source: Source, report: ReadReport, tally: Tally) -> None
         return
     path, examples = Path(source.path), "; ".join(report.bad[source.path])
     if file_format(path) == "json":
-        examples += ' (JSON is one object a line, which "jq -c ." writes, or one array of objects)'
+        examples += ' (use one JSON object per line, as "jq -c ." writes, or one array of objects)'
     if not tally.good:
         raise DataError(f"{path} holds no usable document: {examples}")
     raise DataError(
-        f"{path}: {tally.bad} of {total} documents cannot be used, a larger share than "
-        f"max_bad_share, {source.max_bad_share}: {examples}; repair the file, set the source's "
-        "column, or raise max_bad_share to leave them out"
+        f"{path}: {tally.bad} of {total} documents cannot be used, more than "
+        f"max_bad_share {source.max_bad_share} allows: {examples}; repair the file, set the "
+        "source's column, or raise max_bad_share to leave them out"
     )
 
 
 def part_of_document(source: Source, text: str, data: bytes) -> str:
-    """Return what of a document belongs to the source's part; `data` is its text as UTF-8."""
+    """Return the text of a document that is in the source's part; `data` is the text as UTF-8."""
     if source.part == "all":
         return text
     if source.holdout_by == "tail":
@@ -192,7 +195,7 @@ def part_of_document(source: Source, text: str, data: bytes) -> str:
 
 
 def _tail_start(text: str, holdout: float) -> int:
-    """Return where the last `holdout` of a text begins, at the next line or word if one is near."""
+    """Return the start of the last `holdout` of a text, at the next line or word if near."""
     at = round(len(text) * (1 - holdout))
     near = (at + len(text)) // 2
     for mark in ("\n", " "):
@@ -210,4 +213,4 @@ def _rows(source: Source) -> Iterator[Row]:
         return read_table(path, source.column)
     if kind or is_pipe(path):
         return read_rows(path, source.column, source.sample_by)
-    raise DataError(f"{path}: do not know how to read this; readable are {READABLE}")
+    raise DataError(f"{path}: cannot read this kind of file; readable are {READABLE}")

@@ -1,4 +1,4 @@
-"""Rows of one column of a parquet or Arrow file; a field of a structure is named with dots."""
+"""Rows of one column of a parquet or Arrow file; a nested field is named with dots."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ from hf_stable.data.formats import Row, check_value, not_utf8
 from hf_stable.errors import DataError
 
 _BATCH_ROWS = 256
-# Bytes are what Spark and Impala write for text; those that are not UTF-8 are counted as bad rows.
+# Spark and Impala write text as bytes. Rows that are not UTF-8 are counted as bad.
 _TEXT_TYPES = (
     *(pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view),
     *(pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view),
@@ -19,10 +19,10 @@ _TEXT_TYPES = (
 
 
 def read_table(path: Path, column: str) -> Iterator[Row]:
-    """Read one column, a few hundred rows held at a time.
+    """Read one column, with a few hundred rows in memory at a time.
 
     Raises:
-        DataError: a damaged file, or one without this column of text.
+        DataError: If the file is damaged or lacks this column of text.
     """
     number = 0
     batches = _parquet if path.name.lower().endswith(".parquet") else _arrow
@@ -34,8 +34,8 @@ def read_table(path: Path, column: str) -> Iterator[Row]:
     except (pa.ArrowException, OSError) as error:
         kind = path.suffix.lower().removeprefix(".")
         raise DataError(
-            f"{path} is not a whole {kind} file (failed after row {number}: {error}): "
-            "make or download it again"
+            f"{path} is not a complete {kind} file (failed after row {number}: {error}): "
+            "create or download it again"
         ) from error
 
 
@@ -47,7 +47,7 @@ def _parquet(path: Path, column: str) -> Iterator[Any]:
 
 
 def _arrow(path: Path, column: str) -> Iterator[Any]:
-    """The stream format that `datasets` writes, or the file format."""
+    """Read Arrow's stream format, which `datasets` writes, or its file format."""
     with pa.memory_map(str(path)) as file:
         try:
             batches: Any = pa.ipc.open_stream(file)
@@ -68,7 +68,7 @@ def _values(batch: Any, column: str) -> Any:
     first, *inner = column.split(".")
     values = batch.column(first)
     for name in inner:
-        # `flatten`, other than `field`, is null where the structure is.
+        # Unlike `field`, `flatten` gives null where the structure is null.
         values = values.flatten()[values.type.get_field_index(name)]
     return values
 
@@ -91,12 +91,12 @@ def _check_column(path: Path, schema: Any, column: str) -> None:
 
 
 def _type_of(path: Path, schema: Any, column: str) -> Any:
-    """The type of a column, or of a field inside one, or None."""
+    """Return the type of a column or of a nested field, or None if there is none."""
     first, *inner = [column] if column in schema.names else column.split(".")
     if schema.names.count(first) > 1:
         raise DataError(
-            f"{path} has {schema.names.count(first)} columns with the name {first!r}: write it "
-            "again with different names"
+            f"{path} has {schema.names.count(first)} columns with the name {first!r}: write "
+            "the file again with different names"
         )
     if first not in schema.names:
         return None

@@ -1,8 +1,8 @@
 """Packed tokens on disk.
 
-The shards are one run of uint32 (little endian), document after document with the boundary ids of
-`boundary_ids`, cut without regard to documents; `documents.npy` has each document's start (int64);
-`meta.json`, written last, has the index of the shards and says what they were made of.
+The shards are one sequence of uint32 (little endian): document after document, each with the ids of
+`boundary_ids`. A document may cross shards. `documents.npy` has the start of each document (int64).
+`meta.json`, written last, lists the shards and records their sources.
 """
 
 import json
@@ -22,10 +22,10 @@ class TokenFile:
     """A finished token file, read through memory maps. Make one with `build_token_file`.
 
     Attributes:
-        folder: where its files are.
-        tokens: (num_tokens,) uint32, of which shards are mapped when they are read.
+        folder: Folder of the files.
+        tokens: (num_tokens,) uint32; a shard is memory-mapped when it is read.
         document_starts: (num_documents,) int64, memory-mapped, strictly increasing from 0.
-        meta: content of meta.json: counts, shards, boundary ids, fingerprint, tokenizer hash,
+        meta: Content of meta.json: counts, shards, boundary ids, fingerprint, tokenizer hash,
             sources, read report.
     """
 
@@ -39,14 +39,15 @@ class TokenFile:
 
     @classmethod
     def open(cls, folder: str | Path, *, verify: bool = True) -> "TokenFile":
-        """Open a folder, in a time that does not grow with its tokens unless they are verified.
+        """Open a folder; without `verify`, the time does not grow with the number of tokens.
 
         Args:
-            verify: read every token and document start once; else ids are compared with the
-                vocabulary when they are read.
+            folder: Folder of a finished token file.
+            verify: Read and check every token and document start now. Otherwise ids are checked
+                against the vocabulary when they are read.
 
         Raises:
-            DataError: a file is missing or damaged, counts differ, or an id is outside the
+            DataError: If a file is missing or damaged, counts differ, or an id is outside the
                 vocabulary.
         """
         folder = Path(folder)
@@ -55,8 +56,8 @@ class TokenFile:
         tokens = TokenShards(shards)
         if not len(tokens) == meta["tokens"] > 0:
             raise DataError(
-                f"{folder / 'meta.json'}: shards hold {len(tokens)} of {meta['tokens']} tokens: "
-                f"{REMEDY}"
+                f"{folder / 'meta.json'}: shards hold {len(tokens)} tokens, "
+                f"expected {meta['tokens']}: {REMEDY}"
             )
         starts = _map_starts(folder / "documents.npy", meta["documents"], meta["tokens"])
         file = cls(folder, tokens, starts, meta)
@@ -67,14 +68,14 @@ class TokenFile:
         return file
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A pickled memory map is a copy of all tokens; workers of a loader open the file instead.
+        # Pickling a memory map copies all tokens, so workers of a loader reopen the file instead.
         return _reopen, (self.folder,)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop), uint32.
+        """Return tokens [start, stop), uint32.
 
         Raises:
-            DataError: an id is outside the vocabulary.
+            DataError: If an id is outside the vocabulary.
         """
         tokens = self.tokens[start:stop]
         if tokens.max() >= self.vocab_size:
@@ -87,7 +88,7 @@ class TokenFile:
         return tokens
 
     def _place_of(self, token: int) -> tuple[Path, int]:
-        """The shard that holds a token, and the token's place in it."""
+        """Return the shard that holds a token, and the token's place in it."""
         for shard in self.tokens.shards:
             if token < shard.length:
                 return shard.path, token
@@ -95,7 +96,7 @@ class TokenFile:
         raise AssertionError(f"{self.folder} ends before token {token}")
 
     def sample(self, num_tokens: int) -> np.ndarray:
-        """About `num_tokens` tokens to count, uint32: the first ones."""
+        """Return the first `num_tokens` tokens, uint32."""
         return self.tokens[:num_tokens]
 
     @property
@@ -125,17 +126,17 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(
-            f"{path} cannot be read ({error.strerror}): no finished token file"
+            f"{path} cannot be read ({error.strerror}): {folder} is not a finished token file"
         ) from error
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}): {REMEDY}") from error
     needed = {"format", "fingerprint", "tokens", "shards", "documents", "vocab_size"}
     needed |= {"prefix", "suffix"}
     if not isinstance(meta, dict) or "format" not in meta:
-        raise DataError(f"{path} has no format: {REMEDY}")
+        raise DataError(f"{path} has no key 'format': {REMEDY}")
     if meta["format"] != FORMAT:
         raise DataError(
-            f"{path} has format {meta['format']}, this version reads {FORMAT}: {REMEDY}"
+            f"{path} has format {meta['format']}, but this version reads {FORMAT}: {REMEDY}"
         )
     if not needed <= set(meta):
         raise DataError(f"{path} lacks one of {sorted(needed)}: {REMEDY}")
@@ -149,10 +150,10 @@ def _map_starts(path: Path, expected: int, num_tokens: int) -> np.ndarray:
         raise DataError(f"{path} cannot be read ({error}): {REMEDY}") from error
     if starts.dtype != np.int64 or starts.shape != (expected,) or not expected:
         raise DataError(
-            f"{path} holds {starts.dtype} {starts.shape} where {expected} int64 belong: {REMEDY}"
+            f"{path} holds {starts.dtype} {starts.shape}, expected {expected} int64: {REMEDY}"
         )
     if starts[0] != 0 or starts[-1] >= num_tokens:
-        raise DataError(f"{path} does not start at 0 or points behind the last token: {REMEDY}")
+        raise DataError(f"{path} does not start at 0 or points past the last token: {REMEDY}")
     return starts
 
 

@@ -1,7 +1,7 @@
-"""Tokenizers, trained or loaded: any text comes back from its ids unchanged.
+"""Train and load tokenizers that decode any text back unchanged.
 
-Both kinds have two special tokens, `<|endoftext|>` (begin and end of a document) and `<|padding|>`,
-as ids 0 and 1, and no unknown token: every byte has an id of its own.
+Both kinds have two special tokens, `<|endoftext|>` (start and end of a document) and `<|padding|>`,
+with ids 0 and 1. There is no unknown token: every byte has an id.
 """
 
 import io
@@ -24,19 +24,17 @@ from hf_stable.errors import DataError
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 
-# SentencePiece stands these for a space and for its own end marks, so they cannot be learned as
+# SentencePiece uses these characters for a space and for internal marks, so it cannot learn them as
 # text.
 _RESERVED = str.maketrans({"\u2581": "\n", "\u2585": "\n", "\0": "\n"})
-# SentencePiece leaves out longer lines (its limit is 4192 bytes) with a mere log line, so they are
-# cut.
+# SentencePiece drops lines above its limit of 4192 bytes with only a log message, so long lines are
+# split.
 _MAX_LINE = 1000
-# The time of BPE's training grows with the square of a word's length, so longer ones are cut, too.
+# The time to train BPE grows with the square of a word's length, so long words are split too.
 _MAX_WORD = 1000
-# The trained file depends on the number of threads (sums of floats), so it must not be the
-# machine's.
+# The trained file depends on the number of threads (order of float sums), so the number is fixed.
 _THREADS = 8
-# Far below every log probability: a reserved piece is never chosen for text that happens to spell
-# it.
+# Far below every log probability: text that spells a reserved piece is never encoded as that piece.
 _NEVER = -1e6
 
 
@@ -50,16 +48,20 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Train a tokenizer and save it as `folder/tokenizer.json` with its configuration.
 
-    Equal texts give equal files, whatever the machine's number of cores. Ctrl-C ends the training,
-    which runs in a thread for that.
+    The same texts give the same files on any number of cores. Training runs in a background thread,
+    so that Ctrl-C can stop it.
 
     Args:
-        kind: "bpe" is GPT-2's byte-level BPE; "sentencepiece" is a SentencePiece unigram model with
-            byte fallback, its space mark stored as a plain space so that a real U+2581 survives.
-        vocab_size: most ids, the special tokens included; little text gives fewer.
+        texts: Documents to train on.
+        kind: "bpe" is GPT-2's byte-level BPE. "sentencepiece" is a SentencePiece unigram model with
+            byte fallback, whose space mark is stored as a space so that a real U+2581 survives.
+        vocab_size: Maximum number of ids, including the special tokens; a short text gives fewer.
+        folder: Folder to save to.
+        progress: Print progress to stderr.
 
     Raises:
-        DataError: no text, an unknown kind, or a vocabulary too small for single characters.
+        DataError: If there is no text, the kind is unknown, or the vocabulary is too small for
+            single characters.
     """
     train = {"bpe": _train_bpe, "sentencepiece": _train_sentencepiece}.get(kind)
     if train is None:
@@ -85,12 +87,12 @@ def train_tokenizer(
 
 
 def shortage(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> str | None:
-    """Return a line that says that a trained tokenizer has fewer tokens than asked for, or None."""
+    """Return a warning if a trained tokenizer has fewer tokens than requested, else None."""
     if len(tokenizer) >= vocab_size:
         return None
     return (
-        f"tokenizer: this text gives {len(tokenizer):,} tokens of vocab_size {vocab_size:,}; more "
-        "text gives more"
+        f"tokenizer: the text yields {len(tokenizer):,} tokens, fewer than vocab_size "
+        f"{vocab_size:,}; more text yields more"
     )
 
 
@@ -98,7 +100,7 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     smallest = len(alphabet) + 2
     if vocab_size < smallest:
-        raise DataError(f"vocab_size is {vocab_size}, byte-level BPE needs at least {smallest}")
+        raise DataError(f"vocab_size is {vocab_size}, but byte-level BPE needs at least {smallest}")
     backend = Tokenizer(models.BPE())
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     cut = pre_tokenizers.FixedLength(length=_MAX_WORD)
@@ -128,13 +130,13 @@ def _train_sentencepiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             vocab_size=vocab_size,
             hard_vocab_limit=False,
             byte_fallback=True,
-            # No rewriting of text of any kind, so that ids stand for exactly what was written.
+            # No normalization at all, so that decoding returns exactly the original text.
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             user_defined_symbols=["\n", "\n\n"],
-            # A text that spells a reserved piece is then written with single characters.
+            # Text that spells a reserved piece is then encoded as single characters.
             required_chars="".join(sorted(set(f"{END_OF_TEXT}{PADDING}<0x123456789ABCDEF>"))),
             unk_id=0,
             unk_piece=END_OF_TEXT,
@@ -148,16 +150,16 @@ def _train_sentencepiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         )
     except RuntimeError as error:
         raise DataError(
-            f"vocab_size is {vocab_size}, with which SentencePiece cannot train on this text: "
-            f"{error}; raise it, or give more text"
+            f"SentencePiece cannot train on this text with vocab_size {vocab_size}: "
+            f"{error}; raise vocab_size, or give more text"
         ) from error
     return _convert(SentencePieceProcessor(model_proto=model.getvalue()))
 
 
 def _training_lines(texts: Iterable[str]) -> Iterator[str]:
-    """Lines to train SentencePiece on: short, and without the marks it uses itself.
+    """Yield short lines for SentencePiece, without the characters it uses internally.
 
-    A text like "<0x41>" needs no care: pieces never span letters and digits or signs.
+    Text like "<0x41>" needs no special handling: a piece never spans letters and digits or signs.
     """
     for text in texts:
         for line in text.translate(_RESERVED).split("\n"):
@@ -166,9 +168,10 @@ def _training_lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _convert(model: SentencePieceProcessor) -> Tokenizer:
-    """The same unigram model in `tokenizers`: spaces stand for themselves, newlines for themselves.
+    """Convert the unigram model to `tokenizers`, with plain spaces and newlines.
 
-    Splitting before a space changes nothing, because no SentencePiece piece has one after a letter.
+    Splitting before a space changes nothing, because no SentencePiece piece has a space after a
+    letter.
     """
     pieces = [(model.id_to_piece(i), i) for i in range(model.get_piece_size())]
     vocabulary = []
@@ -198,7 +201,7 @@ def _save(backend: Tokenizer, folder: Path) -> PreTrainedTokenizerFast:
     tokenizer.save_pretrained(temporary)
     durable.sync_tree(temporary)
     folder.mkdir(parents=True, exist_ok=True)
-    # tokenizer.json last: a folder that has it has the rest.
+    # Move tokenizer.json last: a folder with it is complete.
     for file in sorted(temporary.iterdir(), key=lambda file: file.name == "tokenizer.json"):
         durable.rename(file, folder / file.name)
     temporary.rmdir()
@@ -206,14 +209,14 @@ def _save(backend: Tokenizer, folder: Path) -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a folder (or the Hub, where there is one) through `AutoTokenizer`.
+    """Load a tokenizer from a folder or the Hub through `AutoTokenizer`.
 
-    A folder with nothing but GPT-2's `vocab.json` and `merges.txt` is loaded as GPT-2's tokenizer.
+    A folder with only GPT-2's `vocab.json` and `merges.txt` is loaded as GPT-2's tokenizer.
 
     Raises:
-        DataError: nothing that can be loaded is there, or it has no end-of-sequence token.
+        DataError: If no tokenizer can be loaded, or if it has no end-of-sequence token.
     """
-    # Without a config file AutoTokenizer does not know the class.
+    # Without a config file, AutoTokenizer does not know the class.
     kind = {"tokenizer_type": "gpt2"} if _is_bare_gpt2(Path(path)) else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **kind)
@@ -232,7 +235,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def _is_bare_gpt2(folder: Path) -> bool:
-    """Return whether a folder has GPT-2's two files only, with its end of text among the tokens."""
+    """Return True if a folder has only GPT-2's two files and its end-of-text token."""
     if not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
         return False
     if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
@@ -245,13 +248,13 @@ def _is_bare_gpt2(folder: Path) -> bool:
 
 
 def boundary_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Ids to put before and after every document, so that each of its tokens can be predicted.
+    """Return the ids before and after every document, so that each of its tokens is predicted.
 
-    With one shared boundary token the next document's prefix is the label that ends this one, and
-    there is no suffix; with two, the document ends with its own eos.
+    If bos and eos are the same token, the prefix of the next document is the label that ends this
+    one, and there is no suffix. If they differ, every document ends with eos.
 
     Raises:
-        DataError: the tokenizer has no eos token.
+        DataError: If the tokenizer has no eos token.
     """
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no eos_token, which must end every document: set one")

@@ -1,1 +1,1 @@
-"""Sweeps: methods x learning rates x seeds, judged by a declared rule, and what they show."""
+"""Sweeps: methods x learning rates x seeds, judged by a declared rule, and their reports."""

@@ -1,4 +1,4 @@
-"""Does the divergence rule have its marks on a study's text? Asked before anything is trained."""
+"""Check before training that the divergence rule can be applied to a study's text."""
 
 import json
 from collections.abc import Sequence
@@ -11,17 +11,18 @@ from hf_stable.recipes import Recipe, to_dict
 from .plan import Planned
 from .rule import Thresholds
 
-# Tokens of a text that a run counts, too.
+# Tokens counted of each text, the same number as in a run.
 _COUNTED = 20_000_000
 
 
 def check_baselines(runs: Sequence[Planned], thresholds: Thresholds) -> None:
-    """Count every text of the runs once; token files that this makes are those of the runs.
+    """Count n-grams of every text of the runs once; the runs reuse the token files built here.
 
     Raises:
-        UserError: names the run, where a bigram table is no better than a unigram table and the
-            thresholds need it to be.
-        DataError, RecipeError: when a run's text or tokenizer cannot be used.
+        UserError: If the thresholds need a bigram table that is better than a unigram table, and it
+            is not. The message names the run.
+        DataError: If the text of a run cannot be used.
+        RecipeError: If the tokenizer of a run cannot be used.
     """
     if not thresholds.needs_bigram:
         return

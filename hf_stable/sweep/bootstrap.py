@@ -1,4 +1,4 @@
-"""The one bootstrap of a study: percentiles over resampled rows."""
+"""Bootstrap of a study: percentiles over resampled rows."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -9,14 +9,14 @@ import numpy as np
 SAMPLES = 10_000
 CONFIDENCE = 0.95
 SEED = 0
-# Up to so many rows all resamples are taken, instead of some at random: of six there are 46,656.
+# Up to this many rows, all resamples are taken instead of random ones; six rows have 46,656.
 _ALL = 6
 # Elements of one (resamples, rows) array (32 MiB).
 _CHUNK = 2**22
 
 
 class Interval(NamedTuple):
-    """A value with its bootstrap interval, which may be infinite on one side or NaN."""
+    """A value with its bootstrap interval; an end may be infinite or NaN."""
 
     value: float
     low: float
@@ -24,14 +24,14 @@ class Interval(NamedTuple):
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval tells the value's sign."""
+        """True if the interval determines the sign of the value."""
         return self.low > 0 or self.high < 0
 
 
 def resamples(num_rows: int, samples: int = SAMPLES, seed: int = SEED) -> Iterator[np.ndarray]:
-    """Chunks (B, num_rows) of row numbers drawn with replacement, `samples` rows in all.
+    """Yield chunks (B, num_rows) of row numbers drawn with replacement, `samples` in total.
 
-    Of up to six rows all resamples, once each: what is found then depends on no random number.
+    With up to six rows, every possible resample is yielded once, so no random number is used.
     """
     if num_rows <= _ALL:
         yield np.array(list(itertools.product(range(num_rows), repeat=num_rows)))
@@ -45,22 +45,21 @@ def resamples(num_rows: int, samples: int = SAMPLES, seed: int = SEED) -> Iterat
 def resampled(
     statistic: Callable[[np.ndarray], np.ndarray], num_rows: int, samples: int = SAMPLES
 ) -> np.ndarray:
-    """(samples, ...) of a statistic that takes (B, num_rows) row numbers to (B, ...)."""
+    """Return (samples, ...) values of a statistic from (B, num_rows) row numbers to (B, ...)."""
     return np.concatenate([statistic(index) for index in resamples(num_rows, samples)])
 
 
 def interval(value: float, found: np.ndarray, confidence: float = CONFIDENCE) -> Interval:
-    """Percentile interval (Efron and Tibshirani 1993, chapter 13) of resampled values; NaN if none
-    of them is a number.
+    """Return the percentile interval of resampled values (Efron and Tibshirani 1993, chapter 13).
 
-    Percentiles are values that were found, none between two: these may be learning rates of a grid,
-    or infinite.
+    It is NaN if no value is a number. Percentiles are not interpolated, because values may be
+    learning rates of a grid, or infinite.
     """
     tail = (1 - confidence) / 2
     found = found[~np.isnan(found)]
     if not len(found):
         return Interval(float(value), float("nan"), float("nan"))
     low = np.quantile(found, tail, method="inverted_cdf")
-    # The mirror image of `low`, so that an interval of -x is that of x, mirrored.
+    # Mirrors `low`, so that the interval of -x is the mirrored interval of x.
     high = -np.quantile(-found, tail, method="inverted_cdf")
     return Interval(float(value), float(low), float(high))

@@ -1,8 +1,8 @@
-"""Perplexity of two checkpoints on the same documents: the difference, with paired intervals.
+"""Compare the perplexity of two checkpoints on the same documents, with paired intervals.
 
-Documents are what is resampled: such an interval speaks of these two checkpoints on other text of
-the kind, not of other seeds. `over_seeds` speaks of the method. Sums are (documents, 4) float64 as
-evaluation leaves them: NLL in nats, tokens, words, bytes.
+The bootstrap resamples documents. Its interval holds for these two checkpoints on similar text, not
+for other seeds; `over_seeds` gives an interval for the method. Sums are (documents, 4) float64 in
+the format of evaluation: NLL in nats, tokens, words, bytes.
 """
 
 import math
@@ -19,20 +19,24 @@ from .bootstrap import CONFIDENCE, SAMPLES, Interval, interval, resampled
 
 Unit = Literal["token", "word", "byte"]
 _COLUMNS: dict[Unit, int] = {"token": 1, "word": 2, "byte": 3}
-# With fewer, resamples repeat one document too often for a spread; as evaluation has it.
+# With fewer, resamples repeat single documents too often to estimate a spread. Evaluation uses the
+# same number.
 MIN_DOCUMENTS = 5
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A minus B; below 0, A is better.
+    """Difference A minus B; A is better if it is below 0.
 
     Args:
-        log_perplexity: difference in nats a unit.
-        perplexity: difference of perplexities.
-        perplexity_a, perplexity_b: of the two.
-        p_value: two-sided, of no difference, from the same resamples as the intervals.
-        p_adjusted: by `holm` over the table that it stands in; p_value outside of one.
+        log_perplexity: Difference in nats per unit.
+        perplexity: Difference of the perplexities.
+        perplexity_a: Perplexity of A.
+        perplexity_b: Perplexity of B.
+        p_value: Two-sided p-value of no difference, from the same resamples as the intervals.
+        p_adjusted: Adjusted by `holm` over the methods of a table; equal to `p_value` otherwise.
+        documents: Number of documents.
+        unit: Unit of perplexity.
     """
 
     log_perplexity: Interval
@@ -53,19 +57,22 @@ def paired_difference(
     confidence: float = CONFIDENCE,
     samples: int = SAMPLES,
 ) -> Comparison:
-    """Bootstrap over documents of the difference of two checkpoints (percentiles, Efron and
-    Tibshirani 1993, chapter 13; each resample takes the same documents for both).
+    """Return the difference of two checkpoints with a paired bootstrap over documents.
 
-    Perplexity is exp(sum of NLL / sum of units): long documents weigh more, as in the perplexity
-    itself. The p-value is twice the smaller part of resampled differences on one side of 0. With
-    fewer than 20 documents such intervals are too narrow.
+    The intervals are percentiles (Efron and Tibshirani 1993, chapter 13). Each resample takes the
+    same documents for both checkpoints. Perplexity is exp(sum of NLL / sum of units), so long
+    documents weigh more. The p-value is twice the smaller share of resampled differences on one
+    side of 0. With fewer than 20 documents, the intervals are too narrow.
 
     Args:
-        sums_a, sums_b: (documents, 4), of the same documents in the same order.
-        unit: of perplexity; models with different tokenizers are compared by word or byte.
+        sums_a: Sums of checkpoint A, (documents, 4).
+        sums_b: Sums of checkpoint B for the same documents in the same order.
+        unit: Unit of perplexity. Compare models with different tokenizers by word or byte.
+        confidence: Confidence of the intervals.
+        samples: Number of resamples.
 
     Raises:
-        UserError: when documents differ, are too few, or hold a sum that is not finite.
+        UserError: If the documents differ, are too few, or have a sum that is not finite.
     """
     nll, units = _aligned(sums_a, sums_b, unit)
 
@@ -101,9 +108,10 @@ def compare(
     confidence: float = CONFIDENCE,
     samples: int = SAMPLES,
 ) -> dict[str, Comparison]:
-    """Each method's `paired_difference` from a reference, with p-values adjusted for their number.
+    """Return each method's `paired_difference` from a reference, with adjusted p-values.
 
-    Intervals are not adjusted: each by itself has the confidence asked for.
+    The p-values are adjusted for the number of methods. The intervals are not adjusted: each has
+    the requested confidence separately.
     """
     found = {
         name: paired_difference(sums, reference, unit=unit, confidence=confidence, samples=samples)
@@ -117,8 +125,10 @@ def compare(
 
 
 def over_seeds(differences: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """Mean of the differences of paired seeds, with Student's t interval; its ends are NaN with one
-    seed, of which no spread is known."""
+    """Return the mean of the differences of paired seeds, with Student's t interval.
+
+    The ends are NaN with one seed, because its spread is unknown.
+    """
     values = np.asarray(differences, dtype=float)
     mean, number = float(values.mean()), len(values)
     if number < 2:
@@ -128,8 +138,11 @@ def over_seeds(differences: Sequence[float], confidence: float = CONFIDENCE) -> 
 
 
 def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
-    """(M,) adjusted p-values (Holm 1979): to call those up to alpha different is to call one of M
-    wrongly different at most with probability alpha."""
+    """Return (M,) adjusted p-values (Holm 1979).
+
+    If every method with an adjusted p-value of at most alpha is called different, the probability
+    of any false call among the M is at most alpha.
+    """
     p_values = np.asarray(p_values, dtype=float)
     assert ((p_values >= 0) & (p_values <= 1)).all()
     order = np.argsort(p_values, kind="stable")
@@ -148,15 +161,15 @@ def needed_documents(
     confidence: float = CONFIDENCE,
     unit: Unit = "token",
 ) -> int | None:
-    """Documents like these that a paired comparison needs to see a difference of `wanted` in
-    perplexity with this power: (z(confidence) + z(power))^2 times the variance of a document's part
-    of the difference, linearised, over wanted^2.
+    """Return the number of similar documents that a paired comparison needs.
 
-    At least MIN_DOCUMENTS; None where the two are alike in every document, so that there is no
-    spread to plan with.
+    It is the number to detect a difference of `wanted` in perplexity with this power:
+    (z(confidence) + z(power))^2 times the variance of a document's linearized part of the
+    difference, divided by wanted^2. It is at least MIN_DOCUMENTS. None means that the two agree in
+    every document, so the variance is unknown.
 
     Raises:
-        UserError: as `paired_difference`, or when a number asked for makes no sense.
+        UserError: As in `paired_difference`, or if a requested number is out of range.
     """
     if not (wanted > 0 and 0 < power < 1 and 0 < confidence < 1):
         raise UserError(
@@ -174,13 +187,13 @@ def needed_documents(
 
 
 def _two_sided(differences: np.ndarray) -> float:
-    """One is added to each count, so that no finite number of resamples makes it 0."""
+    """Return the two-sided p-value; adding 1 to each count keeps it above 0."""
     beyond = min((differences <= 0).sum(), (differences >= 0).sum())
     return float(min(1.0, 2 * (beyond + 1) / (len(differences) + 1)))
 
 
 def _aligned(sums_a: np.ndarray, sums_b: np.ndarray, unit: Unit) -> tuple[np.ndarray, np.ndarray]:
-    """(documents, 2) NLL of both and (documents,) units, checked."""
+    """Check the sums and return (documents, 2) NLL of both and (documents,) units."""
     if unit not in _COLUMNS:
         raise UserError(f"unit is {unit!r}; write one of {', '.join(_COLUMNS)}")
     sums = [np.asarray(each, dtype=float) for each in (sums_a, sums_b)]

@@ -1,7 +1,7 @@
-"""Running a study: workers on this machine or through Slurm, and its progress in the terminal.
+"""Run a study with workers on this machine or through Slurm, and show its progress.
 
-Everything that counts is in files: a study that is interrupted at any moment, however roughly, goes
-on by the same command.
+All state is in files: a study that is interrupted or killed at any moment is resumed by the same
+command.
 """
 
 import json
@@ -30,7 +30,7 @@ from .plan import Plan, Planned, planned_runs, write_plan
 from .rule import Thresholds, Verdict
 from .worker import recipe_digest
 
-# A worker that dies is replaced, but not for ever: it may be the machine's memory that ends.
+# A worker that dies is replaced a limited number of times, because memory may be exhausted.
 _REPLACEMENTS = 3
 _POLL_SECONDS = 1.0
 
@@ -42,21 +42,22 @@ def execute(
     slurm: dict[str, Any] | None = None,
     thresholds: Thresholds | None = None,
 ) -> Path:
-    """Run whatever has no result yet.
+    """Run all runs of a plan that have no result yet.
 
     Args:
-        workers: processes on this machine, over its GPUs in turn, or jobs of Slurm.
-        slurm: parameters of submitit, such as {"slurm_partition": "gpu", "timeout_min": 600};
-            {"cluster": "local"} rehearses on this machine. A job that reaches its time limit is
+        plan: Plan of the study.
+        workers: Number of processes on this machine, spread over its GPUs, or of Slurm jobs.
+        slurm: Parameters of submitit, such as {"slurm_partition": "gpu", "timeout_min": 600}.
+            {"cluster": "local"} is a trial on this machine. A job that reaches its time limit is
             submitted again.
-        thresholds: of the rule; the plan's unless given.
+        thresholds: Thresholds of the rule; by default those of the plan.
 
     Returns:
         The study's folder.
 
     Raises:
-        UserError: when finished runs there are of other recipes, when the rule has no marks on the
-            study's text, or when workers keep dying.
+        UserError: If finished runs in the folder have other recipes, if the rule cannot be applied
+            to the study's text, or if workers keep dying.
     """
     runs = planned_runs(plan)
     _check_finished(runs)
@@ -81,18 +82,18 @@ def execute(
 
 
 def _check_finished(runs: list[Planned]) -> None:
-    """Refuse a folder whose finished runs are not the plan's: numbers of two plans would mix."""
+    """Raise an error if finished runs have other recipes, which would mix two plans."""
     for run in runs:
         result = read_result(run)
         if result is not None and result["recipe"] != recipe_digest(run.recipe):
             raise UserError(
-                f"{run.recipe.output} is finished, but of another recipe: give the study another "
-                "--output, or delete that folder."
+                f"{run.recipe.output} holds a finished run of another recipe: give the study "
+                "another --output, or delete that folder."
             )
 
 
 def read_result(run: Planned) -> dict[str, Any] | None:
-    """`result.json` of a run, or None while there is none."""
+    """Return the content of a run's `result.json`, or None if it does not exist yet."""
     file = Path(run.recipe.output) / "result.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
@@ -115,7 +116,7 @@ class _Processes:
             return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
     def is_working(self) -> bool:
-        """Whether any worker is left; those that died are replaced."""
+        """Return True while any worker runs; workers that died are replaced."""
         for number, process in list(self._workers.items()):
             code = process.poll()
             if code is None:
@@ -130,30 +131,31 @@ class _Processes:
         if self._died > _REPLACEMENTS:
             raise UserError(
                 f"workers died {self._died} times, the last with exit code {code}: see "
-                f"{self._study / 'logs'}. The same command goes on; --workers 1 needs less memory."
+                f"{self._study / 'logs'}. Rerun the same command to resume; --workers 1 needs less "
+                "memory."
             )
         self._workers[number] = self._start(number)
 
     def end(self) -> None:
-        """Stop the workers that are left."""
+        """Stop the remaining workers."""
         for process in self._workers.values():
             process.terminate()
         for process in self._workers.values():
             process.wait()
 
     def check(self) -> None:
-        """Nothing: workers that fail are replaced, and a run without a result is another's."""
+        """Do nothing: failed workers are replaced, and another process may train the other runs."""
 
 
 class Progress:
-    """Where a study stands: results so far and what they foretell."""
+    """Progress of a study: results so far and the time per run."""
 
     def __init__(self, runs: list[Planned], elapsed: float) -> None:
         self._runs, self._elapsed = runs, elapsed
         self._results = [read_result(run) for run in runs]
 
     def view(self) -> RenderableType:
-        """A bar, counts, and a row of each method: stable of finished, by learning rate."""
+        """Return a bar, counts, and per method the stable of finished runs by learning rate."""
         done = [result for result in self._results if result is not None]
         counts = Counter(result["status"] for result in done)
         verdicts = [_verdict(result) for result in done if result["status"] != "failed"]
@@ -166,7 +168,7 @@ class Progress:
         text += f" ({counts['stopped']} stopped early)" if counts["stopped"] else ""
         text += f", {counts['failed']} failed" if counts["failed"] else ""
         text += self._time_left(done)
-        # A bar does not end its line; the table's head would be cut off behind it.
+        # A bar does not end its line, which would cut off the head of the table.
         bar = Table.grid(expand=True)
         bar.add_row(ProgressBar(total=len(self._runs), completed=len(done)))
         return Group(Text(text), bar, self._grid())
@@ -191,7 +193,7 @@ class Progress:
 
 
 def _is_stable(result: dict[str, Any]) -> bool:
-    """Return whether a run neither diverged nor collapsed; one that failed has shown nothing."""
+    """Return True if a run neither diverged nor collapsed nor failed."""
     return result["status"] != "failed" and _verdict(result).stable
 
 
@@ -200,7 +202,7 @@ def _verdict(result: dict[str, Any]) -> Verdict:
 
 
 def _cell(results: list[dict[str, Any] | None]) -> str:
-    """Stable of finished runs, such as 2/3; a dot for each that is not finished."""
+    """Return stable of finished runs, such as 2/3, and a dot for each unfinished run."""
     done = [result for result in results if result is not None]
     stable = sum(_is_stable(result) for result in done)
     waiting = "." * (len(results) - len(done))

@@ -1,6 +1,6 @@
-"""Which cells of a study are stable, under the recorded verdicts and under other thresholds.
+"""Grid of stable cells of a study, under the recorded verdicts and under other thresholds.
 
-A run is judged again from its records, so the grid under another threshold costs no training.
+Runs are judged again from their records, so a grid under another threshold needs no training.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,14 @@ from .report_page import Cell
 from .rule import Collapse, Thresholds, judge
 from .study import Result, Study
 
-# By run id, whether it is stable.
+# Run id -> True if the run is stable.
 Stable = Mapping[str, bool]
 KINDS: tuple[Collapse, ...] = get_args(Collapse)
 
 
 @dataclass(frozen=True)
 class Count:
-    """What became of the runs of one cell: (method, variant, learning rate)."""
+    """Outcomes of the runs of one cell: (method, variant, learning rate)."""
 
     stable: int
     ended: int
@@ -31,11 +31,11 @@ class Count:
 
     @property
     def is_stable(self) -> bool:
-        """By majority of the seeds that have ended, a failed one counting against."""
+        """True if most ended seeds are stable; a failed one counts as not stable."""
         return 2 * self.stable > self.ended
 
     def cell(self) -> Cell:
-        """As the grid shows it, such as `2/3 s1`."""
+        """Return the cell of the report, such as `2/3 s1`."""
         more = {"s": self.stopped, "f": self.failed, "w": self.missing}
         text = f"{self.stable}/{self.ended}" if self.ended else "–"
         words = [text, *(f"{letter}{number}" for letter, number in more.items() if number)]
@@ -46,27 +46,29 @@ class Count:
 
 
 def recorded(study: Study) -> dict[str, bool]:
-    """Stability of every ended run by the verdict in its record."""
+    """Return the stability of every ended run by its recorded verdict."""
     return {result.id: result.stable for result in study.results}
 
 
 def judged(study: Study, kind: Collapse) -> dict[str, bool]:
-    """The same with the collapse threshold `kind`, everything else of the rule as recorded.
+    """Return the stability with collapse threshold `kind` and the rest of the rule as recorded.
 
-    A run that failed keeps the verdict in its record, as does one whose log lines are missing (see
-    `not_judged`), or whose text has no mark of this kind (see `unmarked`).
+    A run keeps its recorded verdict if it failed, if its log lines are missing (see `not_judged`),
+    or if this threshold cannot be applied to its text (see `unmarked`).
     """
     return {result.id: _is_stable(result, kind) for result in study.results}
 
 
 def not_judged(study: Study) -> list[str]:
-    """Ids of finished runs that cannot be judged again, for want of log lines."""
+    """Return the ids of finished runs that cannot be judged again because log lines are missing."""
     return [each.id for each in study.results if each.status == "finished" and not _has_log(each)]
 
 
 def unmarked(study: Study) -> list[Result]:
-    """Runs on a text of which a bigram table knows no more than a unigram table, so that there is
-    nothing between the two, and nothing that they could be degraded to."""
+    """Return the runs on a text whose bigram table is no better than its unigram table.
+
+    The thresholds that need a bigram cannot be applied to them.
+    """
     counted = [each for each in study.results if np.isfinite([each.unigram, each.bigram]).all()]
     return [each for each in counted if not each.has_marks]
 
@@ -95,7 +97,7 @@ def _is_stable(result: Result, kind: Collapse) -> bool:
 
 
 def count(study: Study, stable: Stable, method: str, variant: str, rate: float) -> Count:
-    """What became of one cell."""
+    """Return the outcomes of one cell."""
     runs = study.cell(method, variant, rate)
     return Count(
         stable=sum(stable[run.id] for run in runs),
@@ -107,10 +109,10 @@ def count(study: Study, stable: Stable, method: str, variant: str, rate: float) 
 
 
 def largest_stable(study: Study, stable: Stable, method: str, variant: str) -> float | None:
-    """The largest learning rate such that it and all lower ones are stable by majority of seeds.
+    """Return the largest rate such that it and all lower ones are stable by majority of seeds.
 
-    0 where the lowest is not stable; None where nothing has ended, or where a cell without any
-    ended run stands before the first that breaks: what was not run is not known.
+    It is 0 if the lowest rate is not stable. It is None if no run has ended, or if a cell without
+    ended runs precedes the first unstable one.
     """
     largest: float | None = None
     for rate in study.rates_of(variant):
@@ -124,9 +126,10 @@ def largest_stable(study: Study, stable: Stable, method: str, variant: str) -> f
 
 
 def breaks(study: Study, stable: Stable, method: str, variant: str) -> dict[int, float]:
-    """By seed, the largest learning rate such that its run and all at lower rates are stable.
+    """Return, by seed, the largest rate such that its run and all at lower rates are stable.
 
-    0 where the lowest is not; seeds with a run missing below their break are left out.
+    It is 0 if the lowest rate is not stable. Seeds with a missing run below the first unstable one
+    are left out.
     """
     table = study.numbers(method, variant, lambda run: float(stable[run.id]))
     rates, found = study.rates_of(variant), {}
@@ -140,11 +143,11 @@ def breaks(study: Study, stable: Stable, method: str, variant: str) -> dict[int,
 
 
 def reversals(orders: Sequence[Mapping[str, float | None]]) -> tuple[list[str], list[str]]:
-    """Pairs of methods whose order by a number depends on which of `orders` is asked.
+    """Find the pairs of methods whose order differs between `orders`.
 
     Returns:
-        sentences on pairs that turn around, and on pairs that are apart under some and equal under
-        others. A method without a number under some is in neither.
+        Descriptions of the pairs that are reversed, and of the pairs that are different in some
+        orders and equal in others. A method that lacks a number in some order is left out.
     """
     known = [name for name in orders[0] if all(order.get(name) is not None for order in orders)]
     turned, split = [], []

@@ -1,4 +1,4 @@
-"""Workers of a study as jobs of Slurm, through submitit (an extra)."""
+"""Workers of a study as Slurm jobs, through submitit (an extra)."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,13 +10,15 @@ from .worker import work
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
 
-# How often Slurm may end a job at its time limit and have it go on; not a limit on preemption.
+# Number of times that Slurm may requeue a job at its time limit; preemption is not limited.
 _RESTARTS = 100
 
 
 class Work:
-    """`work` as a job that Slurm may end at any moment, at its time limit or for another's job, and
-    start again: what has a result is not done twice."""
+    """`work` as a job that Slurm may end at any moment and start again.
+
+    A run with a result is not repeated.
+    """
 
     def __call__(self, study: Path) -> None:
         from submitit.core.utils import UncompletedJobError  # noqa: PLC0415 (an extra)
@@ -24,14 +26,14 @@ class Work:
         work(study, ended_by=(UncompletedJobError,))
 
     def checkpoint(self, study: Path) -> "DelayedSubmission":
-        """What submitit is to submit when Slurm ends the job: the same once more."""
+        """Return the job for submitit to submit when Slurm ends this one: the same again."""
         from submitit.helpers import DelayedSubmission  # noqa: PLC0415 (an extra)
 
         return DelayedSubmission(self, study)
 
 
 class Jobs:
-    """Workers that go on when this process ends."""
+    """Workers that continue after this process ends."""
 
     def __init__(self, study: Path, workers: int, parameters: dict[str, Any]) -> None:
         try:
@@ -52,19 +54,19 @@ class Jobs:
         self._jobs = [executor.submit(Work(), study) for _ in range(workers)]
 
     def is_working(self) -> bool:
-        """Whether any job waits or runs."""
+        """Return True while any job is pending or running."""
         return not all(job.done() for job in self._jobs)
 
     def end(self) -> None:
-        """Leave the jobs to Slurm."""
+        """Do nothing: the jobs continue in Slurm."""
 
     def check(self) -> None:
-        """Raise a UserError when jobs have ended otherwise than by having nothing left to do."""
+        """Raise a UserError if jobs failed."""
         errors = [error for job in self._jobs if (error := job.exception()) is not None]
         if errors:
             last = " ".join(str(errors[-1]).split())[-400:]
             raise UserError(
                 f"runs are left without a result, and {len(errors)} of {len(self._jobs)} jobs "
-                f"failed; the last one says: {last} Logs are in {self._folder}; the same command "
-                "goes on."
+                f"failed; the last error is: {last} Logs are in {self._folder}; rerun the same "
+                "command to resume."
             )

@@ -1,8 +1,8 @@
-"""The paper's findings, the claims about them, and the rule by which a study answers.
+"""The paper's findings, claims about them, and the rules by which a study answers the claims.
 
-Rybakov et al. 2024 (arXiv 2410.16682v1), Tables 3 and 4. Every answer is agree, disagree or
-unresolved, and unresolved unless seeds or intervals separate; or it is withheld, because the
-comparison says nothing of the method.
+The paper is Rybakov et al. 2024 (arXiv 2410.16682v1), Tables 3 and 4. Every answer is agree,
+disagree or unresolved. It is unresolved unless seeds or intervals separate. An answer is withheld
+if the comparison does not measure the method.
 """
 
 import math
@@ -15,7 +15,7 @@ from .study import BASELINE
 Answer = Literal["agree", "disagree", "unresolved", "vacuous", "withdrawn"]
 TableName = Literal["table_3", "table_4"]
 Order = Literal["above", "below", "equal", "open"]
-# By seed, the largest learning rate up to which everything is stable; 0 where nothing is.
+# Seed -> largest learning rate up to which every run is stable; 0 if none is.
 Breaks = Mapping[int, float]
 
 # Learning rates of Table 3, and the largest that converged; one seed.
@@ -41,11 +41,11 @@ TABLE_4 = {
     "qk_norm": 10.84,
     "qk_fc_norm": 10.87,
 }
-# The paper's own margin, in nats: 0.1 of 11.19.
+# The paper's margin in nats: 0.1 of 11.19.
 MARGIN = 0.1 / TABLE_4[BASELINE]
 NORMS = ("qk_norm", "qkv_norm", "qk_norm_cap")
 BELOW = ("qk_norm", "qkv_norm", "qk_fc_norm")
-# Three seeds are the fewest of which two can outvote one.
+# Three is the smallest number of seeds in which two can outvote one.
 FEWEST_SEEDS = 3
 ORDER_RULE = (
     "Seeds are compared one by one, by the largest learning rate at which a seed's run and all at "
@@ -68,14 +68,14 @@ TABLE_4_RULE = (
 
 @dataclass(frozen=True)
 class Span:
-    """Range that a grid allows for a ratio of breaks: each is between two rates or beyond them."""
+    """Range that a grid allows for a ratio of breaks; a break is between two rates or beyond."""
 
     low: float
     high: float
 
     @property
     def words(self) -> str:
-        """Such as "1 to 10", "≥ 3" or "≤ 3.33"; a dash where nothing is known."""
+        """Text such as "1 to 10", "≥ 3" or "≤ 3.33"; a dash if nothing is known."""
         if not self.low > 0:
             return f"≤ {self.high:.3g}" if math.isfinite(self.high) else "–"
         return f"{self.low:.3g} to {self.high:.3g}" if self.high < math.inf else f"≥ {self.low:.3g}"
@@ -83,11 +83,13 @@ class Span:
 
 @dataclass(frozen=True)
 class Gap:
-    """Log-perplexity of a method less the baseline's, nats a token.
+    """Log-perplexity of a method minus that of the baseline, nats per token.
 
     Args:
-        low, high: of its interval over seeds; NaN with one seed.
-        seeds: how many there are.
+        value: Mean over seeds.
+        low: Lower end of the interval over seeds; NaN with one seed.
+        high: Upper end of the interval over seeds; NaN with one seed.
+        seeds: Number of seeds.
     """
 
     value: float
@@ -98,7 +100,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class Withheld:
-    """Why a method's comparison is no answer: "vacuous", or "withdrawn"."""
+    """Reason to withhold the answer for a method: "vacuous" or "withdrawn"."""
 
     answer: Answer
     reason: str
@@ -106,7 +108,7 @@ class Withheld:
 
 @dataclass(frozen=True)
 class Criterion:
-    """An answer to a claim on a table of the paper; `ours` is what was found, in words."""
+    """Answer to a claim on a table of the paper; `ours` describes the finding."""
 
     table: TableName
     claim: str
@@ -115,7 +117,7 @@ class Criterion:
 
 
 def order(one: Breaks, other: Breaks) -> Order:
-    """Whether `one` tolerates more than `other`, by ORDER_RULE."""
+    """Return the order of `one` relative to `other`, by ORDER_RULE."""
     seeds = sorted(set(one) & set(other))
     above = sum(one[seed] > other[seed] for seed in seeds)
     below = sum(one[seed] < other[seed] for seed in seeds)
@@ -129,11 +131,13 @@ def order(one: Breaks, other: Breaks) -> Order:
 
 
 def span(one: Breaks, other: Breaks, rates: Sequence[float]) -> Span | None:
-    """The ratio of two methods' breaks, over all seeds in common; None without one.
+    """Return the ratio of two methods' breaks over their common seeds; None without a common seed.
 
     Args:
-        rates: the study's learning rates, ascending. Above the largest nothing is known, and a
-            break of 0 is one below the lowest.
+        one: Breaks of the method in the numerator.
+        other: Breaks of the method in the denominator.
+        rates: Learning rates of the study, ascending. Stability above the largest is unknown. A
+            break of 0 is below the lowest.
     """
     seeds = sorted(set(one) & set(other))
     if not seeds:
@@ -146,20 +150,20 @@ def span(one: Breaks, other: Breaks, rates: Sequence[float]) -> Span | None:
 
 
 def paper_span(method: str) -> Span:
-    """The same of the paper's Table 3, method over baseline."""
+    """Return the ratio in the paper's Table 3, method over baseline."""
     found = span({0: TABLE_3[method]}, {0: TABLE_3[BASELINE]}, TABLE_3_RATES)
     assert found is not None
     return found
 
 
 def above_baseline(breaks: Mapping[str, Breaks], method: str) -> Answer:
-    """Whether a method tolerates more than the baseline, as all do in the paper."""
+    """Return the answer to "tolerates more than the baseline", as all methods do in the paper."""
     found = order(breaks.get(method, {}), breaks.get(BASELINE, {}))
     return _answer(found == "above", found == "below")
 
 
 def ratio_answer(ours: Span | None, paper: Span, seeds: int) -> Answer:
-    """Whether two spans agree, by RATIO_RULE; unresolved with too few seeds."""
+    """Return the answer for two ratios, by RATIO_RULE; unresolved with too few seeds."""
     if ours is None or seeds < FEWEST_SEEDS:
         return "unresolved"
     close = 1e-9  # ratios of decimals
@@ -171,7 +175,7 @@ def ratio_answer(ours: Span | None, paper: Span, seeds: int) -> Answer:
 
 
 def table_4_answer(method: str, gap: Gap | None) -> Answer:
-    """Whether perplexity less the baseline's is as in the paper, by TABLE_4_RULE."""
+    """Return the answer for a perplexity relative to the baseline's, by TABLE_4_RULE."""
     if gap is None or gap.seeds < 2:
         return "unresolved"
     below, above = gap.high < 0, gap.low > 0
@@ -185,11 +189,12 @@ def table_3_claims(
     rates: Sequence[float],
     withheld: Mapping[str, Withheld] | None = None,
 ) -> list[Criterion]:
-    """Answers to the claims on learning rates.
+    """Answer the claims on learning rates.
 
     Args:
-        breaks: by method. rates: the study's, ascending.
-        withheld: methods that cannot be compared, such as one whose cap never acted.
+        breaks: Breaks by method.
+        rates: Learning rates of the study, ascending.
+        withheld: Methods that cannot be compared, such as one whose cap never acted.
     """
     withheld = withheld or {}
 
@@ -220,10 +225,11 @@ def table_3_claims(
 def table_4_claims(
     gaps: Mapping[str, Gap], withheld: Mapping[str, Withheld] | None = None
 ) -> list[Criterion]:
-    """Answers to the claims on perplexity.
+    """Answer the claims on perplexity.
 
     Args:
-        gaps: by method, to the baseline. withheld: methods that cannot be compared.
+        gaps: Difference to the baseline by method.
+        withheld: Methods that cannot be compared.
     """
     return [_signs(gaps, withheld or {})]
 
@@ -261,7 +267,7 @@ def _withheld_words(methods: Sequence[str], withheld: Mapping[str, Withheld]) ->
 
 
 def _in_grid(breaks: Mapping[str, Breaks], found: Order, method: str, edge: float) -> Order:
-    """Equal at an end of the grid is not known to be equal: both may break beyond it."""
+    """Return "open" for equality at an end of the grid: both methods may break beyond it."""
     ends = {0.0, edge} & set(breaks.get(method, {}).values())
     return "open" if found == "equal" and ends else found
 
@@ -319,7 +325,7 @@ def _more_than_qk_norm(
 ) -> Criterion:
     found = between(method, "qk_norm")
     pairs = [breaks.get(name, {}) for name in (method, "qk_norm")]
-    # Its own rule: the seeds' intervals must separate, which two of three do not.
+    # Stricter than ORDER_RULE: the ranges of the seeds must not overlap.
     apart = bool(found in ("above", "below") and all(pairs))
     if apart:
         low, high = (pairs[1], pairs[0]) if found == "above" else (pairs[0], pairs[1])
@@ -331,14 +337,14 @@ def _more_than_qk_norm(
 
 
 def _against(found: Order, paper: Literal["below", "equal"], method: str, number: str) -> Criterion:
-    """Where others contradict the paper, so that a disagreement is expected."""
+    """Return the answer to a claim that other papers contradict."""
     claim = f"{number}{method} is {_words(paper)} qk_norm in the paper (others disagree)"
     against = {"below": ("above",), "equal": ("above", "below")}[paper]
     return Criterion("table_3", claim, _alone(found), _answer(found == paper, found in against))
 
 
 def _words(found: Order) -> str:
-    """Between two names."""
+    """Return the words to put between two names."""
     return {"open": "not separated from", "equal": "equal to"}.get(found, found)
 
 

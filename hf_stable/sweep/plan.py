@@ -1,4 +1,4 @@
-"""A plan says which runs a study has; it is pure: from a YAML file to recipes with stable ids."""
+"""Plans of studies: turn a YAML file into recipes with stable ids, without side effects."""
 
 import dataclasses
 import itertools
@@ -26,44 +26,44 @@ Rates = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
 
 @dataclass(frozen=True, config=_STRICT)
 class ScaledRates:
-    """Learning rates of another width, moved to this one by 1 / width.
+    """Learning rates of another width, scaled to this width by 1 / width.
 
     An Adam step of size eta moves the spectral norm of a d x d matrix by up to eta * d, so the rate
-    at which training breaks goes with 1 / d.
+    at which training breaks scales with 1 / d.
     """
 
     reference_width: Annotated[Whole, Field(gt=0)]
-    """Width of the model that the rates are of."""
+    """Width of the model for which the rates are given."""
     values: Rates
-    """Its learning rates."""
+    """Learning rates at the reference width."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Plan:
-    """A study: one base recipe, and what varies."""
+    """A study: base recipes and the settings that vary."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
     """Name of the study."""
     base: Annotated[list[PathText], Field(min_length=1)]
-    """Recipes that all runs share, later ones win: shipped names, or paths relative to the plan."""
+    """Recipes that all runs share: shipped names, or paths relative to the plan. Later ones win."""
     methods: Annotated[list[PathText], Field(min_length=1)]
-    """Recipes of the methods, named likewise; a file's name is the method's."""
+    """Recipes of the methods, as names or paths like `base`; the file name names the method."""
     learning_rates: Rates | ScaledRates
-    """Peak learning rates, or those of another width to be scaled to this one."""
+    """Peak learning rates, or rates of another width that are scaled to this one."""
     seeds: Annotated[list[Count], Field(min_length=1)]
     """Seeds of weights and data order."""
     variants: dict[str, list[str]] = Field(default_factory=lambda: {"": []})
-    """Further settings (key=value) by name, each combined with everything else."""
+    """Further settings (key=value) by variant name; each variant runs with every combination."""
     settings: list[str] = Field(default_factory=list)
-    """Settings (key=value) of all runs."""
+    """Settings (key=value) for all runs."""
     output: PathText = ""
-    """Folder of the study; `runs/sweeps/<name>` unless given."""
+    """Folder of the study; by default `runs/sweeps/<name>`."""
     keep_models: bool = False
-    """Whether trained weights stay; the report needs none."""
+    """Keep trained weights; the report does not need them."""
     perplexity_documents: Annotated[Whole, Field(ge=0)] = 0
-    """Validation documents that every finished model is scored on, for paired comparisons."""
+    """Number of validation documents to score every finished model on, for paired comparisons."""
     thresholds: dict[str, str | float | int] = Field(default_factory=dict)
-    """Numbers of the divergence rule (see `rule.Thresholds`) that are not its defaults."""
+    """Thresholds of the divergence rule (see `rule.Thresholds`) that differ from its defaults."""
     reproduces: list[Literal["table_3", "table_4"]] = Field(default_factory=list)
     """Tables of Rybakov et al. 2024 that the study reproduces: its report answers their claims."""
 
@@ -86,7 +86,7 @@ class Plan:
 
     @property
     def rule(self) -> Thresholds:
-        """The divergence rule of its runs."""
+        """Thresholds of the divergence rule."""
         return Thresholds.from_dict(self.thresholds)
 
 
@@ -110,11 +110,11 @@ def load_plan(path: Path, settings: list[str] | None = None, output: str | None 
 
     Args:
         path: Path of a file, or the name of a shipped plan such as `sweeps/smoke`.
-        settings: `key=value` for every run, after the plan's own.
+        settings: `key=value` for every run, applied after those of the plan.
         output: Folder of the study, instead of the plan's.
 
     Raises:
-        RecipeError: names the file, the key, what was found and what to do.
+        RecipeError: If the plan is invalid, with the file, the key and the remedy.
     """
     path = shipped.resolve(path)
     content = strict_yaml.load(path)
@@ -145,9 +145,9 @@ def _recipe(plan: Path, name: str) -> str:
 
 
 def write_plan(plan: Plan, runs: list[Planned], thresholds: Thresholds) -> Path:
-    """Write `plan.json` into the study's folder, for workers and reports; returns the folder.
+    """Write `plan.json` for workers and reports, and return the study's folder.
 
-    The commit of the claims is the one that was there when the study began.
+    The commit of the claims is the one at the start of the study.
     """
     file = plan.folder / "plan.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
@@ -168,24 +168,24 @@ def write_plan(plan: Plan, runs: list[Planned], thresholds: Thresholds) -> Path:
 
 
 def _claims_revision(plan: Plan, before: dict[str, Any] | None) -> str | None:
-    """The commit recorded when the study began, or the present one of a study that begins now."""
+    """Return the commit recorded at the start of the study, or the current one if it starts now."""
     if before is not None:
         return before.get("claims_revision")
     return last_change(Path(paper.__file__)) if plan.reproduces else None
 
 
 def read_plan(study: Path) -> tuple[Plan, Thresholds]:
-    """Read what `write_plan` wrote."""
+    """Read the plan that `write_plan` wrote."""
     content = json.loads((study / "plan.json").read_text(encoding="utf-8"))
     plan = _ADAPTER.validate_json(json.dumps(content["plan"]))
     return plan, Thresholds.from_dict(content["thresholds"])
 
 
 def planned_runs(plan: Plan) -> list[Planned]:
-    """All runs, the highest learning rates first: where runs break is known before the rest is.
+    """Return all runs, the highest learning rates first, to find early where runs break.
 
     Raises:
-        RecipeError: for a recipe that cannot work, naming file and key.
+        RecipeError: If a recipe is invalid, with file and key.
     """
     cells = itertools.product(plan.methods, plan.variants.items(), plan.seeds)
     runs = [
@@ -209,8 +209,8 @@ def _runs_of_cell(
         overrides = [
             *plan.settings,
             *settings,
-            "training.log_every=1",  # the rule is asked after every step
-            "guard.actions=[]",  # a study wants to see what diverges
+            "training.log_every=1",  # the rule is applied after every step
+            "guard.actions=[]",  # a study must let runs diverge
             f"seed={seed}",
             f"optimizer.learning_rate={rate!r}",
             f"name={word}",
@@ -227,7 +227,7 @@ def _rates(plan: Plan, method: str, settings: list[str]) -> list[float]:
         return rates
     recipe = load_recipe([*plan.base, method], [*plan.settings, *settings])
     width = recipe.model_config().hidden_size
-    # Two digits are what a grid has, and what an id should show.
+    # Two significant digits, as in a grid of rates and in run ids.
     return [float(f"{rate * rates.reference_width / width:.2g}") for rate in rates.values]
 
 

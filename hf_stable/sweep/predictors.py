@@ -1,6 +1,6 @@
-"""Predictors of instability from a run's first steps, and logit growth by scale.
+"""Predict instability from a run's first steps, and fit logit growth with scale.
 
-Unstable is diverged or collapsed.
+A run is unstable if it diverged or collapsed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,15 +16,15 @@ from hf_stable.telemetry.reading.history import History
 from .bootstrap import CONFIDENCE, Interval, interval
 from .rule import Thresholds, smoothed
 
-# What telemetry has to beat: what the plan says before anything is run, and a bad loss.
+# References that telemetry has to beat: facts known from the plan, and the loss.
 REFERENCES = ("learning_rate", "rate_and_bound", "loss")
 FEATURES = ("max_logit", "entropy", "update_per_rate", "grad_norm", *REFERENCES)
-# A small entropy is the bad sign; of all others, a large number.
+# A small entropy is a bad sign; for all other features, a large number is.
 _SMALL_IS_BAD = ("entropy",)
 _SAMPLES = 2_000
-# Breaks the tie of equal learning rates, and orders no two that differ.
+# Breaks ties of equal learning rates without reordering different ones.
 _TIE = 1e-9
-# An exponent below this is rounding of equal values.
+# An exponent below this is rounding error of equal values.
 _FLAT = 1e-9
 
 
@@ -33,9 +33,11 @@ class Predictor:
     """One feature at one time.
 
     Args:
-        auc: probability that a run that ends unstable has a worse number than one that does not,
-            ties counting half; 0.5 is no sign at all. With its interval.
-        runs, unstable: runs with a number, and those of them that end unstable.
+        feature: Name of the feature.
+        auc: Probability that a run that ends unstable has a worse number than one that does not,
+            with its interval. Ties count half; 0.5 means no prediction.
+        runs: Number of runs with a number.
+        unstable: Number of these runs that end unstable.
     """
 
     feature: str
@@ -47,20 +49,25 @@ class Predictor:
 def features_at(
     history: History, fraction: float, total_steps: int, peak_rate: float
 ) -> dict[str, float]:
-    """What a run looked like after a part of it, by the last sample until then; NaN where there is
-    none.
+    """Return a run's features after a fraction of its steps, from the last sample until then.
 
-    "max_logit": the largest attention logit over layers and heads (Wortsman et al. 2023, section
-    3.3, take the first block's at 2 % of a run). "entropy": the smallest mean attention entropy of
-    a head, over log(keys) (Zhai et al. 2023). "update_per_rate": the largest L2 norm of a layer's
-    update over its learning rate. "grad_norm": before clipping. "loss": the smoothed training
-    loss, nats. "learning_rate": the peak. "rate_and_bound": the peak, and of equal ones those
-    larger of which nothing bounds the attention logits; both are known before the run.
+    A feature without a sample is NaN.
+
+    - "max_logit": largest attention logit over layers and heads (Wortsman et al. 2023, section 3.3,
+      take the first block's at 2 % of a run).
+    - "entropy": smallest mean attention entropy of a head, over log(keys) (Zhai et al. 2023).
+    - "update_per_rate": largest L2 norm of a layer's update, divided by its learning rate.
+    - "grad_norm": gradient norm before clipping.
+    - "loss": smoothed training loss, nats.
+    - "learning_rate": peak learning rate, known before the run.
+    - "rate_and_bound": peak learning rate, raised slightly if nothing bounds the attention logits,
+      also known before the run.
 
     Args:
-        fraction: of `total_steps`, above 0, at most 1.
-        total_steps: of the whole run, not until it was stopped.
-        peak_rate: learning rate, by which updates are divided where the log lines have none.
+        history: Records of the run.
+        fraction: Fraction of `total_steps`, above 0 and at most 1.
+        total_steps: Steps of the whole run, also if it was stopped earlier.
+        peak_rate: Peak learning rate. Updates are divided by it if the log has no learning rate.
     """
     if not 0 < fraction <= 1:
         raise UserError(f"fraction is {fraction}; write a part of the run, above 0 and at most 1")
@@ -82,9 +89,9 @@ def features_at(
 
 
 def bounds_logits(run: Mapping[str, Any]) -> bool:
-    """Return whether something bounds a run's attention logits, by its record.
+    """Return True if a run's attention logits are bounded, by its record.
 
-    It is a norm of queries and keys, a cap, sigma-Reparam or QK-clip.
+    Norms of queries and keys, a cap, sigma-Reparam and QK-clip bound them.
     """
     config = run.get("model_config", {})
     bounds = ("qk_norm", "attn_logit_softcapping", "sigma_reparam")
@@ -95,15 +102,15 @@ def bounds_logits(run: Mapping[str, Any]) -> bool:
 def foretell(
     features: Sequence[Mapping[str, float]], unstable: Sequence[bool] | np.ndarray
 ) -> list[Predictor]:
-    """AUC of every feature over runs, the references last; a run without a number is left out of
-    that feature, and a feature without both kinds of runs has AUC NaN.
+    """Return the AUC of every feature over runs, the references last.
 
-    Runs of one method are alike, which the bootstrap over runs does not know: intervals are of
-    these methods and learning rates, not of others.
+    A run without a number is left out of that feature. The AUC is NaN unless a feature has both
+    stable and unstable runs. The bootstrap over runs ignores that runs of one method are similar,
+    so intervals hold only for these methods and learning rates.
 
     Args:
-        features: of each run, as `features_at` gives them.
-        unstable: (runs,) by the rule.
+        features: Features of each run, from `features_at`.
+        unstable: (runs,) bool, True for an unstable run.
     """
     fates = np.asarray(unstable, dtype=bool)
     found = []
@@ -123,8 +130,10 @@ def foretell(
 
 
 def auc(scores: np.ndarray, unstable: np.ndarray) -> float:
-    """Area under the ROC curve, the Mann-Whitney U over the number of pairs; NaN without both
-    kinds. Scores may be infinite, not NaN."""
+    """Return the area under the ROC curve: the Mann-Whitney U over the number of pairs.
+
+    It is NaN unless there are both kinds of runs. Scores may be infinite but not NaN.
+    """
     scores, unstable = np.asarray(scores, dtype=float), np.asarray(unstable, dtype=bool)
     assert not np.isnan(scores).any()
     wins = _wins(scores, unstable)
@@ -138,9 +147,11 @@ def auc_interval(
     samples: int = _SAMPLES,
     confidence: float = CONFIDENCE,
 ) -> Interval:
-    """`auc` with its bootstrap interval; unstable and stable runs are resampled each among
-    themselves, so that both kinds are always there. A perfect AUC has an interval of no width,
-    which is of these runs only."""
+    """Return `auc` with its bootstrap interval.
+
+    Unstable and stable runs are resampled separately, so a resample has both kinds. A perfect AUC
+    has an interval of width 0, which holds only for these runs.
+    """
     scores, unstable = np.asarray(scores, dtype=float), np.asarray(unstable, dtype=bool)
     value = auc(scores, unstable)
     if np.isnan(value):
@@ -153,18 +164,19 @@ def auc_interval(
 
 
 def _wins(scores: np.ndarray, unstable: np.ndarray) -> np.ndarray:
-    """(unstable, stable), 1 where the first has the larger score and 0.5 for a tie."""
+    """Return (unstable, stable): 1 where the unstable run has the larger score, 0.5 for a tie."""
     bad, good = scores[unstable][:, None], scores[~unstable][None, :]
     return (bad > good) + 0.5 * (bad == good)
 
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """value = coefficient * size ** exponent.
+    """Power law value = coefficient * size ** exponent.
 
     Args:
-        exponent: with its interval (Student's t on the slope), NaN with only two sizes.
-        residual: standard deviation of log(value) about the law.
+        coefficient: Value at size 1.
+        exponent: Exponent with its interval (Student's t on the slope), NaN with only two points.
+        residual: Standard deviation of log(value) around the law.
     """
 
     coefficient: float
@@ -172,12 +184,14 @@ class PowerLaw:
     residual: float
 
     def at(self, size: float) -> float:
-        """The value that the law extrapolates to."""
+        """Return the value of the law at a size."""
         return float(self.coefficient * size**self.exponent.value)
 
     def size_at(self, value: float) -> float:
-        """The size at which the law reaches a value, such as logits of 1e4; inf if never: it has to
-        grow by more than rounding."""
+        """Return the size at which the law reaches a value, such as logits of 1e4.
+
+        It is inf unless the law grows by more than rounding error.
+        """
         if self.exponent.value < _FLAT:
             return float("inf")
         with np.errstate(over="ignore"):
@@ -190,16 +204,19 @@ def fit_power_law(
     *,
     confidence: float = CONFIDENCE,
 ) -> PowerLaw:
-    """Least squares in logarithms: how a number such as the largest attention logit, at one
-    learning rate, grows with width or parameters, to be extrapolated to a larger model (after
-    Wortsman et al. 2023, section 3.3: the logits foretold that a larger model would diverge).
+    """Fit a power law by least squares in logarithms.
+
+    It models the growth of a number, such as the largest attention logit at one learning rate, with
+    width or parameters, to extrapolate to a larger model. In Wortsman et al. 2023, section 3.3, the
+    logits predicted that a larger model would diverge.
 
     Args:
         sizes: (N,) above 0, at least two different ones.
-        values: (N,) above 0, of stable runs: beyond the break logits are no law.
+        values: (N,) above 0, from stable runs only, because unstable runs follow no power law.
+        confidence: Confidence of the interval of the exponent.
 
     Raises:
-        UserError: for numbers without a logarithm, or a single size.
+        UserError: If a number has no logarithm, or there is only one size.
     """
     both = np.array([sizes, values], dtype=float)
     if not (np.isfinite(both).all() and (both > 0).all()):
@@ -221,12 +238,12 @@ def fit_power_law(
 
 
 def _extreme(sample: Mapping[str, np.ndarray], name: str, worse: np.ufunc) -> float:
-    """Over layers and heads that have a number."""
+    """Return the worst number over layers and heads, ignoring missing numbers."""
     return float(worse.reduce(sample[name], axis=None)) if name in sample else float("nan")
 
 
 def _rate(history: History, step: int, peak_rate: float) -> float:
-    """The learning rate of a step, between log lines."""
+    """Return the learning rate at a step, interpolated between log lines."""
     rates = history.train.get("learning_rate")
     rate = peak_rate if rates is None else np.interp(step, history.train["step"], rates)
     return float(rate) if rate > 0 else float("nan")

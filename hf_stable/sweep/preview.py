@@ -1,4 +1,4 @@
-"""What a plan will cost, before it is run."""
+"""Estimate the cost of a plan before running it."""
 
 import time
 from collections import Counter
@@ -20,7 +20,7 @@ _TIMED_STEPS = 3
 
 
 def preview(plan: Plan, runs: list[Planned], workers: int) -> RenderableType:
-    """The grid, the FLOPs of all runs, and their time as a few steps here foretell it."""
+    """Return the grid, the FLOPs of all runs, and their time estimated from a few steps."""
     rates = sorted({run.learning_rate for run in runs})
     counts = Counter((run.method, run.variant, run.learning_rate) for run in runs)
     table = Table("method", *(f"{rate:g}" for rate in rates), title="runs by learning rate")
@@ -50,7 +50,7 @@ def _flops_per_token(recipe: Recipe) -> float:
 
 
 def step_seconds(recipe: Recipe) -> float:
-    """Seconds of one optimizer step on this machine, on random tokens, the first left out."""
+    """Return the seconds of an optimizer step on random tokens here, without the first step."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config, settings = recipe.model_config(), recipe.training
     if settings.threads is not None:

@@ -1,6 +1,6 @@
-"""The report of studies: one Markdown file and one HTML page, from records alone, without torch.
+"""Report of studies as one Markdown file and one HTML page, from records alone, without torch.
 
-What is missing is named, and equal records give equal bytes.
+The report lists missing data. Equal records give equal bytes.
 """
 
 import math
@@ -49,19 +49,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE, TEXT, FIGURES = "report.html", "report.md", "figures"
-# Of the run, where logits are read: late enough to tell, early enough to stop.
+# Fraction of the run at which logits are read: late enough to predict, early enough to stop.
 LOGIT_FRACTION = 0.4
 
 
 def write_report(folders: Sequence[Path], output: Path) -> None:
-    """Write `report.md`, `report.html` and its figures as SVG files, each whole or not at all.
+    """Write `report.md`, `report.html` and the figures as SVG files, each atomically.
 
     Args:
-        folders: of studies, finished or not.
-        output: a folder, made if it is not there.
+        folders: Folders of studies, finished or not.
+        output: Folder to write to; it is created if needed.
 
     Raises:
-        UserError: without studies, for a folder that holds none, or without matplotlib.
+        UserError: If no folder is given, a folder holds no study, or matplotlib is not installed.
     """
     if not folders:
         raise UserError("a report needs at least one study's folder, and none was given")
@@ -80,7 +80,7 @@ def write_report(folders: Sequence[Path], output: Path) -> None:
 
 
 def chapter(study: Study, key: str) -> list[Section]:
-    """All sections on one study; `key` begins their anchors."""
+    """Return all sections on one study; `key` is the prefix of their anchors."""
     quality = qualities(study)
     claims, totals = [], {}
     if study.reproduces:
@@ -104,7 +104,7 @@ def chapter(study: Study, key: str) -> list[Section]:
 
 
 def _summary(study: Study, key: str, totals: Totals) -> Section:
-    """The study in a few lines."""
+    """Return a summary of the study in a few lines."""
     results = study.results
     planned, ended = len(results) + len(study.unfinished), len(results)
     lines = [
@@ -153,7 +153,7 @@ def _fates(results: Sequence[Result]) -> list[str]:
 
 
 def _rise_words(results: Sequence[Result]) -> str:
-    """The largest rise of a smoothed training loss, of which a divergence is made."""
+    """Return a sentence on the largest rise of a smoothed training loss."""
     rises = [
         rise_and_rest(run.history.train, run.warmup_steps, _decay(run))[0]
         for run in results
@@ -169,7 +169,7 @@ def _decay(run: Result) -> float:
 
 
 def _span(values: Sequence[float], form: str = ".3f") -> str:
-    """One number, or the least and the largest; what is not finite is left out."""
+    """Return one number, or the smallest and largest; numbers that are not finite are left out."""
     known = [value for value in values if math.isfinite(value)]
     if not known:
         return "not recorded"
@@ -245,7 +245,7 @@ def _logits(study: Study, key: str, left_out: list[LeftOut]) -> Section:
 
 
 def _cost(study: Study, key: str) -> Section:
-    """What it all took."""
+    """Return the section on hours, FLOPs and versions."""
     results = study.results
     timed = [run.seconds for run in results if math.isfinite(run.seconds)]
     with_flops = [run.flops for run in results if run.flops is not None]
@@ -265,7 +265,7 @@ def _cost(study: Study, key: str) -> Section:
 
 
 def _tally(values: Sequence[str | None]) -> str:
-    """Every value, with its number of runs where there are several."""
+    """Return every value, with its number of runs if there are several values."""
     counts = Counter(value or "not recorded" for value in values)
     if len(counts) == 1:
         return next(iter(counts))
@@ -278,7 +278,7 @@ def _tally(values: Sequence[str | None]) -> str:
 def _missing(
     study: Study, key: str, quality: Sequence[Quality], left_out: Sequence[LeftOut]
 ) -> Section:
-    """Everything that the report could not show."""
+    """Return the section on everything that the report could not show."""
     lines = [f"not finished: {identity}" for identity in study.unfinished]
     lines += [
         f"failed: {run.id}, {run.attempts} attempts: {run.error or 'no error recorded'}"

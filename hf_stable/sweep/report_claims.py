@@ -1,4 +1,4 @@
-"""Sections of a report on claims: perplexity against the baseline, and the paper against ours."""
+"""Report sections on perplexity against the baseline, and on the claims of the paper."""
 
 import math
 from collections import Counter
@@ -30,20 +30,20 @@ from .study import BASELINE, Study
 from .withheld import idle_caps, other_geometry
 
 _MARKS = {"agree": "good", "disagree": "bad"}
-# By what was asked, how many rows have each answer.
+# Question -> number of rows with each answer.
 Totals = dict[str, Counter[str]]
-# Sums of one method by seed.
+# Seed -> document sums of one method.
 Seeds = Mapping[int, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A method against the baseline at one learning rate, over the seeds that both have.
+    """A method against the baseline at one learning rate, over their common seeds.
 
     Args:
-        comparison: of their checkpoints, over documents.
-        by_seed: log-perplexity less the baseline's, nats a token.
-        needed: documents that would show 0.1 perplexity.
+        comparison: Comparison of the checkpoints, over documents.
+        by_seed: Log-perplexity minus that of the baseline, nats per token.
+        needed: Number of documents that would show a difference of 0.1 in perplexity.
     """
 
     comparison: Comparison
@@ -52,13 +52,13 @@ class Compared:
 
     @property
     def over_seeds(self) -> Interval:
-        """The difference in nats with its interval over seeds, which is the method's."""
+        """Difference in nats with its interval over seeds, which holds for the method."""
         return over_seeds(self.by_seed)
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Perplexities of a variant at one learning rate: of every method, and against the baseline."""
+    """Perplexities of a variant at one learning rate: per method, and against the baseline."""
 
     variant: str
     learning_rate: float
@@ -69,7 +69,7 @@ class Quality:
 
 
 def qualities(study: Study) -> list[Quality]:
-    """What the perplexity records say, by variant and learning rate."""
+    """Return the tables of perplexity from the records, by variant and learning rate."""
     places = {result.id: result.place for result in study.results}
     tables: dict[tuple[int, float], dict[str, dict[int, np.ndarray]]] = {}
     for identity, sums in study.perplexities.items():
@@ -84,7 +84,7 @@ def qualities(study: Study) -> list[Quality]:
 
 
 def strangers(study: Study) -> list[str]:
-    """Ids of perplexity records that are no ended run's."""
+    """Return the ids of perplexity records without an ended run."""
     return sorted(set(study.perplexities) - {result.id for result in study.results})
 
 
@@ -112,7 +112,7 @@ def _quality(study: Study, variant: str, rate: float, found: Mapping[str, Seeds]
 
 
 def _perplexity(seeds: Seeds) -> float:
-    """Of the mean over seeds of the log."""
+    """Return the perplexity of the log-perplexity averaged over seeds."""
     logs = [sums[:, 0].sum() / sums[:, 1].sum() for sums in seeds.values()]
     return float(np.exp(np.mean(logs)))
 
@@ -134,7 +134,7 @@ def _compared(own: Seeds, base: Seeds) -> Compared:
 
 
 def quality_section(study: Study, key: str, found: Sequence[Quality]) -> Section:
-    """The table in the style of Rybakov et al.'s Table 4."""
+    """Return the section in the style of Table 4 of Rybakov et al."""
     blocks: list[Block] = [
         Paragraph(
             "Perplexity per token of held-out documents, the mean over seeds of the log. "
@@ -185,7 +185,7 @@ def _seeds_words(found: Interval, seeds: int) -> str:
 
 
 def _verdict(found: Compared) -> Cell:
-    """Return the answer by the interval over seeds."""
+    """Return the verdict from the interval over seeds."""
     if len(found.by_seed) < 2:
         return Cell("one seed", "none")
     if not found.over_seeds.excludes_zero:
@@ -194,13 +194,13 @@ def _verdict(found: Compared) -> Cell:
 
 
 def _normal(found: Sequence[Quality], variant: str) -> Quality | None:
-    """The variant's table at its lowest evaluated learning rate, which is the normal one."""
+    """Return the variant's table at its lowest evaluated learning rate, the normal one."""
     tables = [each for each in found if each.variant == variant]
     return min(tables, key=lambda each: each.learning_rate) if tables else None
 
 
 def gaps(found: Sequence[Quality], variant: str) -> dict[str, paper.Gap]:
-    """Differences at the variant's normal learning rate."""
+    """Return the differences to the baseline at the variant's normal learning rate."""
     table = _normal(found, variant)
     against = {} if table is None else table.against
     return {
@@ -209,7 +209,7 @@ def gaps(found: Sequence[Quality], variant: str) -> dict[str, paper.Gap]:
 
 
 def paper_section(study: Study, key: str, found: Sequence[Quality]) -> tuple[Section, Totals]:
-    """Paper against ours, row by row, for a study that reproduces tables of it."""
+    """Return the section that compares our results with the paper's tables, and the totals."""
     rules = [f"Order. {paper.ORDER_RULE}", f"Ratio. {paper.RATIO_RULE}"]
     rules = rules if "table_3" in study.reproduces else []
     rules += [f"Table 4. {paper.TABLE_4_RULE}"] if "table_4" in study.reproduces else []
@@ -237,7 +237,7 @@ def paper_section(study: Study, key: str, found: Sequence[Quality]) -> tuple[Sec
 
 
 def _beforehand(study: Study) -> str:
-    """Return what the records show of the claims having been written before the runs."""
+    """Return a sentence on the evidence that the claims were written before the runs."""
     revision = study.claims_revision
     if revision is None:
         return (
@@ -255,7 +255,7 @@ def _beforehand(study: Study) -> str:
 def _on_table_3(
     study: Study, variant: str, again: Mapping[Collapse, Stable], totals: Totals
 ) -> list[Block]:
-    """The table and its claims; the latter also as judged again under other thresholds."""
+    """Return the table and its claims, which are also judged under other thresholds."""
     withheld = idle_caps(study, [run for run in study.results if run.place.variant == variant])
     rates = study.rates_of(variant)
 

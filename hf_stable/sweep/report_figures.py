@@ -1,6 +1,6 @@
-"""The figures of a report: what is drawn of a study, and what to look for in each.
+"""Figures of a report on a study.
 
-A figure that the records have no numbers for is left out, with the reason.
+A figure without numbers in the records is left out, with the reason.
 """
 
 import math
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _OWN, _OTHERS, _BAD = "#0072b2", "#cfd3d8", "#d55e00"
-# Okabe and Ito's, for variants beside each other.
+# Okabe and Ito's palette, for variants side by side.
 _VARIANTS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")
 _COLUMNS = 5
 
@@ -38,13 +38,16 @@ _COLUMNS = 5
 def drawn(
     key: str, title: str, words: tuple[str, str], draw: Callable[[], "Figure"]
 ) -> Drawing | LeftOut:
-    """One figure, or why there is none.
+    """Draw one figure, or return the reason why it is left out.
 
     Args:
-        key: its anchor. words: caption and source.
+        key: Anchor of the figure.
+        title: Headline of the figure.
+        words: Caption and source.
+        draw: Function that draws it.
 
     Raises:
-        UserError: without matplotlib.
+        UserError: If matplotlib is not installed.
     """
     with styled(key):
         try:
@@ -54,16 +57,16 @@ def drawn(
 
 
 def standalone(drawing: Drawing) -> str:
-    """A figure as an SVG file of its own."""
+    """Return a figure as the content of a separate SVG file."""
     font = 'font-family="system-ui, DejaVu Sans, sans-serif"'
     return f'<?xml version="1.0" encoding="utf-8"?>\n{drawing.svg.replace("<svg", f"<svg {font}")}'
 
 
 def loss_curves(study: Study, variant: str, stable: Stable) -> "Figure":
-    """Validation loss by learning rate: a panel a method, all others and the baseline behind it.
+    """Draw validation loss by learning rate: a panel per method, with all others behind it.
 
     Raises:
-        NotRecorded: without any validation loss.
+        NotRecorded: If no run has a validation loss.
     """
     rates = study.rates_of(variant)
     tables = {name: study.numbers(name, variant, _capped_loss) for name in study.methods}
@@ -103,7 +106,7 @@ def _capped_loss(run: Result) -> float:
 
 
 def _middle(table: np.ndarray) -> np.ndarray:
-    """(R,) median over the seeds that there are."""
+    """Return the (R,) median over the available seeds."""
     known = ~np.isnan(table)
     return np.array(
         [
@@ -136,7 +139,7 @@ def _curve(
 
 
 def _entropies(axes: "Axes", study: Study, variant: str) -> None:
-    """Lines of what a table of single words, and of pairs, would have."""
+    """Draw lines at the losses of a unigram and a bigram table."""
     runs = [run for run in study.results if run.place.variant == variant]
     for style, name in (("-.", "unigram"), (":", "bigram")):
         values = [run.unigram if name == "unigram" else run.bigram for run in runs]
@@ -186,13 +189,15 @@ def sensitivity_bars(
     variants: Sequence[str],
     values: Mapping[tuple[str, str], Interval],
 ) -> "Figure":
-    """Learning-rate sensitivity with its intervals.
+    """Draw learning-rate sensitivity with its intervals.
 
     Args:
-        values: by (method, variant), value, low and high in nats; low and high may be NaN.
+        methods: Methods, one row each.
+        variants: Variants, one color each.
+        values: Value, low and high in nats by (method, variant); low and high may be NaN.
 
     Raises:
-        NotRecorded: without any value.
+        NotRecorded: If there is no value.
     """
     if not values:
         raise NotRecorded("no method has a loss at every one of two learning rates or more")
@@ -221,13 +226,16 @@ def sensitivity_bars(
 def logit_scatter(
     study: Study, variants: Sequence[str], points: dict[str, float], stable: Stable
 ) -> "Figure":
-    """Final loss against the largest attention logit, a panel a variant.
+    """Draw the final loss against the largest attention logit, one panel per variant.
 
     Args:
-        points: by run id, the logit; what is not finite is drawn at the right border.
+        study: Study to draw.
+        variants: Variants, one panel each.
+        points: Logit by run id; numbers that are not finite are drawn at the right border.
+        stable: True by run id if the run is stable.
 
     Raises:
-        NotRecorded: without any point.
+        NotRecorded: If there is no point.
     """
     from matplotlib.lines import Line2D  # noqa: PLC0415  # optional
 
@@ -277,7 +285,7 @@ def _point(axes: "Axes", logit: float, loss: float, colour: str, mark: str) -> N
 
 
 def _shades(number: int) -> list[str]:
-    """Colours from low to high, none of them lost on white."""
+    """Return colors from low to high, all visible on white."""
     from matplotlib import colormaps  # noqa: PLC0415  # optional
     from matplotlib.colors import to_hex  # noqa: PLC0415  # optional
 

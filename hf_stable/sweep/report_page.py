@@ -1,7 +1,7 @@
-"""A report's content, and its two forms: Markdown, and one HTML file that loads and runs nothing.
+"""Content of a report, and its two formats: Markdown, and one HTML file without any scripts.
 
-Both are made of the same blocks, so that they cannot say different things. Whatever a record holds
-is text in them and nothing else. Standard library only.
+Both formats are generated from the same blocks, so they cannot disagree. Text from records is
+always escaped. Standard library only.
 """
 
 import math
@@ -54,7 +54,7 @@ figure { margin: 1.2rem 0; break-inside: avoid } figure h4 a { color: inherit;
   .paper { border: 0; padding: 0 } .paper svg { min-width: 0 } }
 """
 )
-# How a cell of a grid is coloured; the words say the same.
+# Colors of cells of a grid; the text of a cell says the same.
 MARKS = ("good", "mixed", "bad", "none")
 
 
@@ -71,7 +71,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Name:
-    """The first cell of a row that others link to."""
+    """First cell of a row, with an anchor for links."""
 
     text: str
     key: str
@@ -82,7 +82,7 @@ class Name:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """Text."""
+    """A paragraph of text."""
 
     text: str
 
@@ -96,7 +96,7 @@ class Items:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; the first `words` columns are text, the others numbers."""
+    """A table; the first `words` columns are text, the others are numbers."""
 
     title: str
     head: Sequence[str]
@@ -109,7 +109,7 @@ Block = Paragraph | Items | Table | Drawing
 
 @dataclass(frozen=True)
 class Section:
-    """A headline with what stands under it; `key` is its anchor, `level` 2 or 3."""
+    """A headline with its blocks; `key` is its anchor, `level` is 2 or 3."""
 
     key: str
     title: str
@@ -118,17 +118,17 @@ class Section:
 
 
 def variant_title(variant: str) -> str:
-    """A variant in a headline."""
+    """Return a variant as text for a headline."""
     return variant or "no variant"
 
 
 def interval_words(ends: Sequence[float], form: str) -> str:
-    """An interval in a table."""
+    """Return an interval as text for a table."""
     return "–" if any(map(math.isnan, ends)) else " to ".join(f"{end:{form}}" for end in ends)
 
 
 def to_html(title: str, sections: Sequence[Section]) -> str:
-    """The report as a page of its own."""
+    """Return the report as a complete HTML page."""
     body = [
         f"<h1>{escape(title)}</h1>",
         *_contents(sections),
@@ -180,10 +180,13 @@ def _cell(kind: str, cell: str | Cell | Name) -> str:
 
 
 def to_markdown(title: str, sections: Sequence[Section], page: str, figures: str) -> str:
-    """The report as Markdown.
+    """Return the report as Markdown.
 
     Args:
-        page: the HTML file beside it. figures: the folder beside it with `<key>.svg` of each.
+        title: Title of the report.
+        sections: Sections in order.
+        page: Name of the HTML file in the same folder.
+        figures: Name of the folder next to it with a `<key>.svg` for each figure.
     """
     parts = [f"# {_plain(title)}", f"[{page}]({page}) says the same on one page."]
     for section in sections:
@@ -214,6 +217,6 @@ def _markdown_cell(cell: str | Cell | Name) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown takes as it is."""
+    """Escape text for Markdown."""
     text = re.sub(r"([\\|*`\[\]])", r"\\\1", " ".join(text.split()))
     return text.replace("&", "&amp;").replace("<", "&lt;")

@@ -1,4 +1,4 @@
-"""Sections of a report on telemetry: what foretells instability, and logits across scales."""
+"""Report sections on telemetry: predictors of instability, and logits across scales."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -26,8 +26,10 @@ _WORDS = {
 
 
 def features(study: Study, fraction: float) -> dict[str, dict[str, float]]:
-    """By run id, what ended runs looked like after a part of their planned steps, but for failed
-    ones and those without log lines."""
+    """Return, by run id, the features of ended runs after a fraction of their planned steps.
+
+    Failed runs and runs without log lines are left out.
+    """
     return {
         run.id: features_at(run.history, fraction, planned_steps(study, run), _rate(run))
         for run in study.results
@@ -38,7 +40,7 @@ def features(study: Study, fraction: float) -> dict[str, dict[str, float]]:
 
 
 def planned_steps(study: Study, run: Result) -> int:
-    """Steps of the whole run, which one that was stopped has not done."""
+    """Return the planned steps of a run, more than were taken if it was stopped."""
     assert run.history is not None
     steps = run.history.run.get("recipe", {}).get("training", {}).get("steps")
     return int(steps or max(each.steps for each in study.results))
@@ -49,13 +51,13 @@ def _rate(run: Result) -> float:
 
 
 def logits(study: Study, fraction: float) -> dict[str, float]:
-    """By run id, the largest attention logit over layers and heads, where it was recorded."""
+    """Return, by run id, the largest recorded attention logit over layers and heads."""
     found = {identity: each["max_logit"] for identity, each in features(study, fraction).items()}
     return {identity: logit for identity, logit in found.items() if not np.isnan(logit)}
 
 
 def predictor_blocks(study: Study) -> list[Block]:
-    """AUC of each feature against ending unstable, at parts of the run."""
+    """Return the table of AUCs of each feature for ending unstable, at fractions of the run."""
     fates = {run.id: run.unstable for run in study.results}
     rows: dict[str, list[str]] = {}
     counts = []
@@ -86,7 +88,7 @@ def predictor_blocks(study: Study) -> list[Block]:
 
 
 def logit_words(study: Study, points: Mapping[str, float]) -> str:
-    """Return how many runs ended unstable on either side of the line."""
+    """Return a sentence on the number of unstable runs on either side of the line."""
     runs = [run for run in study.results if run.id in points]
     above = [run.unstable for run in runs if points[run.id] > LOGIT_LINE]
     below = [run.unstable for run in runs if not points[run.id] > LOGIT_LINE]
@@ -97,7 +99,7 @@ def logit_words(study: Study, points: Mapping[str, float]) -> str:
 
 
 def scale_section(studies: Sequence[Study], key: str, fraction: float) -> Section:
-    """Growth of logits with width at one learning rate, and where it reaches the line."""
+    """Return the section on the growth of logits with width at one learning rate."""
     rows = []
     for (method, variant, rate), found in sorted(_by_scale(studies, fraction).items()):
         sizes, values = zip(*found, strict=True)
@@ -140,7 +142,7 @@ def scale_section(studies: Sequence[Study], key: str, fraction: float) -> Sectio
 def _by_scale(
     studies: Sequence[Study], fraction: float
 ) -> dict[tuple[str, str, float], list[tuple[float, float]]]:
-    """(width, logit) of stable runs."""
+    """Return the (width, logit) of stable runs by (method, variant, learning rate)."""
     found = defaultdict(list)
     for study in studies:
         points = logits(study, fraction)

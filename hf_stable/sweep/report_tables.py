@@ -1,4 +1,4 @@
-"""Sections of a report on the grid of a study: what is stable, how sensitive, and how it ends."""
+"""Report sections on the grid of a study: stability, sensitivity and final losses."""
 
 import math
 import re
@@ -53,8 +53,16 @@ KIND_WORDS = {
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """A method of a variant: LR sensitivity in nats, best learning rate, whether that is an end of
-    the grid, and what is known of the break over the baseline's (None without one)."""
+    """Sensitivity of a method in a variant.
+
+    Args:
+        value: LR sensitivity in nats.
+        best: Best learning rate.
+        edge: "lowest" or "highest" if the best rate is an end of the grid, else None.
+        ratio: Range of the break over that of the baseline; None without a baseline.
+        seeds: Number of complete seeds.
+        warnings: Sentences on the limits of these numbers.
+    """
 
     value: Interval
     best: Interval
@@ -65,7 +73,7 @@ class Sensitivity:
 
 
 def grid_section(study: Study, key: str) -> Section:
-    """Rybakov et al.'s Table 3, with seeds."""
+    """Return the section in the style of Table 3 of Rybakov et al., with seeds."""
     stable = recorded(study)
     blocks: list[Block] = [
         Paragraph(
@@ -97,13 +105,13 @@ def _grid_table(study: Study, stable: Stable, variant: str, more: str, key: str 
 
 
 def _row_key(section: str, variant: str, method: str) -> str:
-    """What a link to a method's row ends with."""
+    """Return the anchor of a method's row."""
     words = (section, variant, method)
     return "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", word) for word in words if word)
 
 
 def _ratio_words(largest: float | None, base: float | None, rates: Sequence[float]) -> str:
-    """Return what is known of the break over the baseline's."""
+    """Return the range of the break over that of the baseline."""
     if largest is None or base is None:
         return "–"
     found = span({0: largest}, {0: base}, rates)
@@ -119,7 +127,7 @@ def _largest_words(largest: float | None, rates: Sequence[float]) -> str:
 
 
 def rejudged_section(study: Study, key: str) -> Section:
-    """The same grid under every collapse threshold, and whether the order of methods holds."""
+    """Return the section on the grid and the order of methods under every collapse threshold."""
     grids = {kind: judged(study, kind) for kind in KINDS}
     blocks: list[Block] = [
         Paragraph(
@@ -215,12 +223,12 @@ def sensitivities(study: Study, variant: str) -> dict[str, Sensitivity]:
 
 
 def _has_layer_rates(config: Mapping[str, Any]) -> bool:
-    """Whether layers have factors on the learning rate: muP away from its base width."""
+    """Return True if layers have factors on the learning rate: muP away from its base width."""
     return config.get("mup_base_width") not in (None, config.get("hidden_size"))
 
 
 def complete(study: Study, method: str, variant: str) -> Grid | None:
-    """The seeds of a method that have an ended run at every learning rate; None without any."""
+    """Return the seeds of a method with an ended run at every learning rate; None without any."""
     status = study.numbers(method, variant, lambda run: float(run.status != "failed"))
     seeds = (status == 1).all(axis=1)
     if not seeds.any() or not study.rates_of(variant):
@@ -242,7 +250,7 @@ def _unstable(run: Result) -> float:
 
 
 def sensitivity_blocks(study: Study, found: dict[str, dict[str, Sensitivity]]) -> list[Block]:
-    """LR sensitivity by variant and method, with its warnings."""
+    """Return the blocks on LR sensitivity by variant and method, with warnings."""
     blocks: list[Block] = [
         Paragraph(
             "Wortsman et al. 2023, section 2.2: the mean over the grid of min(loss, loss at the "
@@ -276,7 +284,7 @@ def sensitivity_blocks(study: Study, found: dict[str, dict[str, Sensitivity]]) -
 
 
 def _one_sided(found: dict[str, Sensitivity]) -> str:
-    """Return how many methods have their best learning rate at an end of the grid."""
+    """Return a sentence on the methods with their best learning rate at an end of the grid."""
     parts = []
     for edge in ("lowest", "highest"):
         own = sum(each.edge == edge for each in found.values())
@@ -289,7 +297,7 @@ def _one_sided(found: dict[str, Sensitivity]) -> str:
 
 
 def _warning_lines(variant: str, found: dict[str, Sensitivity]) -> list[str]:
-    """Each warning once, with the methods that it is about."""
+    """Return each warning once, with the methods that it concerns."""
     about: dict[str, list[str]] = {}
     for method, each in found.items():
         for words in each.warnings:
@@ -309,7 +317,7 @@ def _sensitivity_row(method: str, found: Sensitivity) -> list[str]:
 
 
 def highest_section(study: Study, key: str) -> Section:
-    """Validation loss at one very high learning rate, the number that tells methods apart best."""
+    """Return the section on the loss at a very high learning rate, which separates methods best."""
     blocks: list[Block] = []
     for variant in study.variants:
         rates = study.rates_of(variant)

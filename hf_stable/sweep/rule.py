@@ -1,10 +1,10 @@
-"""The declared rule: which runs diverged, collapsed, are degraded or spiked, and which to stop.
+"""The declared rule: it decides which runs diverged, collapsed, degraded, spiked, or should stop.
 
-Neither Rybakov et al. 2024 ("checking validation loss") nor Wortsman et al. 2023 gives one. Two
+Neither Rybakov et al. 2024 ("checking validation loss") nor Wortsman et al. 2023 gives a rule. Two
 kinds of runs are unstable. A diverged run has a number that is not finite, or a loss that rose and
-stayed up. A collapsed run ends near a table of unigrams, and its loss may never have risen: small
-models end this way far more often. Thresholds are part of every record, and a recorded run can be
-judged again under others.
+stayed high. A collapsed run ends near the loss of a unigram table, and its loss may never have
+risen; small models end this way far more often. Thresholds are part of every record, so a recorded
+run can be judged again under others.
 """
 
 import math
@@ -17,32 +17,32 @@ import numpy as np
 from hf_stable.errors import UserError
 
 Collapse = Literal["middle", "bigram", "unigram-0.2"]
-# How the reasons for which a run is diverged, and not collapsed, begin.
+# Prefixes of the reasons that mean diverged rather than collapsed.
 _DIVERGED = ("non-finite", "blow-up")
-# The moving average has forgotten what is older: 0.9 ** 200 is 7e-10.
+# Weight below which the moving average ignores older losses: 0.9 ** 200 is 7e-10.
 _REACH = 1e-9
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """The rule's numbers. Losses are in nats a token."""
+    """Thresholds of the rule. Losses are in nats per token."""
 
     collapse: Collapse = "middle"
-    """Validation loss from which a run has collapsed: the middle of a unigram's and a bigram's
-    cross-entropy (more than half of what a bigram table knows is lost), the bigram's itself (the
-    mark of Wortsman et al. 2023), or the unigram's less 0.2."""
+    """Validation loss from which a run counts as collapsed. "middle" is halfway between the
+    cross-entropies of a unigram and a bigram table, "bigram" is that of the bigram table (as in
+    Wortsman et al. 2023), and "unigram-0.2" is that of the unigram table minus 0.2."""
     decay: float = 0.9
-    """Decay a step of the moving average of the training loss."""
+    """Decay per step of the moving average of the training loss."""
     blow_up: float = 0.5
-    """Rise of that average above its lowest so far, after warm-up, that is a spike or a blow-up."""
+    """Rise of the average above its lowest so far, after warm-up, for a spike or a blow-up."""
     remaining: float = 0.25
-    """What is left of a blow-up at the end of the run; with less, it was a spike."""
+    """Rise that remains at the end of the run for a blow-up; with less, it was a spike."""
     hopeless: float = 0.5
-    """Distance of that average above the unigram's cross-entropy at which a run has no hope."""
+    """Distance of the average above the unigram's cross-entropy at which a run is hopeless."""
     hopeless_steps: int = 50
-    """For how many steps in a row."""
+    """Number of consecutive steps at that distance."""
     hopeless_from: float = 0.4
-    """After which part of the run."""
+    """Fraction of the run before which it is never hopeless."""
 
     def __post_init__(self) -> None:
         if self.collapse not in get_args(Collapse):
@@ -58,15 +58,15 @@ class Thresholds:
                 raise UserError(f"thresholds: {name} is {asdict(self)[name]}; write more than 0")
 
     def to_dict(self) -> dict[str, Any]:
-        """For records."""
+        """Return a plain dict for records."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Thresholds":
-        """From a plan or a record; what is left out has its default.
+        """Build thresholds from a plan or a record; missing ones have their defaults.
 
         Raises:
-            UserError: for a name that the rule does not know, or a value that it cannot have.
+            UserError: If a name is unknown or a value is invalid.
         """
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
@@ -77,22 +77,24 @@ class Thresholds:
 
     @property
     def needs_bigram(self) -> bool:
-        """Whether collapse is measured by a bigram's cross-entropy, which then has to lie below a
-        unigram's."""
+        """True if collapse is measured by a bigram's cross-entropy.
+
+        It must then be below that of a unigram.
+        """
         return self.collapse != "unigram-0.2"
 
     def collapse_at(self, unigram: float, bigram: float) -> float:
-        """The validation loss, in nats, from which a run has collapsed.
+        """Return the validation loss, in nats, from which a run counts as collapsed.
 
         Raises:
-            UserError: when the bigram table is no better than the unigram table.
+            UserError: If the bigram table is no better than the unigram table.
         """
         if not self.needs_bigram:
             return unigram - 0.2
         if not bigram < unigram:
             raise UserError(
                 f"bigram_nats_per_token is {bigram:.4g} and unigram_nats_per_token {unigram:.4g}: "
-                "a bigram table that is no better marks nothing. Take more text or a smaller "
+                "the rule needs a bigram table that is better. Use more text or a smaller "
                 "vocabulary, or set the plan's thresholds to {collapse: unigram-0.2}"
             )
         return bigram if self.collapse == "bigram" else (unigram + bigram) / 2
@@ -100,15 +102,16 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the rule says of a run.
+    """Verdict of the rule on a run.
 
     Args:
-        diverged: a number was not finite, or the training loss rose and stayed up.
-        collapsed: not diverged, and the final loss is that of a run that learned little, whether
-            it had ever been lower or not; or the run was stopped as hopeless.
-        degraded: neither, and no better than a bigram table.
-        spiked: the training loss rose and came back, whatever else happened.
-        reasons: a sentence for each criterion that was met, e.g. "collapse: ...".
+        diverged: True if a number was not finite, or the training loss rose and stayed high.
+        degraded: True if the run neither diverged nor collapsed, and is no better than a bigram
+            table.
+        spiked: True if the training loss rose and came back, whatever else happened.
+        collapsed: True if the run did not diverge, and its final loss is that of a run that learned
+            little, or it was stopped as hopeless.
+        reasons: One sentence for each criterion that was met, e.g. "collapse: ...".
     """
 
     diverged: bool
@@ -123,13 +126,16 @@ class Verdict:
         return not (self.diverged or self.collapsed)
 
     def to_dict(self) -> dict[str, Any]:
-        """For records."""
+        """Return a plain dict for records."""
         return {**asdict(self), "reasons": list(self.reasons)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Verdict":
-        """From a record. One without "collapsed" is older and calls every unstable run diverged;
-        its reasons tell the two kinds apart."""
+        """Build a verdict from a record.
+
+        Old records lack "collapsed" and call every unstable run diverged. Their reasons distinguish
+        the two kinds.
+        """
         reasons = tuple(str(each) for each in values.get("reasons") or ())
         diverged, collapsed = bool(values.get("diverged")), values.get("collapsed")
         if collapsed is None:
@@ -156,24 +162,32 @@ def judge(
 ) -> Verdict:
     """Judge a run by its curves, by the rule of this module.
 
-    Diverged is any of: "non-finite", a training loss, gradient norm or validation loss that is no
-    finite number; "blow-up", a moving average of the training loss that rose by more than `blow_up`
-    above its lowest so far, after warm-up, and ends more than `remaining` above its lowest.
-    Collapsed is, of all others: "collapse", a validation loss of at least `Thresholds.collapse_at`;
-    "hopeless", a run that was stopped as such. Degraded is a validation loss from the bigram's on.
+    A run diverged for either reason:
+
+    - "non-finite": a training loss, gradient norm or validation loss is not finite.
+    - "blow-up": after warm-up, the moving average of the training loss rose by more than `blow_up`
+      above its lowest so far, and ends more than `remaining` above its lowest.
+
+    Of the other runs, a run collapsed for either reason:
+
+    - "collapse": the validation loss is at least `Thresholds.collapse_at`.
+    - "hopeless": the run was stopped as hopeless.
+
+    Of the rest, a run is degraded if its validation loss is at least that of a bigram table.
 
     Args:
-        train: columns of the log lines: "step" (T,) from 1, "loss" (T,) nats and, if there,
-            "grad_norm" (T,). NaN is a number that was not finite.
-        validation_loss: of the final weights, nats a token; None only for a run that was stopped.
-        unigram: cross-entropy of a unigram table on the same text, nats a token.
-        bigram: the same of a bigram table.
-        warmup_steps: after which a rise counts.
-        thresholds: the rule's numbers; None is the defaults.
-        stopped: whether the run was stopped as hopeless, which it stays under other thresholds.
+        train: Columns of the log lines: "step" (T,) from 1, "loss" (T,) in nats and optionally
+            "grad_norm" (T,). NaN marks a number that was not finite.
+        validation_loss: Loss of the final weights, nats per token; None only for a stopped run.
+        unigram: Cross-entropy of a unigram table on the same text, nats per token.
+        bigram: Cross-entropy of a bigram table on the same text, nats per token.
+        warmup_steps: Number of steps during which a rise does not count.
+        thresholds: Thresholds of the rule; None means the defaults.
+        stopped: True if the run was stopped as hopeless. It stays so under other thresholds.
 
     Raises:
-        UserError: without log lines or a validation loss, or for `Thresholds.collapse_at`.
+        UserError: If there are no log lines or no validation loss, or from
+            `Thresholds.collapse_at`.
     """
     thresholds = thresholds or Thresholds()
     _require(train, validation_loss, stopped)
@@ -199,20 +213,21 @@ def judge(
 def is_hopeless(
     losses: np.ndarray, step: int, total: int, unigram: float, thresholds: Thresholds | None = None
 ) -> bool:
-    """Return whether to stop a run now, as unstable.
+    """Return True if a run should be stopped now, as unstable.
 
-    A loss is not finite, or the moving average has been above unigram + `hopeless` for the last
-    `hopeless_steps` steps, all of them after the part `hopeless_from` of the run.
+    It should if a loss is not finite, or if the moving average was above unigram + `hopeless` for
+    the last `hopeless_steps` steps, all after the fraction `hopeless_from` of the run.
 
-    A run that would have come back later is stopped all the same. Losses that have been above a
-    unigram's for so long did not come back in any run that we know of, but the rule cannot promise
-    it, which is why "stopped" is in the record beside the verdict.
+    The rule also stops a run that would have recovered later. No run that we know of recovered
+    after its loss was above a unigram's for so long, but this is not guaranteed. Records therefore
+    hold "stopped" next to the verdict.
 
     Args:
-        losses: (step,) training losses of all steps so far, nats; a refused update's is NaN.
-        step: steps done.
-        total: steps of the whole run.
-        unigram: cross-entropy of a unigram table, nats a token.
+        losses: (step,) training losses of all steps so far, nats; NaN for a refused update.
+        step: Number of steps taken.
+        total: Number of steps of the whole run.
+        unigram: Cross-entropy of a unigram table, nats per token.
+        thresholds: Thresholds of the rule; None means the defaults.
     """
     thresholds = thresholds or Thresholds()
     losses = np.asarray(losses, dtype=float)
@@ -227,14 +242,13 @@ def is_hopeless(
 
 
 def smoothed(steps: np.ndarray, losses: np.ndarray, decay: float) -> np.ndarray:
-    """(T,) exponential moving average with this decay a step, beginning at the first finite loss.
+    """Return the (T,) exponential moving average with a decay per step, from the first finite loss.
 
-    A loss that is not finite leaves it as it is, and log lines that are k steps apart decay k
-    times.
+    A loss that is not finite does not change it. Log lines that are k steps apart decay k times.
     """
     smooth: list[float] = []
     value, seen = math.nan, 0.0
-    # Numbers of Python's own: numpy's functions take ten times as long for a single one.
+    # Python floats, because numpy functions take ten times as long for a single number.
     for step, loss in zip(steps.tolist(), losses.tolist(), strict=True):
         if math.isfinite(loss):
             weight = 1.0 if math.isnan(value) else 1 - decay ** (step - seen)
@@ -247,8 +261,11 @@ def smoothed(steps: np.ndarray, losses: np.ndarray, decay: float) -> np.ndarray:
 def rise_and_rest(
     train: Mapping[str, np.ndarray], warmup_steps: float, decay: float
 ) -> tuple[float, float]:
-    """Largest rise after warm-up of the moving average above its lowest so far, and its end above
-    its lowest of all; nats."""
+    """Return two numbers in nats about the moving average of the training loss.
+
+    They are its largest rise above its lowest so far, after warm-up, and its final distance above
+    its lowest of all.
+    """
     steps = np.asarray(train["step"], dtype=float)
     smooth = smoothed(steps, np.asarray(train["loss"], dtype=float), decay)
     known = ~np.isnan(smooth)

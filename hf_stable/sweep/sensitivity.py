@@ -1,8 +1,8 @@
-"""Learning-rate sensitivity, the best and the largest stable learning rate.
+"""Learning-rate sensitivity, best learning rate and largest stable learning rate.
 
-Rows are seeds, columns are learning rates. Intervals are percentiles of the bootstrap over seeds,
-whole rows at a time: of three seeds it is about the range of the three, which covers the truth
-three times in four and not nineteen in twenty (`coverage_words`). One seed has no interval.
+Rows are seeds and columns are learning rates. Intervals are percentiles of the bootstrap over
+seeds, which resamples whole rows. With three seeds, the interval is about their range, which covers
+the truth three times in four, not nineteen in twenty (`coverage_words`). One seed has no interval.
 """
 
 from collections.abc import Callable, Collection
@@ -15,27 +15,28 @@ from hf_stable.errors import UserError
 
 from .bootstrap import CONFIDENCE, SAMPLES, Interval, interval, resampled
 
-# Fewer than this say nothing of spread, and a majority of two is both.
+# Fewer seeds do not show the spread, and a majority of two seeds would need both.
 MIN_SEEDS = 3
-# Up to so many seeds a bootstrap's 95 % interval of a mean is their range: of three, the resample
-# that takes the lowest seed thrice is 1 in 27, which is more than 2.5 %.
+# Up to this many seeds, the bootstrap's 95 % interval of a mean is their range: with three seeds,
+# one resample in 27 takes the lowest seed three times, which is more than 2.5 %.
 _RANGE = 3
-# From so many seeds on, a bootstrap's interval is about what it is called.
+# From this many seeds on, the bootstrap's interval has about its nominal coverage.
 _MANY = 20
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The runs of one method, complete: a seed with a missing or failed run is left out.
+    """Runs of one method, without the seeds that have a missing or failed run.
 
     Args:
         rates: (R,) peak learning rates, ascending.
-        losses: (S, R) final validation losses, nats a token; what is not finite counts as initial.
-        initial: (S,) or a number: loss before the first update, nats a token.
-        unstable: (S, R) whether a run diverged or collapsed, by the rule.
+        losses: (S, R) final validation losses, nats per token. A loss that is not finite counts as
+            the initial loss.
+        initial: (S,) or one number: loss before the first update, nats per token.
+        unstable: (S, R) bool, True if a run diverged or collapsed, by the rule.
 
     Raises:
-        UserError: when shapes disagree, rates are not ascending or an initial loss is not finite.
+        UserError: If shapes disagree, rates are not ascending or an initial loss is not finite.
     """
 
     rates: np.ndarray
@@ -62,7 +63,7 @@ class Grid:
 
     @property
     def capped(self) -> np.ndarray:
-        """(S, R) losses, at most the initial."""
+        """(S, R) losses, capped at the initial loss."""
         return _capped(self.losses, self.initial)
 
 
@@ -73,18 +74,20 @@ def lr_sensitivity(
     samples: int = SAMPLES,
     confidence: float = CONFIDENCE,
 ) -> Interval:
-    """LR sensitivity in nats (Wortsman et al. 2023, section 2.2): mean over learning rates of
-    min(loss, initial), less the smallest.
+    """Return the LR sensitivity in nats (Wortsman et al. 2023, section 2.2).
 
-    With several seeds, the capped losses are averaged over seeds first, so that the best learning
-    rate is one and not the luckiest of every seed, which would count noise as sensitivity.
+    It is the mean over learning rates of min(loss, initial), minus the smallest. The capped losses
+    are first averaged over seeds, so that all seeds share one best learning rate. A separate best
+    rate per seed would count noise as sensitivity.
 
     Args:
-        losses: (S, R) final validation losses; what is not finite counts as initial.
-        initial: (S,) or a number: loss before the first update.
+        losses: (S, R) final validation losses. A loss that is not finite counts as the initial one.
+        initial: (S,) or one number: loss before the first update.
+        samples: Number of resamples.
+        confidence: Confidence of the interval.
 
     Raises:
-        UserError: when shapes disagree or an initial loss is not finite.
+        UserError: If shapes disagree or an initial loss is not finite.
     """
     losses = np.asarray(losses, dtype=float)
     if losses.ndim != 2 or not losses.size:
@@ -95,32 +98,34 @@ def lr_sensitivity(
 
 
 def best_rate(grid: Grid, *, samples: int = SAMPLES, confidence: float = CONFIDENCE) -> Interval:
-    """Learning rate with the lowest mean capped loss, the smaller of two alike; NaN where every run
-    of the grid is no better than before training."""
+    """Return the learning rate with the lowest mean capped loss, the smaller one of a tie.
+
+    It is NaN if no run of the grid is better than before training.
+    """
     return _over_seeds(grid.capped, _best(grid), samples, confidence)
 
 
 def stable_by_majority(unstable: np.ndarray) -> np.ndarray:
-    """(..., R), whether more than half of the seeds of (..., S, R) are stable."""
+    """Return (..., R) bool, True if more than half of the seeds of (..., S, R) are stable."""
     return np.asarray(unstable).mean(axis=-2) < 0.5
 
 
 def largest_stable(
     grid: Grid, *, samples: int = SAMPLES, confidence: float = CONFIDENCE
 ) -> Interval:
-    """Largest learning rate such that at it and at all lower ones most seeds are stable.
+    """Return the largest learning rate such that most seeds are stable at it and all lower ones.
 
-    0 stands for none: less than the lowest of the grid. The highest of the grid stands for "that or
-    more": `warnings` says so.
+    0 means that it is less than the lowest of the grid. The highest rate of the grid means "this or
+    more", for which there is a warning (`warnings`).
     """
     return _over_seeds(grid.unstable.astype(float), _largest(grid), samples, confidence)
 
 
 def coverage_words(seeds: Collection[int]) -> str:
-    """Sentences on what the bootstrap's 95 % intervals over so many seeds are worth.
+    """Return sentences on the real coverage of the bootstrap's 95 % intervals over these seeds.
 
-    Of up to three seeds the interval of a mean is their range, which holds the truth but with the
-    probability that all lie on one side of it.
+    With up to three seeds, the interval of a mean is their range. It misses the truth only if all
+    seeds lie on one side of it.
     """
     few = sorted({number for number in seeds if 1 < number <= _RANGE})
     parts = [
@@ -135,12 +140,14 @@ def coverage_words(seeds: Collection[int]) -> str:
 
 
 def warnings(grid: Grid, *, sigma_reparam: bool = False, layer_rates: bool = False) -> list[str]:
-    """Where these numbers do not mean what they say, a sentence each (after Wortsman et al. 2023,
-    appendix B, who hold muP's sensitivity, though not its learning rates, comparable).
+    """Return sentences on the limits of these numbers (after Wortsman et al. 2023, appendix B).
+
+    Wortsman et al. treat the sensitivity of muP as comparable, but not its learning rates.
 
     Args:
-        sigma_reparam: whether weights are divided by their own size.
-        layer_rates: whether layers have factors on the learning rate: muP away from its base.
+        grid: Runs of the method.
+        sigma_reparam: True if weights are divided by their spectral norm.
+        layer_rates: True if layers have factors on the learning rate: muP away from its base width.
     """
     found = []
     if sigma_reparam:
@@ -189,7 +196,7 @@ def _about_fate(grid: Grid) -> list[str]:
 
 
 def edge_of_best(grid: Grid) -> Literal["lowest", "highest"] | None:
-    """The end of the grid at which the best learning rate lies; None within the grid."""
+    """Return the end of the grid at which the best learning rate lies; None inside the grid."""
     best = float(_best(grid)(grid.capped.mean(axis=0)))
     if best == grid.rates[0]:
         return "lowest"
@@ -211,8 +218,8 @@ def _capped(losses: np.ndarray, initial: np.ndarray) -> np.ndarray:
 
 
 def _sensitivity(means: np.ndarray) -> np.ndarray:
-    """(...,) of mean capped losses (..., R)."""
-    # Differences first: a method that always has the same loss has exactly 0.
+    """Return (...,) sensitivities of mean capped losses (..., R)."""
+    # Subtract first, so that a method with a constant loss has exactly 0.
     return (means - means.min(axis=-1, keepdims=True)).mean(axis=-1)
 
 
@@ -230,7 +237,7 @@ def _largest(grid: Grid) -> Callable[[np.ndarray], np.ndarray]:
     with_none = np.concatenate([[0.0], grid.rates])
 
     def largest(parts: np.ndarray) -> np.ndarray:
-        """From the part of seeds that are unstable, (..., R)."""
+        """Return the rate from the share of unstable seeds, (..., R)."""
         return with_none[np.logical_and.accumulate(parts < 0.5, axis=-1).sum(axis=-1)]
 
     return largest

@@ -1,7 +1,7 @@
-"""What a study's folder tells of it: every run by method, variant, learning rate and seed.
+"""Read the records of a study: every run by method, variant, learning rate and seed.
 
-From records alone and without torch. A study that is not finished can be read: what is missing is
-named.
+It reads only records and needs no torch. An unfinished study can be read too; missing runs are
+listed.
 """
 
 import json
@@ -27,7 +27,7 @@ _NUMBERS = ("seconds", "initial_loss", "validation_loss", "unigram", "bigram", "
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run stands in the grid of a study; `learning_rate` is the peak."""
+    """Cell and seed of a run in the grid of a study; `learning_rate` is the peak."""
 
     method: str
     variant: str
@@ -37,16 +37,27 @@ class Place:
 
 @dataclass(frozen=True)
 class Result:
-    """One run that has ended. Losses in nats per token, NaN where there is none.
+    """One run that has ended. Losses are in nats per token; NaN if missing.
 
     Args:
+        id: Id of the run.
+        place: Cell and seed of the run.
         status: "finished"; "stopped" by the rule, which is unstable; or "failed", which is neither
             stable nor unstable.
-        flops: of all its training; None where it is not known.
-        initial_loss: of the first batch, before any update.
-        unigram, bigram: entropies of the text that it was validated on.
-        verdict: as recorded.
-        history: its records; None where they are missing or damaged.
+        error: Last error of a failed run.
+        attempts: Number of attempts.
+        seconds: Time of the run.
+        steps: Number of optimizer steps taken.
+        parameters: Number of parameters of the model.
+        flops: FLOPs of the whole training; None if unknown.
+        initial_loss: Loss of the first batch, before any update.
+        validation_loss: Loss of the final weights.
+        unigram: Cross-entropy of a unigram table on the validation text.
+        bigram: Cross-entropy of a bigram table on the validation text.
+        warmup_steps: Number of warm-up steps.
+        thresholds: Thresholds of the recorded verdict.
+        verdict: Recorded verdict.
+        history: Records of the run; None if they are missing or damaged.
     """
 
     id: str
@@ -69,7 +80,7 @@ class Result:
 
     @property
     def diverged(self) -> bool:
-        """True if a number was not finite or the loss rose and stayed up, by its record."""
+        """True if a number was not finite or the loss rose and stayed high, by its record."""
         return self.status != "failed" and self.verdict.diverged
 
     @property
@@ -86,7 +97,7 @@ class Result:
 
     @property
     def capped_loss(self) -> float:
-        """Validation loss, nats, but at most that at the start; NaN for a failed run."""
+        """Validation loss in nats, capped at the initial loss; NaN for a failed run."""
         if self.status == "failed":
             return math.nan
         loss, start = self.validation_loss, self.initial_loss
@@ -94,12 +105,12 @@ class Result:
 
     @property
     def has_marks(self) -> bool:
-        """Whether a bigram's cross-entropy lies below a unigram's, as the rule's marks need."""
+        """True if the bigram's cross-entropy is below the unigram's, which the rule needs."""
         return self.bigram < self.unigram
 
     @property
     def model_config(self) -> Mapping[str, Any]:
-        """The model's config, as its run resolved it; empty where that is not recorded."""
+        """Resolved config of the model; empty if it is not recorded."""
         return {} if self.history is None else self.history.run.get("model_config", {})
 
     @property
@@ -113,16 +124,20 @@ class Study:
     """A study's records.
 
     Args:
-        methods, variants, seeds: in the order of the plan. rates: ascending.
-        thresholds: of the rule, as planned.
-        reproduces: tables of the paper that the plan says it reproduces.
-        claims_revision: commit of the claims on them when the study began; None where that is not
-            recorded.
-        results: of the runs that have ended, in the order of the plan.
-        unfinished: ids of planned runs without a result, in the order of the plan.
-        awaited: places of those of them whose id says where they stand.
-        perplexities: by run id, (documents, 4) float64 sums: NLL in nats, tokens, words, bytes.
-        notes: what could not be read, and why.
+        folder: Folder of the study.
+        name: Name of the study.
+        methods: Methods in the order of the plan.
+        variants: Variants in the order of the plan.
+        rates: Learning rates, ascending.
+        seeds: Seeds in the order of the plan.
+        thresholds: Planned thresholds of the rule.
+        reproduces: Tables of the paper that the study reproduces.
+        claims_revision: Commit of the claims when the study began; None if not recorded.
+        results: Results of the ended runs, in the order of the plan.
+        unfinished: Ids of planned runs without a result, in the order of the plan.
+        awaited: Places of the unfinished runs whose id could be parsed.
+        perplexities: (documents, 4) float64 sums by run id: NLL in nats, tokens, words, bytes.
+        notes: Files that could not be read, with the reasons.
     """
 
     folder: Path
@@ -141,22 +156,24 @@ class Study:
     notes: list[str]
 
     def cell(self, method: str, variant: str, rate: float) -> list[Result]:
-        """Results of one cell of the grid, by seed."""
+        """Return the results of one cell of the grid, by seed."""
         found = [each for each in self.results if _cell(each.place) == (method, variant, rate)]
         return sorted(found, key=lambda each: each.place.seed)
 
     def missing(self, method: str, variant: str, rate: float) -> int:
-        """How many planned runs of one cell have not ended."""
+        """Return the number of planned runs of one cell that have not ended."""
         return sum(_cell(place) == (method, variant, rate) for place in self.awaited)
 
     def rates_of(self, variant: str) -> list[float]:
-        """Learning rates at which a variant has runs, or is to have them; ascending."""
+        """Return the learning rates of a variant's ended and planned runs, ascending."""
         places = [*(each.place for each in self.results), *self.awaited]
         return sorted({each.learning_rate for each in places if each.variant == variant})
 
     def numbers(self, method: str, variant: str, number: Callable[[Result], float]) -> np.ndarray:
-        """(S, R) of a number of each run, NaN without a result: the study's seeds by its rates of
-        the variant."""
+        """Return (S, R) of a number of each run: seeds by the rates of the variant.
+
+        It is NaN for a run without a result.
+        """
         rates = self.rates_of(variant)
         out = np.full((len(self.seeds), len(rates)), np.nan)
         for each in self.results:
@@ -174,7 +191,7 @@ def read_study(folder: Path) -> Study:
     """Read a study's records, also while it is running.
 
     Raises:
-        UserError: when the folder holds no study, or a plan or result that cannot be read.
+        UserError: If the folder holds no study, or a plan or result cannot be read.
     """
     if not (folder / "plan.json").is_file():
         raise UserError(
@@ -207,7 +224,7 @@ def read_study(folder: Path) -> Study:
             notes=notes,
         )
     except KeyError as error:
-        raise UserError(f"{folder / 'plan.json'} has no {error}; write it anew") from error
+        raise UserError(f"{folder / 'plan.json'} has no {error}; run the sweep again") from error
     _check_places(study)
     return study
 
@@ -217,12 +234,12 @@ def _read(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{file} is not JSON: {error}; restore it, or take it away and run the sweep again"
+            f"{file} is not JSON: {error}; restore it, or delete it and run the sweep again"
         ) from error
 
 
 def _number(value: Any) -> float:
-    """Records spell out what is not finite, and have null for what is not known."""
+    """Convert a recorded number: a string is not finite, and null is unknown."""
     return float("nan") if value is None else float(value)
 
 
@@ -252,7 +269,7 @@ def _result(folder: Path, notes: list[str]) -> Result:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{file}: {type(error).__name__} {error}; take the file away and run the sweep again"
+            f"{file}: {type(error).__name__} {error}; delete the file and run the sweep again"
         ) from error
     if result.status not in STATUSES:
         raise UserError(f"{file}: status is {result.status!r}; known are {', '.join(STATUSES)}")
@@ -268,7 +285,7 @@ def _history(folder: Path, notes: list[str]) -> History | None:
 
 
 def _places(plan: dict[str, Any]) -> dict[str, Place]:
-    """Where runs stand, by their ids, which is all that is known of one without a result."""
+    """Return the places of planned runs by id, for runs without a result."""
     axes = [plan[key] for key in ("methods", "variants", "learning_rates", "seeds")]
     places = {}
     for method, variant, rate, seed in product(*axes):
@@ -295,7 +312,7 @@ def _perplexities(folder: Path, notes: list[str]) -> dict[str, np.ndarray]:
 
 
 def _check_places(study: Study) -> None:
-    """A run outside of its plan's grid would be in no table."""
+    """Raise an error for a run outside of the plan's grid, which no table would show."""
     for each in study.results:
         place = each.place
         for what, value, known in (
@@ -306,5 +323,5 @@ def _check_places(study: Study) -> None:
             if value not in known:
                 raise UserError(
                     f"{study.folder / 'runs' / each.id / 'result.json'}: {what} {value!r} is not "
-                    f"in plan.json, which has {known}; mend the one or the other"
+                    f"in plan.json, which has {known}; correct one of the files"
                 )

@@ -1,7 +1,7 @@
-"""Comparisons that say nothing of a method, found in the records of its runs.
+"""Detect comparisons that do not measure a method, from the records of its runs.
 
-A cap that no logit reached is no cap, and a method whose penalty is that of another initialization
-is not the paper's method.
+A cap that no logit reached had no effect. A method with another initialization than in the paper is
+not the paper's method.
 """
 
 import math
@@ -14,17 +14,17 @@ from .paper import Withheld
 from .study import BASELINE, Result, Study
 
 _LOGITS = "layers.*.attention/max_logit"
-# What norms the output of a block, so that its size does not depend on how weights begin.
+# Norms on the output of a block, with which its size does not depend on the initialization.
 _OUTPUT_NORMS = ("v_norm", "attention_post_norm", "mlp_post_norm")
-# By this part, the std of weights may differ from that of the paper's geometry.
+# Relative tolerance of the std of weights to that of the paper's geometry.
 _CLOSE = 0.1
 
 
 def idle_caps(study: Study, runs: Sequence[Result]) -> dict[str, Withheld]:
-    """Return, by method, "vacuous" where its cap on attention logits never acted in a run.
+    """Return the methods whose cap on attention logits never acted in any run, as "vacuous".
 
-    A cap acted where a logit, before it, reached it. Nothing is said of a method with a run whose
-    logits were not recorded.
+    A cap acted if a logit reached it before the cap. A method with a run without recorded logits is
+    left out.
     """
     found = {}
     for method in study.methods:
@@ -43,20 +43,21 @@ def idle_caps(study: Study, runs: Sequence[Result]) -> dict[str, Withheld]:
 
 
 def largest_logit(run: Result) -> float:
-    """Largest attention logit before a cap, over all samples of telemetry, layers and heads; NaN
-    where none was recorded, or one was not a number."""
+    """Return the largest attention logit before a cap, over all samples, layers and heads.
+
+    It is NaN if no logit was recorded, or if one was NaN.
+    """
     samples = {} if run.history is None else run.history.telemetry
     values = samples.get(_LOGITS)
     return float(np.max(values)) if values is not None and values.size else math.nan
 
 
 def other_geometry(study: Study, runs: Sequence[Result]) -> dict[str, Withheld]:
-    """Return, by method, "withdrawn" where it norms outputs and weights begin unlike the paper's.
+    """Return the methods that norm outputs but are initialized unlike the paper, as "withdrawn".
 
-    The paper's 0.02 at 1,024 channels is sqrt(2 / (5 channels)).
-
-    Then the share of the token embedding in the residual stream at the start is another one than in
-    the baseline, and a difference of the two is not that of the method alone.
+    The paper's std of 0.02 at 1,024 channels is sqrt(2 / (5 channels)). With another std, the share
+    of the token embedding in the initial residual stream differs from that of the baseline, so the
+    difference between the two is not due to the method alone.
     """
     configs = {run.place.method: run.model_config for run in runs}
     base = configs.get(BASELINE, {})
@@ -74,7 +75,7 @@ def other_geometry(study: Study, runs: Sequence[Result]) -> dict[str, Withheld]:
 
 
 def _mismatch(config: Mapping[str, Any]) -> str | None:
-    """Return what differs from the paper's initialization, or None."""
+    """Return the difference to the paper's initialization in words, or None."""
     width, std = config.get("hidden_size"), config.get("initializer_range")
     if config.get("embedding_std") is not None:
         return f"embeddings begin with a std of {config['embedding_std']:g}"

@@ -1,7 +1,7 @@
-"""One process of a study: takes runs that nobody has, trains them, and writes what came out.
+"""Worker process of a study: it claims free runs, trains them and writes their results.
 
-A run's result is the last file written of it, so a run without one is not finished. Whoever holds a
-run's lock trains it; the system takes a lock back when its holder dies, however that happens.
+The result is the last file written for a run, so a run without a result is unfinished. The process
+that holds the lock of a run trains it. The system releases the lock when that process dies.
 """
 
 import contextlib
@@ -34,23 +34,24 @@ from hf_stable.training import train
 from .plan import Planned, planned_runs, read_plan
 from .rule import Thresholds, is_hopeless, judge
 
-# A run that fails is tried once more: what fails twice will fail again.
+# A run that fails is tried once more. A run that failed twice is expected to fail again.
 ATTEMPTS = 2
 
 
 def recipe_digest(recipe: Recipe) -> str:
-    """What a finished run must still match; where its files lie does not count."""
-    chosen = to_dict(recipe, defaults=False)  # keys that come later change no digest
+    """Return a hash of the recipe that a finished run must match; paths do not count."""
+    chosen = to_dict(recipe, defaults=False)  # defaults of future keys must not change the digest
     content = {key: value for key, value in chosen.items() if key != "output"}
     content["data"] = deciding_data(content["data"])
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def work(study: Path, ended_by: tuple[type[Exception], ...] = ()) -> None:
-    """Train runs of a study until none is left that is neither finished nor another's.
+    """Train runs of a study until every run is finished or claimed by another worker.
 
     Args:
-        ended_by: errors that end this worker; all others are a run's, which has then failed.
+        study: Folder of the study.
+        ended_by: Errors that end this worker. Any other error marks the run as failed.
     """
     plan, thresholds = read_plan(study)
     for planned in planned_runs(plan):
@@ -69,7 +70,7 @@ def _result_file(planned: Planned) -> Path:
 
 @contextlib.contextmanager
 def _taken(study: Path, planned: Planned) -> Iterator[bool]:
-    """Whether this process has the run to itself, and it has no result yet."""
+    """Yield True if this process holds the lock of the run, and the run has no result yet."""
     locks = study / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     try:
@@ -86,7 +87,7 @@ def _attempts(
     attempt: Callable[[], dict[str, Any]],
     ended_by: tuple[type[Exception], ...],
 ) -> dict[str, Any]:
-    """The result of a run, after a second attempt where the first failed."""
+    """Return the result of a run, with a second attempt if the first failed."""
     failures = study / "failures" / f"{planned.id}.json"
     failed = json.loads(failures.read_text("utf-8"))["attempts"] if failures.is_file() else 0
     common = {
@@ -104,7 +105,7 @@ def _attempts(
             return {**common, **attempt(), "error": None, "attempts": failed + 1}
         except ended_by:
             raise
-        except Exception as error:  # whatever it is, it must not end the study
+        except Exception as error:  # no error of a run may end the study
             traceback.print_exc()
             failed += 1
             text = f"{type(error).__name__}: {error}"
@@ -116,7 +117,7 @@ def _attempts(
 def _train(study: Path, planned: Planned, thresholds: Thresholds, documents: int) -> dict[str, Any]:
     folder, start = Path(planned.recipe.output), time.monotonic()
     if folder.exists() and not list_checkpoints(folder):
-        shutil.rmtree(folder)  # what an interrupted attempt left would stand in the records twice
+        shutil.rmtree(folder)  # records of an interrupted attempt would be duplicated
     stop = _Stop(planned.recipe, folder, thresholds)
     status = "finished"
     try:
@@ -134,7 +135,7 @@ def _train(study: Path, planned: Planned, thresholds: Thresholds, documents: int
 
 
 class _Stop:
-    """The declared rule, asked after every step."""
+    """Callback that applies the declared rule after every step."""
 
     def __init__(self, recipe: Recipe, folder: Path, thresholds: Thresholds) -> None:
         self._folder, self._total, self._thresholds = folder, recipe.num_steps, thresholds
@@ -158,7 +159,7 @@ class _Stop:
 
 
 def _numbers(planned: Planned, thresholds: Thresholds, stopped: bool) -> dict[str, Any]:
-    """What the records say of a run that has ended."""
+    """Return the numbers of an ended run from its records."""
     history = read_history(Path(planned.recipe.output))
     run, losses = history.run, history.train["loss"]
     data, steps = run["data"], int(history.train["step"][-1])
@@ -181,7 +182,7 @@ def _numbers(planned: Planned, thresholds: Thresholds, stopped: bool) -> dict[st
 
 
 def _score(study: Path, planned: Planned, limit: int) -> None:
-    """Write what every document's tokens cost the trained model: (nats, tokens, words, bytes)."""
+    """Write the sums of the trained model for each document: (nats, tokens, words, bytes)."""
     sources = expand(sources_of(planned.recipe)[1])
     documents = (text for source in sources for text in read_documents(source, ReadReport()))
     model, tokenizer = load_model(str(Path(planned.recipe.output) / "model"))
@@ -191,7 +192,7 @@ def _score(study: Path, planned: Planned, limit: int) -> None:
 
 
 def _last_validation(history: History) -> float:
-    """The final validation loss; infinite for a run that gave up on non-finite steps."""
+    """Return the final validation loss; infinite for a run that ended on non-finite steps."""
     if any(row["event"] == "diverged" for row in history.events):
         return float("inf")
     rows = [row for row in history.events if row["event"] == "validation"]

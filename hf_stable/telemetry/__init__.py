@@ -1,6 +1,6 @@
-"""Seeing instability: what every layer does while a model trains, in records and in pictures.
+"""Telemetry: statistics of every layer during training, in records and figures.
 
-Looking at records needs no torch, so what watches a model is imported when it is asked for.
+Reading records needs no torch, so the classes that watch a model are imported on first use.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ __all__ = ["WatchCallback", "Watcher", "watch"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'hf_stable.telemetry' has no attribute {name!r}")
-    if name == "WatchCallback":  # its `Trainer` takes two seconds to import
+    if name == "WatchCallback":  # importing `Trainer` takes two seconds
         from .callback import WatchCallback  # noqa: PLC0415
 
         return WatchCallback

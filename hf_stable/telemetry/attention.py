@@ -1,7 +1,7 @@
-"""What attention does, per head: from the kernel where that tells, else by the reference here.
+"""Attention statistics per head, from the kernel if it reports them, else from a reference here.
 
-The model's attention function is replaced, under its own name and for the sampled step only, by one
-that calls it and then looks; masks, caches and results stay what they were.
+For a sampled step, a wrapper replaces the model's attention function under the same name. It calls
+the function and then computes the statistics. Masks, caches and results are unchanged.
 
 Shape letters: B batch, H query heads, G key heads, Q queries, K keys, D head width.
 """
@@ -21,9 +21,9 @@ from hf_stable.model.functional_stable_gpt import softcap as cap_logits
 from .observe import observe_heads
 from .scores import mask_of, score_chunks
 
-# Rows of `watched_rows`: sums over rows of each head.
+# Rows of `watched_rows`, each a sum over the attention rows of each head.
 ENTROPY, LONG_ROWS, CLIPPED, ROWS = range(4)
-# Names of a family's own eager attention: Transformers', and StableGPT's.
+# Names of a model family's eager attention: in Transformers, and in StableGPT.
 _EAGER_NAMES = ("eager_attention_forward", "attention_forward")
 
 
@@ -33,17 +33,18 @@ def row_statistics(
     cap: float | None,
     clip: tuple[float | None, float, float | None],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Largest logit, entropy and largest stretched probability of each row, (..., Q) each.
+    """Return the largest logit, entropy and largest stretched probability of each row, (..., Q).
 
-    Entropy H = log Z - sum_j p_j s_j is of the softmax after the cap, in nats, before a clip. A row
-    is clipped to nothing when its largest stretched probability is not above 0.
+    The entropy H = log Z - sum_j p_j s_j is that of the softmax after the cap and before a clip, in
+    nats. A row is clipped completely if its largest stretched probability is not above 0.
 
     Args:
-        scores: (..., Q, K) scaled, overwritten.
-        visible: (..., Q, K) bool, broadcasting.
-        clip: gamma, zeta and alpha of `functional_stable_gpt.clip_probabilities`.
+        scores: Scaled scores, (..., Q, K); overwritten.
+        visible: Visible keys, (..., Q, K) bool, broadcastable.
+        cap: Soft cap of the logits, or None.
+        clip: Gamma, zeta and alpha of `functional_stable_gpt.clip_probabilities`.
     """
-    # Not the smallest number: its distance from a row's largest logit must be finite.
+    # Not the smallest number: its difference from a row's largest logit must be finite.
     hidden = torch.finfo(scores.dtype).min / 4
     largest = top = scores.masked_fill_(~visible, hidden).amax(-1)
     if cap is not None:
@@ -66,14 +67,17 @@ def _count(
     largest: torch.Tensor,
     rows: torch.Tensor,
 ) -> None:
-    """Add (B, H, Q) statistics to (H,) `largest` and (4, H) `rows`; (B or 1, 1, Q) `num_keys`."""
+    """Add (B, H, Q) statistics to (H,) `largest` and (4, H) `rows`.
+
+    `num_keys` is (B or 1, 1, Q).
+    """
     logits, entropy, clipped = statistics
     num_keys = num_keys.expand_as(logits)
     seen, long = num_keys > 0, num_keys > 1
     logits = torch.where(seen, logits, -math.inf).amax((0, 2)).double()
     torch.maximum(largest, logits, out=largest)
     normalised = entropy.double() / num_keys.clamp(min=2).double().log()
-    # A row of one key has no entropy to speak of: it would only dilute the mean.
+    # A row with one key has no entropy and would only dilute the mean.
     rows[ENTROPY] += torch.where(long, normalised, 0.0).sum((0, 2))
     rows[LONG_ROWS] += long.sum((0, 2))
     rows[CLIPPED] += (clipped & seen).sum((0, 2))
@@ -93,13 +97,20 @@ def observe_attention(  # noqa: PLR0913, PLR0917 (an operator takes tensors and 
     largest: torch.Tensor,
     rows: torch.Tensor,
 ) -> None:
-    """The reference, in chunks of queries: memory is that of a chunk of scores.
+    """Compute the reference statistics, in chunks of queries to bound the memory for scores.
 
     Args:
-        query: (B, H, Q, D). key: (B, G, K, D). mask: see `scores.visible_keys`.
-        largest: (H,) float64, becomes the largest logit, scaled, before the cap.
-        rows: (4, H) float64, sums: ENTROPY / log(visible keys), LONG_ROWS (of two keys or more),
-            CLIPPED, ROWS.
+        query: Queries, (B, H, Q, D).
+        key: Keys, (B, G, K, D).
+        mask: See `scores.visible_keys`.
+        scaling: Factor on the scores.
+        cap: Soft cap of the logits, or None.
+        gamma: Lower end of the stretched probabilities, or None.
+        zeta: Upper end of the stretched probabilities.
+        alpha: Numerator of the lower end -alpha / (visible keys), or None.
+        largest: (H,) float64, updated in place: largest scaled logit before the cap.
+        rows: (4, H) float64, updated in place with sums over rows: ENTROPY / log(visible keys),
+            LONG_ROWS (with two keys or more), CLIPPED, ROWS.
     """
     clips = gamma is not None or alpha is not None or zeta != 1.0
     for scores, visible in score_chunks(query, key, mask, scaling):
@@ -118,7 +129,7 @@ def observe_kernel(
     largest: torch.Tensor,
     rows: torch.Tensor,
 ) -> None:
-    """The same from a kernel's (B, H, S) rows, see `kernels.attention.AttentionStatistics`."""
+    """Add the statistics of a kernel, (B, H, S); see `kernels.attention.AttentionStatistics`."""
     num_keys = torch.arange(1, logits.shape[2] + 1, device=logits.device)[None, None]
     if documents is not None:
         num_keys = documents[:, :, 4]
@@ -138,12 +149,12 @@ def watched_attention(
     attention_mask: Any,
     **kwargs: Any,
 ) -> Any:
-    """The module's attention function, and then a look at what it did."""
+    """Call the module's attention function, then compute its statistics."""
     function = _function_of(module)
-    # Not a layer of another model in the same process, and no validation.
+    # Skip layers of another model in the same process, and validation.
     if "watched_rows" not in vars(module) or not module.training:
         return function(module, query, key, value, attention_mask, **kwargs)
-    module.attention_statistics = None  # those of another microbatch
+    module.attention_statistics = None  # from another microbatch
     result = function(module, query, key, value, attention_mask, **kwargs)
     observe_heads(query, module.watched_queries)
     observe_heads(key, module.watched_keys)
@@ -183,11 +194,12 @@ def _look(
 
 @dataclass
 class _Replaced:
-    """What `watched_attention` stands in for under a name, and for how many samples.
+    """Attention function that `watched_attention` replaces under a name.
 
     Args:
-        function: None where the module's own family knows it.
-        own: what the registry's local mapping held.
+        function: Registered function, or None if the model family defines it.
+        own: Previous entry of the registry's local mapping.
+        samples: Number of active samples that need the replacement.
     """
 
     function: Callable[..., Any] | None
@@ -199,17 +211,17 @@ _replaced: dict[str, _Replaced] = {}
 
 
 def _function_of(module: nn.Module) -> Callable[..., Any]:
-    """What computes the attention of `module` when nobody watches."""
+    """Return the attention function of `module` when it is not watched."""
     function = _replaced[module.config._attn_implementation].function  # pyright: ignore
     if function is not None:
         return function
-    # Every family keeps its eager function beside the module that calls it.
+    # Every family defines its eager function in the file of the module that calls it.
     namespace = vars(sys.modules[type(module).__module__])
     return namespace[next(name for name in _EAGER_NAMES if name in namespace)]
 
 
 def replace_attention(name: str) -> Callable[[], None]:
-    """Put `watched_attention` in the place of the backend `name`; call the result to undo it."""
+    """Replace the backend `name` with `watched_attention`; call the result to undo it."""
     functions = ALL_ATTENTION_FUNCTIONS
     if name not in _replaced:
         _replaced[name] = _Replaced(functions.get(name), functions._local_mapping.get(name))

@@ -1,4 +1,4 @@
-"""Telemetry under `transformers.Trainer`: the same records, in the trainer's output folder."""
+"""Telemetry for `transformers.Trainer`, with the same records as our training loop."""
 
 import math
 from pathlib import Path
@@ -14,17 +14,18 @@ from .watching import Watcher, watch
 
 
 class WatchCallback(TrainerCallback):
-    """Watch a `Trainer`'s model and write `run.json` and `metrics.jsonl`, as our own loop does.
+    """Watch a `Trainer`'s model and write `run.json` and `metrics.jsonl`, like our training loop.
 
         trainer.add_callback(WatchCallback(trainer, every=100))
 
-    `hf-stable watch` and `hf-stable diagnose` read the folder. Gradients are looked at as they are
-    when the optimizer steps, which is after the trainer's clipping.
+    `hf-stable watch` and `hf-stable diagnose` read the folder. Gradients are measured when the
+    optimizer steps, which is after the trainer's clipping.
 
     Args:
-        trainer: given, the numbers also go to its trackers (`report_to`).
-        every, bounds_every: see `watch`.
-        folder: where the records go; the trainer's output folder unless given.
+        trainer: If given, the numbers are also sent to its trackers (`report_to`).
+        every: See `watch`.
+        bounds_every: See `watch`.
+        folder: Folder of the records; by default the trainer's output folder.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class WatchCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Begin to watch."""
+        """Start watching."""
         model = kwargs["model"]
         self._watcher = watch(
             model,
@@ -79,7 +80,7 @@ class WatchCallback(TrainerCallback):
         if self._record is not None:
             self._record.append("telemetry", state.global_step, **pack(numbers))
         if self._trainer is not None:
-            # Not by `trainer.log`, which would print them and take the place of the step's log.
+            # Not with `trainer.log`, which would print the numbers and replace the log of the step.
             trackers = tuple(INTEGRATION_TO_CALLBACK.values())
             for callback in self._trainer.callback_handler.callbacks:
                 if isinstance(callback, trackers):
@@ -113,7 +114,7 @@ class WatchCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Leave the model as it was."""
+        """Stop watching and restore the model."""
         if self._watcher is not None:
             self._watcher.__exit__(None, None, None)
         if self._record is not None:
@@ -123,7 +124,7 @@ class WatchCallback(TrainerCallback):
 
 
 def _describe(folder: Path, model: Any, state: TrainerState) -> dict[str, Any]:
-    """What run.json says of a run that has no recipe."""
+    """Return the content of run.json for a run without a recipe."""
     return {
         "recipe": {"name": folder.name, "training": {"steps": state.max_steps}},
         "model_config": model.config.to_dict(),

@@ -1,7 +1,8 @@
 """Running sums and maxima of a sampled step, over its microbatches and then over all processes.
 
-Hooks add to what is `seen`; only `keep` makes it count. What gradient checkpointing computes again
-in the backward pass is seen after that, and forgotten before the next forward pass.
+Hooks add to the `seen` tensors, and `keep` adds those to the `kept` tensors after a forward pass.
+Gradient checkpointing recomputes activations in the backward pass, after `keep`. Those are seen
+again and discarded by `forget` before the next forward pass.
 """
 
 import math
@@ -13,7 +14,7 @@ Reduced = dict[str, list[float]]
 
 
 class Gauges:
-    """Named float64 tensors on one device, which hooks add to in place."""
+    """Named float64 tensors on one device, which hooks update in place."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -22,15 +23,15 @@ class Gauges:
         self._direct: dict[str, torch.Tensor] = {}
 
     def sums(self, name: str, *shape: int) -> torch.Tensor:
-        """What a forward pass adds up."""
+        """Return a tensor for sums over a forward pass."""
         return self._place("sum", name, torch.zeros(shape, dtype=torch.float64))
 
     def maxima(self, name: str, *shape: int) -> torch.Tensor:
-        """What a forward pass takes the largest of."""
+        """Return a tensor for maxima over a forward pass."""
         return self._place("max", name, torch.full(shape, -math.inf, dtype=torch.float64))
 
     def gradient_sums(self, name: str, *shape: int) -> torch.Tensor:
-        """What a backward pass adds up, where nothing is computed twice."""
+        """Return a tensor for sums over a backward pass, in which nothing is recomputed."""
         place = torch.zeros(shape, dtype=torch.float64, device=self._device)
         self._direct[name] = place
         return place
@@ -41,27 +42,28 @@ class Gauges:
         return self._seen[kind][name]
 
     def forget(self) -> None:
-        """Before a forward pass: what was seen since the last `keep` does not count."""
+        """Discard everything seen since the last `keep`; call it before a forward pass."""
         for tensor in self._seen["sum"].values():
             tensor.zero_()
         for tensor in self._seen["max"].values():
             tensor.fill_(-math.inf)
 
     def keep(self) -> None:
-        """After a forward pass."""
+        """Keep everything seen since `forget`; call it after a forward pass."""
         for kept, seen in zip(self._kept["sum"].values(), self._seen["sum"].values(), strict=True):
             kept.add_(seen)
         for kept, seen in zip(self._kept["max"].values(), self._seen["max"].values(), strict=True):
             torch.maximum(kept, seen, out=kept)
 
     def reduce(self, sums: dict[str, torch.Tensor], maxima: dict[str, torch.Tensor]) -> Reduced:
-        """All kept numbers over all processes, flattened, by name.
+        """Reduce all kept numbers over all processes and return them by name, flattened.
 
-        Collective: two reductions and one wait for the device, however many numbers there are.
+        Collective. It takes two all-reduces and one device synchronization for any number of
+        tensors.
 
         Args:
-            sums: further ones, float64 on the same device, the same names on all processes.
-            maxima: likewise.
+            sums: Further sums, float64 on the same device, with the same names on all processes.
+            maxima: Further maxima, likewise.
         """
         return {
             **_reduce({**self._kept["sum"], **self._direct, **sums}, self._device, "sum"),
@@ -80,5 +82,5 @@ def _reduce(tensors: dict[str, torch.Tensor], device: torch.device, kind: str) -
 
 
 def world_size() -> int:
-    """Processes that share the work."""
+    """Return the number of processes in the group, or 1 without a group."""
     return dist.get_world_size() if dist.is_initialized() else 1

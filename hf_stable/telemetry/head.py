@@ -1,4 +1,4 @@
-"""What the head does: log Z and logits, looked at chunk by chunk where they are made."""
+"""Statistics of the output head: log Z and logits, measured on each chunk of logits."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,18 +18,18 @@ from .gauges import Gauges, Reduced, world_size
 from .names import Numbers
 from .observe import ObserveGradient, observe
 
-# Rows of logits that are looked at together.
+# Rows of logits measured together.
 _ROWS = 256
 
 
 class HeadGauge:
-    """Hooks of one head, which must not be compiled."""
+    """Hooks of one head. The head must not be compiled."""
 
     def __init__(self, head: nn.Module, gauges: Gauges, cap: float | None) -> None:
         self._cap = cap
         self._input = gauges.sums("head/input", 2)
         self._input_grad = gauges.gradient_sums("head/input_grad", 2)
-        # log Z, targets; logits, their number; z-losses, their number.
+        # Pairs of a sum and its count: log Z, logits, z-losses.
         self._log_z = gauges.sums("head/log_z", 2)
         self._logits = gauges.sums("head/logits", 2)
         self._z_loss = gauges.sums("head/z_loss", 2)
@@ -38,9 +38,9 @@ class HeadGauge:
         self._calls = 0
 
     def before(self, head: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        """Forward pre-hook: chunks of logits that become a loss are looked at on their way.
+        """Measure the chunks of logits of a loss as they are computed; a forward pre-hook.
 
-        Of a forward pass that makes a loss and then logits too, only the loss is looked at.
+        If a forward pass computes a loss and then also logits, only the loss is measured.
         """
         self._calls += 1
         if not head.training or self._calls > 1:
@@ -60,7 +60,7 @@ class HeadGauge:
         return ObserveGradient.apply(args[0], self._input_grad), *args[1:]
 
     def after(self, head: Any, args: Any, output: Any) -> None:
-        """Forward hook, called whatever happens."""
+        """Restore the loss function; a forward hook that also runs after an error."""
         if self._restore is None:
             return
         self._restore()
@@ -68,11 +68,11 @@ class HeadGauge:
         if isinstance(output, tuple):  # StableGPT's loss, cross entropy and z-loss
             self._z_loss[0] += output[2].detach()
             self._z_loss[1] += 1
-        elif output is not None:  # None where the head has failed
+        elif output is not None:  # None if the head failed
             self._look_at_logits(output.detach())
 
     def forget(self) -> None:
-        """Before a forward pass of the model."""
+        """Reset the count of calls; call it before a forward pass of the model."""
         self._calls = 0
 
     def _around(self, row_function: RowFunction) -> RowFunction:
@@ -88,7 +88,7 @@ class HeadGauge:
             self._add_logits(logits)
             picked = logits.gather(-1, labels.clamp(min=0)[:, None])[:, 0]
             picked = softcap(picked.to(statistics_dtype(picked)), cap)
-            # The row function overwrites the logits; what it returns still has log Z in it.
+            # The row function overwrites the logits, but log Z follows from its result.
             cross_entropy, squares = row_function(logits, labels, cap, z_loss, gradient)
             self._add_log_z(cross_entropy + picked, labels >= 0)
             return cross_entropy, squares
@@ -116,7 +116,7 @@ class HeadGauge:
 
 
 def head_numbers(reduced: Reduced, has_z_loss: bool) -> Numbers:
-    """The vocabulary's numbers from sums over all processes."""
+    """Return the named numbers of the head from sums over all processes."""
     found: Numbers = {}
     (log_z, targets), (logits, count) = reduced["head/log_z"], reduced["head/logits"]
     if targets:
@@ -127,6 +127,6 @@ def head_numbers(reduced: Reduced, has_z_loss: bool) -> Numbers:
         found["head/logit_max"] = reduced["head/largest"][1]
     z_loss, calls = reduced["head/z_loss"]
     if has_z_loss and calls:
-        # Each process's share is over the mean number of targets of a process.
+        # Each process divides by the mean number of targets per process.
         found["head/z_loss"] = z_loss / world_size()
     return found

@@ -1,8 +1,8 @@
-"""Hooks of a sampled step: they hand what passes a module to the operators of `observe`.
+"""Hooks of a sampled step, which pass a module's tensors to the operators of `observe`.
 
-What an operator adds to is a plain attribute of the module, and one function hooks all modules of a
-kind: a closure each would give every block a graph of its own under `torch.compile`. What runs
-while a module is not training, such as a validation, is not looked at.
+The tensors that an operator updates are plain attributes of the module, and all modules of a kind
+share one hook function. A closure per module would give every block a separate graph under
+`torch.compile`. Modules in eval mode, such as during validation, are not measured.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ Undo = Callable[[], None]
 
 
 def give_attributes(module: nn.Module, **values: Any) -> Undo:
-    """Give a module attributes for a while. Tensors among them are neither saved nor moved."""
+    """Set attributes of a module until undone. Tensors among them are neither saved nor moved."""
     vars(module).update(values)
 
     def undo() -> None:
@@ -61,9 +61,10 @@ def _observe_stream(module: Any, args: tuple[torch.Tensor, ...], kwargs: dict[st
 
 
 def _observe_parts(module: Any, args: Any, output: torch.Tensor) -> None:
-    """Queries and keys before their norms, which stand beside each other in one projection.
+    """Measure queries and keys before their norms, in the output of one fused projection.
 
-    Handing on slices of it would make a compiler lay out what follows otherwise.
+    The operator takes the whole output: slices would change the memory layout that a compiler
+    chooses for later operations.
     """
     if module.training:
         observe_parts(output, *module.watched_parts)
@@ -75,7 +76,7 @@ def _observe_before_norm(module: Any, args: tuple[torch.Tensor, ...]) -> None:
 
 
 def hook_linear(module: nn.Module, place: str, gauges: Gauges) -> list[Undo]:
-    """Input, output and the input's gradient of a linear map."""
+    """Measure the input, its gradient and the output of a linear map."""
     undo = give_attributes(
         module,
         watched_input=gauges.sums(f"{place}/input", 2),
@@ -86,20 +87,20 @@ def hook_linear(module: nn.Module, place: str, gauges: Gauges) -> list[Undo]:
 
 
 def hook_output(module: nn.Module, place: str, gauges: Gauges) -> list[Undo]:
-    """The output of a module."""
+    """Measure the output of a module."""
     undo = give_attributes(module, watched_output=gauges.sums(f"{place}/output", 2))
     return [undo, module.register_forward_hook(_observe_output).remove]
 
 
 def hook_stream(module: nn.Module, place: str, gauges: Gauges) -> list[Undo]:
-    """The residual stream that enters a module; its first tokens, if there is room for them."""
+    """Measure the residual stream that enters a module, and copy its first tokens if requested."""
     undo = give_attributes(module, watched_stream=gauges.sums(place, 3), watched_prefix=None)
     hook = module.register_forward_pre_hook(_observe_stream, with_kwargs=True)
     return [undo, hook.remove]
 
 
 def hook_attention(layer: Layer, heads: int, key_heads: int, gauges: Gauges) -> list[Undo]:
-    """Gauges of an attention function (see `attention.watched_attention`), and q and k norms."""
+    """Measure an attention function (see `attention.watched_attention`) and q and k norms."""
     module, place = layer.attention, f"{layer.place}.attention"
     if module is None:
         return []
@@ -112,7 +113,7 @@ def hook_attention(layer: Layer, heads: int, key_heads: int, gauges: Gauges) -> 
             watched_rows=gauges.sums(f"{place}/rows", ROWS + 1, heads),
         )
     ]
-    if "attention_statistics" not in vars(module):  # where kernels leave what they saw
+    if "attention_statistics" not in vars(module):  # kernels store their statistics here
         undos.append(give_attributes(module, attention_statistics=None))
     children: dict[str, Any] = dict(module.named_children())
     before = {

@@ -1,10 +1,10 @@
-"""The one vocabulary of telemetry: what is measured, under which name, and how records hold it.
+"""Names of all telemetry numbers, and their format in records.
 
-A name is `place/quantity`: `layers.1.qkv/output_l2`, `head/log_z_mean`. Places of a block are the
-papers' words for its maps (qkv, proj, fc1, fc2; other families have q, k, v, gate, ...), and
-attention, stream, optimizer. Beside blocks stand embed, head and stream (`stream/final_std`), and
-the parameters of embed.optimizer, head.optimizer, other.optimizer (the final norm and the like) and
-optimizer (all). Standard library only.
+A name is `place/quantity`, such as `layers.1.qkv/output_l2` or `head/log_z_mean`. The places of a
+block are its linear maps under the papers' names (qkv, proj, fc1, fc2; other families have q, k, v,
+gate, ...), attention, stream and optimizer. The places outside of blocks are embed, head and stream
+(`stream/final_std`), and the parameter groups embed.optimizer, head.optimizer, other.optimizer (the
+final norm and similar parameters) and optimizer (all). Standard library only.
 """
 
 import re
@@ -14,8 +14,8 @@ from typing import Any
 Value = float | list[float]
 Numbers = dict[str, Value]
 
-# Quantity -> what it is. "Batch" is a whole step's: all microbatches of all processes. H is a list
-# with a number for each head.
+# Quantity -> description. "Batch" means a whole step: all microbatches of all processes. "H:" marks
+# a list with one number per head.
 LINEAR = {
     "input_l2": "L2 norm of the input X over the batch",
     "input_rms": "root mean square of an element of X",
@@ -47,7 +47,7 @@ STREAM = {
     "attention_bound": "bound (20) of Takase et al. 2023 on the norm of dx'/dx",
     "mlp_bound": "bound (15) of Takase et al. 2023 on the norm of dy/dx'",
 }
-# Upper edges of the bins of `adam_ratio`; the last bin has none.
+# Upper edges of the bins of `adam_ratio`; the last bin has no upper edge.
 ADAM_RATIO_EDGES = (0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9)
 OPTIMIZER = {
     "grad_rms": "root mean square of an element of the gradient, as the optimizer got it",
@@ -69,16 +69,16 @@ _LAYER = re.compile(r"^layers\.(\d+)\.(.*)$")
 
 
 def _rounded(value: Value) -> Value:
-    """Five significant digits, which is what makes a long run's records small."""
+    """Round to five significant digits, which keeps the records of a long run small."""
     if isinstance(value, list):
         return [float(f"{each:.5g}") for each in value]
     return float(f"{value:.5g}")
 
 
 def pack(numbers: Mapping[str, Value]) -> dict[str, Any]:
-    """Numbers as a record holds them: one list over layers for each `layers.*.place/quantity`.
+    """Return numbers in the format of a record: one list over layers per `layers.*.place/quantity`.
 
-    A layer that lacks the quantity is None. Five significant digits are kept.
+    A layer without the quantity is None. Five significant digits are kept.
     """
     packed: dict[str, Any] = {}
     for name, value in numbers.items():
@@ -94,7 +94,7 @@ def pack(numbers: Mapping[str, Value]) -> dict[str, Any]:
 
 
 def scalars(numbers: Mapping[str, Value]) -> dict[str, float]:
-    """Numbers as trackers draw them: `telemetry/NAME`, and /min and /max of what is a list."""
+    """Return numbers for trackers: `telemetry/NAME`, with /min and /max for a list."""
     found: dict[str, float] = {}
     for name, value in numbers.items():
         if isinstance(value, list):
@@ -106,7 +106,7 @@ def scalars(numbers: Mapping[str, Value]) -> dict[str, float]:
 
 
 def unpack(packed: Mapping[str, Any]) -> Numbers:
-    """The inverse of `pack`, up to its rounding."""
+    """Invert `pack`, up to its rounding."""
     numbers: Numbers = {}
     for name, value in packed.items():
         if "*" not in name:

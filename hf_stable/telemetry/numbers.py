@@ -1,4 +1,4 @@
-"""From a step's sums to the vocabulary's numbers."""
+"""Compute the named numbers of a step from its sums."""
 
 import math
 
@@ -8,7 +8,7 @@ from .names import Numbers
 
 
 def attention_numbers(reduced: Reduced, place: str, cap: float | None, clips: bool) -> Numbers:
-    """What `hooks.hook_attention` saw of one layer, a number for each head."""
+    """Return the numbers of `hooks.hook_attention` for one layer, one per head."""
     if f"{place}/rows" not in reduced:
         return {}
     found = {**_head_norms(reduced, place), **_gains(reduced, place)}
@@ -52,17 +52,17 @@ def _ratios(above: list[float], below: list[float]) -> list[float]:
 
 
 def stream_std(sums: list[float]) -> float | None:
-    """Standard deviation from (sum of squares, number, sum); None of nothing."""
+    """Return the standard deviation from (sum of squares, count, sum), or None if count is 0."""
     squares, count, total = sums
     if not count:
         return None
     variance = squares / count - (total / count) ** 2
-    # A constant stream may come out below 0 by rounding; NaN must stay.
+    # Rounding can make the variance of a constant stream negative; NaN must stay NaN.
     return 0.0 if variance < 0 else math.sqrt(variance)
 
 
 def tensor_numbers(reduced: Reduced, place: str) -> Numbers:
-    """L2 norm and root mean square of what went in and came out, and the input's gradient."""
+    """Return the norms of the input, its gradient and the output of a module."""
     found: Numbers = {}
     for what in ("input", "output"):
         squares, count = reduced.get(f"{place}/{what}", (0.0, 0.0))
@@ -71,13 +71,13 @@ def tensor_numbers(reduced: Reduced, place: str) -> Numbers:
             found[f"{place}/{what}_rms"] = math.sqrt(squares / count)
     squares, count = reduced.get(f"{place}/input_grad", (0.0, 0.0))
     if count:
-        # Processes average their gradients: each differentiates its share times their number.
+        # Gradients are averaged over processes, so each loss is scaled by the number of processes.
         found[f"{place}/input_grad_l2"] = math.sqrt(squares) / world_size()
     return found
 
 
 def stream_numbers(reduced: Reduced, place: str, names: tuple[str, ...]) -> Numbers:
-    """Standard deviations of the residual stream at some of its places."""
+    """Return standard deviations of the residual stream at the named places."""
     found: Numbers = {}
     for name in names:
         spread = stream_std(reduced.get(f"{place}/{name}", [0.0, 0.0, 0.0]))

@@ -1,7 +1,7 @@
-"""Looking at tensors without touching them: operators that add up what passes by.
+"""Operators that add up statistics of tensors.
 
-Each is opaque to `torch.compile`, so that a compiled block with them computes, in the same kernels,
-what it computes without them.
+Each operator is opaque to `torch.compile`, so a compiled block uses the same kernels with and
+without them.
 
 Law of this file: nothing here changes a value or a gradient.
 """
@@ -14,7 +14,7 @@ from hf_stable.model.functional_stable_gpt import statistics_dtype
 
 
 def squared_norm(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum of squares, 0-d float64; the sum itself is in at least fp32."""
+    """Return the sum of squares, 0-d float64; it is summed in at least fp32."""
     return torch.linalg.vector_norm(tensor, dtype=statistics_dtype(tensor)).double().square()
 
 
@@ -38,15 +38,17 @@ def observe_spread(tensor: torch.Tensor, sums: torch.Tensor) -> None:
 def observe_heads(heads: torch.Tensor, sums: torch.Tensor) -> None:
     """Add to `sums`, (2, H) float64: each head's sum of squares, and the number of tokens.
 
-    Views are made in here: outside, a compiler would lay out what it fuses with them otherwise.
+    Views are created inside the operator: outside, they would change the memory layout that a
+    compiler chooses for fused operations.
 
     Args:
         heads: (B, S, H * D), (B, S, H, D) or (B, H, S, D).
+        sums: (2, H) float64, updated in place.
     """
     heads, count = heads.detach(), sums.shape[1]
     if heads.ndim == 3:
         heads = heads.unflatten(-1, (count, -1))
-    # In memory heads lie beside each other, wherever a view has put their axis.
+    # The memory layout is (B, S, H, D) even if a view moved the axis of heads.
     if heads.shape[1] != count or (heads.shape[2] == count and heads.stride(1) > heads.stride(2)):
         heads = heads.transpose(1, 2)
     norms = torch.linalg.vector_norm(heads, dim=(0, 2, 3), dtype=statistics_dtype(heads))
@@ -56,11 +58,12 @@ def observe_heads(heads: torch.Tensor, sums: torch.Tensor) -> None:
 
 @torch.library.custom_op("hf_stable::observe_parts", mutates_args={"queries", "keys"})
 def observe_parts(projected: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> None:
-    """`observe_heads` of the queries and of the keys in one projection.
+    """Apply `observe_heads` to the queries and keys of one fused projection.
 
     Args:
-        projected: (B, S, (H + 2 G) * D): all query heads, then all key heads, then the values'.
-        queries: (2, H). keys: (2, G).
+        projected: (B, S, (H + 2 G) * D): all query heads, then all key heads, then all value heads.
+        queries: (2, H) float64 sums, updated in place.
+        keys: (2, G) float64 sums, updated in place.
     """
     heads, key_heads = queries.shape[1], keys.shape[1]
     parts = projected.detach().unflatten(-1, (heads + 2 * key_heads, -1)).transpose(1, 2)
@@ -82,7 +85,7 @@ observe_parts.register_fake(lambda projected, queries, keys: None)
 
 
 class ObserveGradient(torch.autograd.Function):
-    """The identity, whose backward looks at the gradient that passes."""
+    """Identity whose backward pass measures the gradient."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ _CLIPS = ("attention_clip_gamma", "attention_clip_alpha")
 
 
 class Subject:
-    """What is watched, and what is kept of it from sample to sample."""
+    """A watched model, with the state that is kept between samples."""
 
     def __init__(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
         self.model, self.optimizer = model, optimizer
@@ -45,8 +45,11 @@ class Subject:
         self._watched: dict[nn.Module, Callable[..., Any]] = {}
 
     def watched(self, block: nn.Module) -> Callable[..., Any]:
-        """What a compiled block calls instead, with hooks compiled in: its forward if FSDP has
-        hooks on it, which no graph may hold, else its whole call. The graph without them stays."""
+        """Return the function for a compiled block to call, with hooks compiled in.
+
+        It is the block's forward if FSDP has hooks on it, which a graph must not contain, else its
+        whole call. The graph without our hooks is kept.
+        """
         if block not in self._watched:
             function = _watched_forward if isinstance(block, FSDPModule) else _watched_call
             call = types.MethodType(function, block)
@@ -54,8 +57,8 @@ class Subject:
         return self._watched[block]
 
 
-# Code objects of their own: dynamo would otherwise take the graph without hooks, for which it does
-# not look again.
+# These functions have separate code objects. Otherwise dynamo would reuse the graph without hooks,
+# because it does not check for new hooks.
 
 
 def _watched_call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -67,12 +70,12 @@ def _watched_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 class Sample:
-    """Hooks in place from construction to `remove`, or to `end`, which also gives the numbers."""
+    """Hooks of a sampled step, active from construction to `remove` or `end`."""
 
     def __init__(self, subject: Subject, with_bounds: bool) -> None:
         if "watched_output" in vars(subject.sites.embedding):
             raise ValueError(
-                f"This {type(subject.model).__name__} is watched already: leave that `watch` first."
+                f"This {type(subject.model).__name__} is already watched: exit that `watch` first."
             )
         self._subject = subject
         parameter = next(subject.model.parameters())
@@ -91,12 +94,12 @@ class Sample:
         self._switch_compiled_blocks()
 
     def remove(self) -> None:
-        """Leave the model as it was."""
+        """Remove all hooks and restore the model."""
         while self._undos:
             self._undos.pop()()
 
     def look_at_gradients(self) -> None:
-        """Weights, bounds and gradients as they are now; only a step's first call looks."""
+        """Measure weights, bounds and gradients now; only the first call in a step does so."""
         if not self._has_looked:
             self._has_looked = True
             sites = self._subject.sites
@@ -106,7 +109,7 @@ class Sample:
                 self._sums.update(self._subject.bounds.look(self._prefixes))
 
     def end(self) -> Numbers:
-        """Remove the hooks and make the step's numbers; collective."""
+        """Remove the hooks and return the numbers of the step; collective."""
         self.remove()
         self.look_at_gradients()
         reduced = self._gauges.reduce(self._sums, self._maxima)
@@ -143,7 +146,7 @@ class Sample:
                         self._prefixes[layer.index] = vars(layer.module)["watched_prefix"]
 
         model, head = self._subject.model, self._subject.sites.head
-        # Asked anew for each sample: `set_attn_implementation` may have changed it since.
+        # Read for each sample, because `set_attn_implementation` may have changed it.
         backend = model.config.get_text_config(decoder=True)._attn_implementation
         self._undos += [
             model.register_forward_pre_hook(before, with_kwargs=True).remove,
@@ -154,7 +157,7 @@ class Sample:
         ]
 
     def _make_prefixes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Room for the first tokens of the stream that enters each block with a bound."""
+        """Allocate tensors for the first tokens of the stream that enters each bounded block."""
         if not self._bounded:
             return
         given = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]

@@ -1,4 +1,4 @@
-"""Scores of attention from its queries and keys, whatever backend hides them: the reference.
+"""Reference computation of attention scores from queries and keys, for any backend.
 
 Shape letters: B batch, H query heads, G key heads, Q queries, K keys, D head width.
 """
@@ -12,20 +12,21 @@ from torch import nn
 from hf_stable.kernels.documents import build_documents, documents_of_lengths, merge
 from hf_stable.model.functional_stable_gpt import statistics_dtype
 
-# Elements of one chunk of scores: near the caches of a CPU, few launches on a GPU.
+# Elements of one chunk of scores: about a CPU's caches, and few launches on a GPU.
 _CHUNK = {"cpu": 2**20, "cuda": 2**27}
-# Additive masks hide a key by -inf, by the smallest number of their dtype, by -1e9 or by -1e4.
+# Additive masks hide a key with -inf, with their dtype's smallest number, -1e9 or -1e4.
 _HIDDEN = -9999.0
 
 
 def visible_keys(mask: torch.Tensor | None, shape: torch.Size, rows: slice) -> torch.Tensor:
-    """Which keys the queries of `rows` see, (B or 1, 1, rows, K) bool.
+    """Return the keys that the queries of `rows` see, (B or 1, 1, rows, K) bool.
 
     Args:
-        mask: None is causal, the last query sees all keys; (B, K) is causal with 1 for tokens and 0
-            for padding; documents as in `kernels.documents`; (B or 1, 1 or H, Q, K) is bool or
-            additive, and its heads are taken as alike.
+        mask: None is causal, with the last query seeing all keys. (B, K) is causal with 1 for
+            tokens and 0 for padding. Documents are as in `kernels.documents`. (B or 1, 1 or H, Q,
+            K) is bool or additive, and only its first head is used.
         shape: (B, H, Q, K).
+        rows: Range of queries.
     """
     _, _, num_queries, num_keys = shape
     documents = mask is not None and mask.dtype == torch.int32
@@ -45,14 +46,17 @@ def visible_keys(mask: torch.Tensor | None, shape: torch.Size, rows: slice) -> t
 def score_chunks(
     query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Scaled scores in at least fp32, without gradients, in chunks of the queries of a sequence.
+    """Yield scaled scores in at least fp32, without gradients, in chunks of queries.
 
     Args:
-        query: (B, H, Q, D). key: (B, G, K, D). mask: see `visible_keys`.
+        query: Queries, (B, H, Q, D).
+        key: Keys, (B, G, K, D).
+        mask: See `visible_keys`.
+        scaling: Factor on the scores.
 
     Yields:
-        Scores (1, H, rows, k) and which of them are seen, (1, 1, rows, k) bool: k keys hold all
-        that these rows see.
+        Scores (1, H, rows, k) and a mask of visible keys, (1, 1, rows, k) bool. The k keys include
+        every key that these rows see.
     """
     query, key = query.detach(), key.detach()
     wide = statistics_dtype(query)
@@ -76,7 +80,7 @@ def score_chunks(
 
 
 def mask_of(module: nn.Module, query: torch.Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:
-    """The mask as `visible_keys` takes it, from functions, lengths and positions of backends."""
+    """Convert mask functions, lengths and positions of backends to a mask for `visible_keys`."""
     if mask is not None and not isinstance(mask, torch.Tensor):  # FlexAttention's
         sizes = (query.shape[0], 1, query.shape[2], mask.seq_lengths[1])
         rows, heads, queries, keys = (torch.arange(size, device=query.device) for size in sizes)
@@ -87,7 +91,7 @@ def mask_of(module: nn.Module, query: torch.Tensor, mask: Any, kwargs: dict[str,
         starts = documents_of_lengths(lengths, query.shape[2])
         return build_documents(starts) if mask is None else merge(mask, starts)
     is_flash = "flash" in module.config._attn_implementation  # pyright: ignore
-    # As Transformers does, which sees packed documents in the positions of a single row only.
+    # As in Transformers, which detects packed documents from positions only in a single row.
     if is_flash and mask is None and positions is not None and len(query) == 1:
         mask = build_documents(positions == 0)
     window = kwargs.get("sliding_window")
@@ -95,7 +99,7 @@ def mask_of(module: nn.Module, query: torch.Tensor, mask: Any, kwargs: dict[str,
 
 
 def _window(query: torch.Tensor, mask: torch.Tensor | None, window: int) -> torch.Tensor:
-    """A mask to the last `window` keys, as other backends have one already."""
+    """Restrict a mask to the last `window` keys; other backends pass such a mask already."""
     shape = torch.Size((query.shape[0], 1, query.shape[2], query.shape[2]))
     visible = visible_keys(mask, shape, slice(None)).to(query.device)
     places = torch.arange(shape[-1], device=query.device)

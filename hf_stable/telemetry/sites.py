@@ -1,6 +1,6 @@
-"""Where telemetry looks: one walk over a Transformers causal LM, which gives every place its name.
+"""Find and name the watched modules of a Transformers causal LM.
 
-What the walk asks of a model is what Transformers' families share: a `config`, a module list of
+The search uses what all Transformers families share: a `config`, a module list of
 `num_hidden_layers` blocks, input and output embeddings, and attention modules with a `layer_idx`.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-# The papers' words for the maps of a block, by the names that model families give them.
+# Name of a linear map in the papers -> its names in model families.
 _ROLES = {
     "qkv": {"qkv_proj", "c_attn", "query_key_value", "Wqkv"},
     "q": {"q_proj"},
@@ -23,19 +23,21 @@ _ROLES = {
     "fc2": {"down_proj", "fc2", "dense_4h_to_h"},
 }
 _WORDS = {name: word for word, names in _ROLES.items() for name in names}
-# What reads the residual stream on its way into the MLP, the first that a block has.
+# Modules that read the residual stream on its way to the MLP; the first one found is used.
 _MLP_READERS = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "mlp")
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One block and what is in it.
+    """One block and its watched modules.
 
     Args:
-        linears: linear maps by place, such as "layers.1.qkv".
-        attention: the module that calls the attention function; None if there is none.
-        mlp_reader: the module whose input is the stream that the MLP reads.
+        index: Index of the block, from 0.
+        module: The block.
+        linears: Linear maps by place, such as "layers.1.qkv".
+        attention: Module that calls the attention function, or None.
+        mlp_reader: Module whose input is the stream that the MLP reads, or None.
     """
 
     index: int
@@ -46,13 +48,13 @@ class Layer:
 
     @property
     def place(self) -> str:
-        """`layers.N`."""
+        """Name of the block, `layers.N`."""
         return f"layers.{self.index}"
 
 
 @dataclass(frozen=True)
 class Sites:
-    """All places of a model; `final` is the norm that reads the stream after the last block."""
+    """Watched modules of a model; `final` is the norm after the last block, or None."""
 
     model: Any
     layers: list[Layer]
@@ -62,13 +64,13 @@ class Sites:
 
 
 def find_sites(model: Any) -> Sites:
-    """Walk a causal LM.
+    """Find the watched modules of a causal LM.
 
     Args:
-        model: a Transformers causal LM, not wrapped.
+        model: Transformers causal LM, not wrapped.
 
     Raises:
-        ValueError: when it has no list of blocks, or no input or output embedding.
+        ValueError: If the model has no list of blocks, or no input or output embedding.
     """
     config = model.config.get_text_config(decoder=True)
     lists = [
@@ -80,7 +82,7 @@ def find_sites(model: Any) -> Sites:
     if not lists or head is None:
         what = "output embedding" if lists else f"list of {config.num_hidden_layers} blocks"
         raise ValueError(
-            f"{type(model).__name__} has no {what}: telemetry wants a Transformers causal LM."
+            f"{type(model).__name__} has no {what}: telemetry needs a Transformers causal LM."
         )
     layers = [_layer(index, module) for index, module in enumerate(lists[0])]
     children = dict(model.base_model.named_children())
@@ -98,13 +100,13 @@ def _layer(index: int, block: nn.Module) -> Layer:
     words = {path: _word(path) for path in found}
     times = Counter(words.values())
     linears = {
-        # Several of one kind, such as experts, keep their paths.
+        # Several maps of one kind, such as experts, keep their paths.
         f"layers.{index}.{words[path] if times[words[path]] == 1 else path}": module
         for path, module in found.items()
     }
     attentions = [module for module in block.modules() if "layer_idx" in vars(module)]
     children = dict(block.named_children())
-    # A norm after the MLP's branch alone means that the one after attention is of a branch too.
+    # With a norm after the MLP but none before it, the norm after attention is also in a branch.
     after = {"post_feedforward_layernorm"} & children.keys()
     before = "pre_feedforward_layernorm" in children
     names = _MLP_READERS if before or not after else ("mlp",)

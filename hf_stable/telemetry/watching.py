@@ -1,4 +1,4 @@
-"""Watching a model train: hooks for the sampled steps, and no trace of them outside.
+"""Watch a model during training, with hooks that exist only in sampled steps.
 
     with watch(model, optimizer, every=100) as watcher:
         for batch in batches:
@@ -7,7 +7,7 @@
             optimizer.zero_grad()
             numbers = watcher.end_step()  # None unless the step was sampled
 
-Law of this package: a watched step computes the loss and the weights of an unwatched one, bit by
+Law of this package: a watched step computes the same loss and weights as an unwatched one, bit for
 bit.
 """
 
@@ -31,29 +31,29 @@ def watch(
     bounds_every: int = 1000,
     first_step: int = 0,
 ) -> "Watcher":
-    """Watch a causal LM train; see `names` for what is measured.
+    """Watch a causal LM during training; `names` lists the measured numbers.
 
-    Works with accumulation, gradient checkpointing, autocast, blocks compiled one by one, DDP and
-    FSDP2. A sampled step costs a copy of this process's share of the weights and a look at every
-    activation; attention that no kernel of ours computes is computed a second time, without
-    gradients and in chunks. Other steps cost nothing: no hook is there.
+    Gradient accumulation, gradient checkpointing, autocast, blocks compiled one by one, DDP and
+    FSDP2 are supported. A sampled step needs a copy of this process's share of the weights and one
+    pass over every activation. Attention that is not computed by one of our kernels is computed a
+    second time, without gradients and in chunks. Other steps have no hooks and no cost.
+
+    In a sampled step, a deep copy or a pickle of the model would include the hooks. `state_dict` is
+    unchanged.
 
     Args:
-        model: a StableGPT or any Transformers causal LM, in DDP or not. What needs attention of
-            ours (bounds) is left out for others.
-        optimizer: what updates the model; without it there are no numbers of updates, and weights
-            and gradients are looked at in `end_step` unless `gradients` is called before.
-        every: steps between samples; the first step is one. 0 never samples.
-        bounds_every: steps between spectral norms and bounds, which the first sample has and then
-            the first at or after each multiple. 0 never.
-        first_step: steps that were taken before.
-
-    In a sampled step a deep copy or a pickle of the model would take the hooks along; `state_dict`
-    is what it always is.
+        model: StableGPT or any Transformers causal LM, with or without DDP. The bounds need our
+            attention and are left out for other models.
+        optimizer: Optimizer of the model. Without it, updates are not measured, and weights and
+            gradients are measured in `end_step` unless `gradients` is called earlier.
+        every: Steps between samples, starting with the first step. 0 disables sampling.
+        bounds_every: Steps between measurements of spectral norms and bounds. They are in the first
+            sample and in the first sample at or after each multiple. 0 disables them.
+        first_step: Number of steps taken before.
 
     Raises:
-        ValueError: for a model that is compiled otherwise than `layer.compile()` does, one that is
-            watched already, and what is no causal LM.
+        ValueError: If the model is compiled in another way than with `layer.compile()`, is already
+            watched, or is not a causal LM.
     """
     inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
     wrapped = any(isinstance(module, torch._dynamo.OptimizedModule) for module in inner.modules())
@@ -66,18 +66,18 @@ def watch(
         optimizer = optimizer.optimizer
     for module in inner.modules():
         if isinstance(module, FSDPModule):
-            # After a forward pass without a backward, parameters are whole and soon freed.
+            # A forward pass without a backward pass leaves gathered parameters, freed later.
             module.reshard()
     return Watcher(Subject(inner, optimizer), every, bounds_every, first_step)
 
 
 def _compiles(function: Any) -> bool:
-    """Whether torch.compile made a function, which calls modules without their hooks."""
+    """Return True if torch.compile made the function, which then calls modules without hooks."""
     return "_torchdynamo_orig_callable" in dir(function)
 
 
 class Watcher:
-    """What `watch` returns; a context manager that leaves the model as it was."""
+    """Context manager returned by `watch`; on exit it restores the model."""
 
     def __init__(self, subject: Subject, every: int, bounds_every: int, first_step: int) -> None:
         self._subject = subject
@@ -95,15 +95,15 @@ class Watcher:
         self._sample = None
 
     def gradients(self) -> None:
-        """Look at the gradients now, before they are clipped.
+        """Measure the gradients now, before they are clipped.
 
-        Without this call they are looked at when the optimizer steps, clipped or not.
+        Without this call, they are measured when the optimizer steps, clipped or not.
         """
         if self._sample is not None:
             self._sample.look_at_gradients()
 
     def end_step(self) -> Numbers | None:
-        """Say that a step is over, after the optimizer's; collective where processes share it.
+        """End a step, after the optimizer's step; collective if there are several processes.
 
         Returns:
             The step's numbers by name, the same on all processes, or None for a step that was not
@@ -122,6 +122,6 @@ class Watcher:
         self._sample = Sample(self._subject, self._has_bounds(step))
 
     def _has_bounds(self, step: int) -> bool:
-        # A function of the step alone, so that a run that is resumed looks as it would have.
+        # A function of the step alone, so that a resumed run measures at the same steps.
         every = self._bounds_every
         return every > 0 and (step == 1 or step // every > (step - self._every) // every)

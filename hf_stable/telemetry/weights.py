@@ -1,7 +1,7 @@
-"""What a step does to the parameters: weights, gradients, updates and Adam's moments.
+"""Statistics of the parameters in a step: weights, gradients, updates and Adam's moments.
 
-Every process looks at what it holds (shards, or whole copies of which each counts for its share):
-sums over processes are those of the whole model.
+Every process measures the shards or copies that it holds. Copies are weighted by their number, so
+sums over all processes are sums over the whole model.
 """
 
 import math
@@ -19,25 +19,25 @@ from .names import ADAM_RATIO_EDGES, Numbers
 from .observe import squared_norm
 from .sites import Sites
 
-# Elements looked at together: an intermediate result must stay in a CPU's caches.
+# Elements processed together: an intermediate result must fit in a CPU's caches.
 _PIECE = 2**18
-# Transformers' norms that store gains so, which is written in their forward only.
+# Norms of Transformers that store gains as distances from 1; only their forward shows it.
 _ZERO_CENTERED = {"GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "Qwen3NextRMSNorm"}
 
 
 @torch.no_grad()
 def _held(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """What this process holds of a tensor, and how many processes hold the same."""
+    """Return this process's part of a tensor, and the number of processes with the same part."""
     if not isinstance(tensor, DTensor):
         return tensor.detach(), world_size()
     mesh = tensor.device_mesh
     copies = [mesh.size(axis) for axis, kind in enumerate(tensor.placements) if kind.is_replicate()]
-    # A mesh may hold a part of the processes, each part the same.
+    # A mesh may cover only part of the processes; the other parts hold the same tensor.
     return tensor.to_local(), math.prod(copies) * (world_size() // mesh.size())
 
 
 class Weights:
-    """The parameters of a model, each belonging to one group: a block, embed, head or other."""
+    """Parameters of a model, each in one group: a block, embed, head or other."""
 
     def __init__(self, sites: Sites) -> None:
         model = sites.model
@@ -63,7 +63,7 @@ class Weights:
         self._before: dict[str, torch.Tensor] = {}
 
     def look(self) -> dict[str, torch.Tensor]:
-        """Sums of squares of weights and gradients."""
+        """Return the sums of squares of weights and gradients."""
         found: dict[str, torch.Tensor] = {}
         for what in ("weight", "grad"):
             tensors = {
@@ -74,7 +74,7 @@ class Weights:
         return found
 
     def look_at_used_gradients(self) -> dict[str, torch.Tensor]:
-        """Sums of squares of the gradients that the optimizer is about to use."""
+        """Return the sums of squares of the gradients that the optimizer is about to use."""
         gradients = {name: parameter.grad for name, parameter in self._parameters.items()}
         return self._sums_of_squares("stepped", gradients)
 
@@ -95,7 +95,7 @@ class Weights:
         }
 
     def look_at_updates(self, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-        """Sums of squares of the changes since `remember`, and counts of Adam's ratios."""
+        """Return the sums of squares of changes since `remember`, and counts of Adam's ratios."""
         found: dict[str, torch.Tensor] = {}
         for name, before in self._before.items():
             now, copies = _held(self._parameters[name])
@@ -115,7 +115,7 @@ class Weights:
         return found
 
     def numbers(self, reduced: Reduced, eps: float | None) -> Numbers:
-        """The vocabulary's numbers from sums over all processes."""
+        """Return the named numbers of the parameters from sums over all processes."""
         found: Numbers = {}
         for place, name in self._places.items():
             weight = math.sqrt(reduced[f"weight {name}"][0])
@@ -153,17 +153,17 @@ class Weights:
 
 
 def _ratio_counts(state: dict[str, Any], betas: tuple[float, float]) -> torch.Tensor:
-    """How many elements have |m / sqrt(v)| in each bin of ADAM_RATIO_EDGES, float64."""
+    """Return the number of elements with |m / sqrt(v)| in each bin of ADAM_RATIO_EDGES, float64."""
     mean, square = (_held(state[name])[0].flatten() for name in ("exp_avg", "exp_avg_sq"))
     step = torch.as_tensor(state["step"], dtype=torch.float64, device=mean.device)
-    # Of the ratio without debiasing, whose edges move instead.
+    # Debias the edges instead of the ratio.
     scale = (1 - betas[0] ** step) / (1 - betas[1] ** step).sqrt()
     edges = (torch.tensor(ADAM_RATIO_EDGES, device=mean.device) * scale).to(mean.dtype)
     above = torch.zeros(len(edges), dtype=torch.float64, device=mean.device)
-    # Sums of floats are exact up to 2^24 and, on a CPU, six times faster than those of booleans.
+    # Sums of floats are exact up to 2^24 and, on a CPU, six times faster than sums of booleans.
     is_above = mean.new_empty(_PIECE, dtype=torch.float32)
     for m, v in zip(mean.split(_PIECE), square.split(_PIECE), strict=True):
-        # An element without any gradient so far is 0 / 0, which is above no edge.
+        # An element without any gradient so far is 0 / 0, which is not above any edge.
         ratio, out = m.abs() / v.sqrt(), is_above[: len(m)]
         above += torch.stack([torch.gt(ratio, edge, out=out).sum() for edge in edges.unbind()])
     total = torch.full_like(above[:1], mean.numel())
@@ -171,7 +171,7 @@ def _ratio_counts(state: dict[str, Any], betas: tuple[float, float]) -> torch.Te
 
 
 def gain_sums(sites: Sites) -> dict[str, torch.Tensor]:
-    """sigma-Reparam's gains, 0-d float64, of which every process holds its share."""
+    """Return sigma-Reparam's gains, 0-d float64, as the share of this process."""
     found: dict[str, torch.Tensor] = {}
     for layer in sites.layers:
         for place, linear in layer.linears.items():
@@ -182,7 +182,7 @@ def gain_sums(sites: Sites) -> dict[str, torch.Tensor]:
 
 
 def gain_maxima(sites: Sites) -> dict[str, torch.Tensor]:
-    """Largest absolute gains of the norms of queries and keys, 0-d float64."""
+    """Return the largest absolute gains of the norms of queries and keys, 0-d float64."""
     found: dict[str, torch.Tensor] = {}
     for layer in sites.layers:
         children: Any = {} if layer.attention is None else dict(layer.attention.named_children())
@@ -191,19 +191,19 @@ def gain_maxima(sites: Sites) -> dict[str, torch.Tensor]:
             if norm is None or isinstance(norm, nn.Identity):
                 continue
             held, _ = _held(norm.weight)
-            # A process may hold no part of so short a vector.
+            # A process may hold no part of such a short vector.
             gains = torch.cat((held.double() + gain_origin(norm), held.new_zeros(1).double()))
             found[f"{layer.place}.attention/{name}_gain"] = gains.abs().amax()
     return found
 
 
 def gain_origin(norm: nn.Module) -> float:
-    """What a norm adds to its weight: 1 where gains are stored as their distance from 1."""
+    """Return the offset of a norm's weight: 1 if gains are stored as distances from 1, else 0."""
     if isinstance(norm, StableGPTNorm):
         return norm.origin
     return 1.0 if type(norm).__name__ in _ZERO_CENTERED else 0.0
 
 
 def adam_eps(optimizer: torch.optim.Optimizer | None) -> float | None:
-    """Adam's eps, or None for an optimizer that has none."""
+    """Return Adam's eps, or None for an optimizer without one."""
     return None if optimizer is None else optimizer.param_groups[0].get("eps")

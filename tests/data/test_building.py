@@ -187,7 +187,7 @@ def test_a_real_kill_leaves_a_build_that_goes_on(tmp_path, bpe, bpe_folder, smal
     assert not list(cache.glob("*/meta.json"))
     capsys.readouterr()
     file = build_token_file(sources, bpe, cache, progress=False)
-    assert "going on" in capsys.readouterr().err
+    assert "resuming" in capsys.readouterr().err
     assert file.num_documents == len(file.document_starts)
     found = contents(file)
     assert found.keys() == expected.keys()

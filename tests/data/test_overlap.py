@@ -44,7 +44,7 @@ def test_validation_on_training_text_is_told_with_its_share(name, weight, tmp_pa
     whole = sum((tmp_path / f"{each}.jsonl").stat().st_size for each in ("a", "b", "copy"))
     part = 2 * (tmp_path / "a.jsonl").stat().st_size / whole if name == "*" else 1.0
     assert share == pytest.approx(part)
-    (line,) = [line for line in lines if "is training text too" in line]
+    (line,) = [line for line in lines if "is also training text" in line]
     assert f"{part:.0%} of the validation text" in line
     assert paths["copy" if name == "copy" else "a"] in line
     # The glob's files a and copy are one text.
@@ -56,9 +56,7 @@ def test_what_is_listed_twice_is_named(tmp_path, paths, capsys):
     assert lines == [f"data: {paths['a']} is listed 2 times in data.train"]
     assert share is None
     lines, _ = said(capsys, recipe_of(tmp_path, [paths["a"], paths["copy"]]))
-    assert lines == [
-        f"data: {paths['a']}, {paths['copy']} are the same text, all of them in data.train"
-    ]
+    assert lines == [f"data: {paths['a']}, {paths['copy']} in data.train are the same text"]
 
 
 @pytest.mark.parametrize(

@@ -136,5 +136,5 @@ def test_document_starts_out_of_order_are_told_when_their_block_is_read(sources,
 def test_a_token_file_of_another_format_is_refused(sources, bpe, tmp_path):
     file = build_token_file(sources, bpe, tmp_path / "cache", progress=False)
     write_json(file.folder / "meta.json", {**file.meta, "format": 1})
-    with pytest.raises(DataError, match=r"meta\.json has format 1, this version reads 2"):
+    with pytest.raises(DataError, match=r"meta\.json has format 1, but this version reads 2"):
         TokenFile.open(file.folder)

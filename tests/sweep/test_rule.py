@@ -270,7 +270,7 @@ def test_bad_thresholds_are_named(values, words):
 
 
 def test_what_cannot_be_judged_is_named():
-    with pytest.raises(UserError, match="no better marks nothing"):
+    with pytest.raises(UserError, match="needs a bigram table that is better"):
         judge(columns(HEALTHY), 2.0, UNIGRAM, UNIGRAM, WARMUP)
     assert not judge(
         columns(HEALTHY), 2.0, UNIGRAM, 4.0, WARMUP, Thresholds(collapse="unigram-0.2")

@@ -119,7 +119,7 @@ def test_a_damaged_log_is_noted_and_the_result_kept(tmp_path: Path) -> None:
         ({"method": "other"}, "method 'other' is not in plan.json"),
         ({"seed": 9}, "seed 9 is not in plan.json"),
         ({"status": "half"}, "known are finished, stopped, failed"),
-        ({"learning_rate": None}, "take the file away"),
+        ({"learning_rate": None}, "delete the file"),
     ],
 )
 def test_a_result_that_cannot_be_placed_is_refused(

@@ -1,4 +1,4 @@
-"""What records tell of a run: alarms in words, a diagnosis, a terminal view and a page of figures.
+"""Views of a run's records: alarms, a diagnosis, a terminal view and a page of figures.
 
-Law of this package: run.json and metrics.jsonl are all it needs; it imports no torch.
+Law of this package: it needs only run.json and metrics.jsonl, and imports no torch.
 """

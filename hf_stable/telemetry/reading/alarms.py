@@ -1,7 +1,7 @@
-"""Alarms: the samples at which a run's telemetry goes beyond a rule's limit.
+"""Alarms: samples at which a run's telemetry crosses the limit of a rule.
 
-An alarm is a sign that was seen before divergence elsewhere; that it is the cause here, no record
-can show.
+An alarm is a sign that preceded divergence in other runs. Records cannot show that it is the cause
+in this run.
 """
 
 import math
@@ -13,7 +13,7 @@ import numpy as np
 from hf_stable.telemetry.reading.history import History
 from hf_stable.telemetry.reading.rules import Judgement, Thresholds, judgements
 
-# So many samples in a row within the limit do not end an alarm: batches differ.
+# Up to this many consecutive samples within the limit do not end an alarm, because batches differ.
 PATIENCE = 2
 
 _NAMES = {"qkv": "QKV", "proj": "Proj", "fc1": "FC1", "fc2": "FC2"}
@@ -21,19 +21,19 @@ _NAMES = {"qkv": "QKV", "proj": "Proj", "fc1": "FC1", "fc2": "FC2"}
 
 @dataclass(frozen=True)
 class Alarm:
-    """A limit was crossed.
+    """A crossed limit.
 
     Args:
-        step: the first sampled step beyond the limit.
-        layer: the block, from 0; None where it is about none.
-        name: what was measured, e.g. `layers.1.qkv/output_rms`; heads are reduced by the rule.
-        value: the number at `step`.
-        threshold: the limit at `step`, in the units of `value`; NaN where not being finite is all.
-        text: a sentence.
-        rule: the key of the rule.
-        after: the last sampled step before it that was judged and within the limit, else 0; the
-            crossing was between the two.
-        until: the last sampled step beyond the limit.
+        step: First sampled step beyond the limit.
+        layer: Index of the block, from 0, or None outside of blocks.
+        name: Name of the number, e.g. `layers.1.qkv/output_rms`; the rule reduces over heads.
+        value: Number at `step`.
+        threshold: Limit at `step`, in the units of `value`; NaN for a number that is not finite.
+        text: Sentence for the reader.
+        rule: Key of the rule.
+        after: Last earlier sampled step that was judged and within the limit, else 0. The crossing
+            was between `after` and `step`.
+        until: Last sampled step beyond the limit.
     """
 
     step: int
@@ -48,7 +48,7 @@ class Alarm:
 
 
 def alarms(history: History, thresholds: Thresholds | None = None) -> list[Alarm]:
-    """The first alarm of each rule in each layer, in the order of steps."""
+    """Return the first alarm of each rule in each layer, in step order."""
     first: dict[tuple[str, int | None], Alarm] = {}
     for alarm in episodes(history, thresholds):
         first.setdefault((alarm.rule, alarm.layer), alarm)
@@ -56,7 +56,7 @@ def alarms(history: History, thresholds: Thresholds | None = None) -> list[Alarm
 
 
 def episodes(history: History, thresholds: Thresholds | None = None) -> list[Alarm]:
-    """Every alarm, each from where a limit is crossed to where it holds again, in step order."""
+    """Return every alarm, from crossing a limit to returning within it, in step order."""
     found = list(_non_finite(history))
     for judgement in judgements(history, thresholds or Thresholds()):
         for layer in np.flatnonzero(judgement.crossed.any(axis=0)):
@@ -99,12 +99,12 @@ def _sentence(judgement: Judgement, layer: int, sample: int, step: int) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits for people: 1,505 and 0.0873 and 2.1e+07."""
+    """Format a number with three digits: 1,505 or 0.0873 or 2.1e+07."""
     return f"{value:,.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _non_finite(history: History) -> Iterator[Alarm]:
-    """One alarm for each layer, at its first number that is not finite."""
+    """Yield one alarm for each layer, at its first number that is not finite."""
     places: dict[int | None, list[tuple[int, str]]] = {}
     for step, name in history.non_finite:
         layer = int(name.split(".")[1]) if name.startswith("layers.") else None

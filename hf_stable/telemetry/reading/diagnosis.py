@@ -1,6 +1,6 @@
-"""What came before a run's loss moved, as far as its records tell, and which room answers it.
+"""Diagnosis of a run: the alarms before its loss moved, and techniques that address them.
 
-An alarm that came first is a sign, not a cause: records show an order, and only to within a sample.
+The first alarm is a sign, not a cause. Records show only the order of events, to within a sample.
 """
 
 import math
@@ -16,14 +16,14 @@ from hf_stable.telemetry.reading.remedies import Remedy, remedies
 from hf_stable.telemetry.reading.rules import Judgement, Thresholds, judgements
 
 HOW_TO_WATCH = (
-    "There is no telemetry, so nothing is known of the layers: train with "
-    "--set telemetry.every=100, or that in the recipe."
+    "No telemetry was recorded, so the layers are unknown: set telemetry.every to 100 in the "
+    "recipe, or train with --set telemetry.every=100."
 )
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """One judged number over the run: at the first sample, the one before its alarm, and at it."""
+    """Values of one number at the first sample, at the one before its alarm, and at the alarm."""
 
     name: str
     at_start: float
@@ -34,24 +34,25 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What is known of a run's instability.
+    """Findings on a run's instability.
 
     Args:
-        run: the run's name.
-        last_step: the last step in the records.
-        samples: samples of telemetry.
-        onset: the move of the loss that is explained: the first it did not recover from, else the
-            first; None if it never moved.
-        first: the alarms that came first of those at or before the onset that still stood then,
-            all of one sample; without an onset, the first alarms of all.
-        lead: steps from the first alarms to the onset, by the records; `lead_range` is what the
-            distances of samples and log lines leave open. None without both.
-        then: the other alarms that stood at the onset; without one, all others.
-        passed: alarms that had ended before the onset.
-        later: alarms that came after the onset.
-        remedies: what answers the first alarms and is not on.
-        evidence: numbers behind the first alarms.
-        sentences: all of it in words.
+        run: Name of the run.
+        last_step: Last step in the records.
+        samples: Number of telemetry samples.
+        onset: The move of the loss that is explained: the first without recovery, else the first;
+            None if the loss never moved.
+        first: The earliest of the alarms that were active at the onset, all of one sample. Without
+            an onset, the earliest alarms of the run.
+        lead: Steps from the first alarms to the onset, by the records. None without alarms or
+            without an onset.
+        lead_range: Smallest and largest lead that the distances of samples and log lines allow.
+        then: The other alarms that were active at the onset. Without an onset, all other alarms.
+        passed: Alarms that ended before the onset.
+        later: Alarms after the onset.
+        remedies: Techniques that address the first alarms and are not enabled.
+        evidence: Numbers behind the first alarms.
+        sentences: The whole diagnosis in words.
     """
 
     run: str
@@ -69,15 +70,15 @@ class Diagnosis:
     sentences: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for `records.write_json`."""
+        """Return plain values, for `records.write_json`."""
         return asdict(self)
 
 
 def diagnose(history: History, thresholds: Thresholds | None = None) -> Diagnosis:
-    """Find the alarms that stood when the loss moved, and the first of them.
+    """Find the alarms that were active when the loss moved, and the first of them.
 
-    The loss moved as `loss_moves` defines it. An alarm comes before if its sample is at or before
-    the log line of the move, and stands if it had not ended more than three samples before.
+    `loss_moves` defines when the loss moved. An alarm precedes the move if its sample is at or
+    before the log line of the move. It is active if it did not end more than three samples before.
     """
     thresholds = thresholds or Thresholds()
     moves = loss_moves(history)
@@ -110,7 +111,7 @@ def diagnose(history: History, thresholds: Thresholds | None = None) -> Diagnosi
 def _around(
     history: History, thresholds: Thresholds, onset: LossMove | None
 ) -> tuple[list[Alarm], list[Alarm], list[Alarm]]:
-    """Alarms that stood at the onset, had passed, and came later; the first of a rule and layer."""
+    """Return the alarms active at, before and after the onset; one per rule and layer."""
     if onset is None:
         return alarms(history, thresholds), [], []
     before = history.steps[history.steps <= onset.step]
@@ -170,7 +171,7 @@ def _of_loss(onset: LossMove | None, num_moves: int, last_step: int) -> str:
 
 
 def _of_learning(history: History) -> list[str]:
-    """A run that diverges early may never have a low loss to rise from."""
+    """Say that a run has learned little: one that diverges early has no low loss to rise from."""
     losses = [row["loss"] for row in history.events if row["event"] == "validation"]
     data = history.run.get("data", {})
     if not losses or "bigram_nats_per_token" not in data:
@@ -204,7 +205,7 @@ def _of_telemetry(found: Diagnosis) -> list[str]:
 
 
 def _of_config(history: History) -> list[str]:
-    """What limits the list of remedies."""
+    """Say why the list of remedies may not fit the run."""
     config = history.run.get("model_config")
     if config is None:
         return ["Without model_config in run.json it is not known which techniques are on already."]

@@ -1,7 +1,7 @@
-"""The kit of the figures: canvas, axes, curves, and SVG that stands inside a page.
+"""Tools for figures: canvas, axes, curves, and SVG that can be embedded in a page.
 
-Matplotlib is optional and imported when a figure is asked for. No number is dropped in silence:
-what is not finite is marked at the border of the axes.
+Matplotlib is optional and imported when a figure is drawn. No number is dropped silently: values
+that are not finite are marked at the border of the axes.
 """
 
 import importlib.util
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Of a figure, in inches.
+# Width of a figure in inches.
 WIDTH = 9.0
-# More points than this along the steps are drawn as their mean between their extremes.
+# More points than this along the steps are drawn as means with a band from least to largest.
 _MOST_POINTS = 400
 _MOST_MARKS = 30
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -45,7 +45,7 @@ _STYLE: Any = {
     "grid.linewidth": 0.5,
     "legend.fontsize": 8.5,
     "legend.frameon": False,
-    # Names of runs are no formulas.
+    # Names of runs are not formulas.
     "text.parse_math": False,
     "svg.fonttype": "none",
     "xtick.labelsize": 8,
@@ -53,16 +53,16 @@ _STYLE: Any = {
 }
 
 
-class NotRecorded(Exception):  # noqa: N818  # no error: the page says so and goes on
-    """There is nothing to draw, with the reason for the reader."""
+class NotRecorded(Exception):  # noqa: N818  # not an error: the page reports it
+    """Signal that there is nothing to draw, with the reason for the reader."""
 
 
 @contextmanager
 def styled(key: str) -> Iterator[None]:
-    """Matplotlib's settings for a figure; `key` makes its SVG the same for the same numbers.
+    """Apply Matplotlib's settings for a figure; `key` makes its SVG reproducible.
 
     Raises:
-        UserError: without matplotlib.
+        UserError: If matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError(
@@ -75,33 +75,33 @@ def styled(key: str) -> Iterator[None]:
 
 
 def canvas(width: float, height: float) -> "Figure":
-    """An empty figure in inches, laid out so that labels never overlap axes."""
+    """Return an empty figure, size in inches, laid out so that labels never overlap axes."""
     from matplotlib.figure import Figure  # noqa: PLC0415  # optional
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def to_svg(figure: "Figure", key: str) -> str:
-    """The figure as an <svg> element whose ids start with `key`; raster parts are PNG inside."""
+    """Return the figure as an <svg> element whose ids start with `key`; raster parts are PNG."""
     file = StringIO()
     figure.savefig(file, format="svg", dpi=160, metadata={"Date": None})
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="(run-\d+)">', r'<g class="\1">', svg)
-    # Named by their content, so that equal images would have equal ids.
+    # These ids are hashes of the content, so equal images would have equal ids.
     svg = re.sub(r'(<image [^>]*?) id="[^"]*"', r"\1", svg)
-    # A page holds many figures, and each of them numbers its parts from 1.
+    # A page holds many figures, and each numbers its parts from 1.
     svg = re.sub(r'\bid="', f'id="{key}-', svg)
     svg = re.sub(r'(href="|url\()#', rf"\1#{key}-", svg)
     svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'width="100%"', svg, count=1)
-    # Of the style of each text only its size stays: the page has a font of its own.
+    # Keep only the font size of each text: the page sets the font.
     svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
     return re.sub(r"\n\s*", "\n", svg)
 
 
 def legend(figure: "Figure", runs: Sequence[Run], others: Sequence[tuple[Any, str]] = ()) -> None:
-    """Runs above the axes, where they cover nothing."""
+    """Draw the legend of runs above the axes, where it covers nothing."""
     from matplotlib.lines import Line2D  # noqa: PLC0415  # optional
 
     handles = [Line2D([], [], color=run.colour, ls=run.dashes, lw=2) for run in runs]
@@ -113,7 +113,7 @@ def legend(figure: "Figure", runs: Sequence[Run], others: Sequence[tuple[Any, st
 
 
 def exponent_text(value: float) -> str:
-    """A power of ten as a tick has it: 10⁻³; small ones in full."""
+    """Return a power of ten as tick text, such as 10⁻³; 1 to 1000 are written in full."""
     power = round(math.log10(value))
     if 0 <= power <= 3:
         return f"{10**power}"
@@ -121,13 +121,13 @@ def exponent_text(value: float) -> str:
 
 
 def plain_text(value: float) -> str:
-    """A number as a tick or a table has it: 0.25, 2e-5, 1.5e6."""
+    """Return a number as text for ticks and tables: 0.25, 2e-5, 1.5e6."""
     text = f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"
     return re.sub(r"e([+-])0*(\d+)", lambda found: f"e{found[1].strip('+')}{found[2]}", text)
 
 
 def step_axis(axes: "Axes", label: bool = True) -> None:
-    """Few whole steps, with thousands marked."""
+    """Label the x axis with few whole steps and thousands separators."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator  # noqa: PLC0415  # optional
 
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -137,12 +137,12 @@ def step_axis(axes: "Axes", label: bool = True) -> None:
 
 
 def spans_decades(values: np.ndarray) -> bool:
-    """Whether numbers are positive and more than two decades apart."""
+    """Return True if the numbers are positive and span more than two decades."""
     return bool(values.size and values.min() > 0 and values.max() > 100 * values.min())
 
 
 def value_axis(axes: "Axes", values: np.ndarray) -> None:
-    """Set the scale by the finite values drawn: logarithmic above two decades."""
+    """Set the scale from the finite values: logarithmic above two decades."""
     from matplotlib import ticker  # noqa: PLC0415  # optional
 
     values = values[np.isfinite(values)]
@@ -157,21 +157,21 @@ def value_axis(axes: "Axes", values: np.ndarray) -> None:
 
 
 def _groups(count: int, most: int) -> np.ndarray:
-    """First index of each of at most `most` groups of neighbours."""
+    """Return the first index of each of at most `most` groups of neighbors."""
     return np.arange(0, count, max(1, math.ceil(count / most)))
 
 
 def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and (S, N) values, the means of neighbours where there are too many to be seen."""
+    """Return steps and (S, N) values, averaged over neighbors if there are too many to see."""
     starts = _groups(len(steps), _MOST_POINTS)
     counts = np.diff(np.r_[starts, len(steps)])
     return steps[starts], np.add.reduceat(values, starts) / counts[:, None]
 
 
 def curve(axes: "Axes", run: Run, steps: np.ndarray, values: np.ndarray, **style: Any) -> None:
-    """Draw (T,) values: a line with gaps, and crosses at the border where they are not finite.
+    """Draw (T,) values as a line with gaps, with crosses at the border if not finite.
 
-    A long series is drawn by the means of neighbours, with a band from least to most.
+    A long series is drawn as means of neighbors, with a band from least to largest.
     """
     if not values.size:
         return
@@ -181,7 +181,7 @@ def curve(axes: "Axes", run: Run, steps: np.ndarray, values: np.ndarray, **style
     sums = np.add.reduceat(np.nan_to_num(finite), starts)
     means = np.divide(sums, counts, out=np.full(len(starts), np.nan), where=counts > 0)
     looks = {"color": run.colour, "linestyle": run.dashes, "linewidth": run.width, "gid": run.mark}
-    # A line needs two neighbours; without them a number would not be seen.
+    # A line needs two adjacent points; an isolated number would be invisible.
     alone = np.isfinite(means) & ~np.isfinite(np.r_[np.nan, means[:-1]])
     alone &= ~np.isfinite(np.r_[means[1:], np.nan])
     dots = {"marker": "o", "markersize": 2.5, "markevery": np.flatnonzero(alone).tolist()}
@@ -195,7 +195,7 @@ def curve(axes: "Axes", run: Run, steps: np.ndarray, values: np.ndarray, **style
 
 
 def mark_not_finite(axes: "Axes", run: Run, steps: np.ndarray, values: np.ndarray) -> None:
-    """Crosses where (T,) values are not finite: -inf below, the others above."""
+    """Draw crosses where (T,) values are not finite: -inf below, the others above."""
     for border, lost in ((0, np.isneginf(values)), (1, np.isnan(values) | np.isposinf(values))):
         where = steps[lost]
         if where.size:

@@ -1,6 +1,6 @@
-"""The figures of a page: what is drawn of runs, what to look for in each, and where it is from.
+"""Figures of a page, each with a caption and the source it follows.
 
-A figure whose series no run has recorded is left out, with the reason.
+A figure without recorded numbers in any run is left out, with the reason.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,9 +46,11 @@ class Drawing:
     """A figure of the page.
 
     Args:
-        key: its anchor.
-        caption: what to look for. source: whose figure it is.
-        svg: an <svg> element.
+        key: Anchor of the figure.
+        title: Headline of the figure.
+        caption: Text on what to look for.
+        source: Paper or record that the figure follows.
+        svg: An <svg> element.
     """
 
     key: str
@@ -60,7 +62,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A figure that could not be drawn, and why."""
+    """A figure that was left out, and the reason."""
 
     title: str
     reason: str
@@ -68,7 +70,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class _Plan:
-    """A figure to draw; `draw` raises NotRecorded where there is nothing to show."""
+    """A figure to draw; `draw` raises NotRecorded if there is nothing to show."""
 
     key: str
     title: str
@@ -80,20 +82,21 @@ class _Plan:
 def draw_all(
     runs: Sequence[Run], alarms: Sequence[Sequence[Alarm]], moves: Sequence[int | None]
 ) -> tuple[list[Drawing], list[LeftOut]]:
-    """Draw every figure that the runs have numbers for.
+    """Draw every figure for which the runs have numbers.
 
     Args:
-        alarms: of each run, ordered by step.
-        moves: the step at which each run's loss moved, or None.
+        runs: Runs to draw together.
+        alarms: Alarms of each run, ordered by step.
+        moves: Step at which each run's loss moved, or None.
 
     Raises:
-        UserError: without matplotlib.
+        UserError: If matplotlib is not installed.
     """
     drawings: list[Drawing] = []
     left_out: list[LeftOut] = []
     sampled = [*_of_paper(runs), *_of_layers(runs)]
     if max((len(run.history.steps) for run in runs), default=0) == 1:
-        # Each would be a dot, which shows no course.
+        # Each curve would be a single dot.
         reason = "telemetry has one sample; a course needs two (telemetry.every in the recipe)"
         left_out += [LeftOut(plan.title, reason) for plan in sampled]
         sampled = []
@@ -109,7 +112,7 @@ def draw_all(
 
 
 def shown_block(runs: Sequence[Run]) -> int:
-    """The block of the tables: the second, as in the paper, or the only one."""
+    """Return the block of the tables: the second, as in the paper, or the only one."""
     return 1 if max((run.history.num_layers for run in runs), default=0) > 1 else 0
 
 
@@ -140,7 +143,7 @@ def _of_log(
 
 
 def _of_paper(runs: Sequence[Run]) -> list[_Plan]:
-    """The tables of Rybakov et al., and the head."""
+    """Return the plans for the tables of Rybakov et al. and for the head."""
     block = shown_block(runs)
     where = f"block {block}, counted from 0"
     return [
@@ -214,7 +217,7 @@ def _panels(
     names: dict[str, str],
     read: Callable[[Run, str], tuple[np.ndarray, np.ndarray]],
 ) -> "Figure":
-    """One panel beside the other, for each name that a run has."""
+    """Draw one panel for each name that a run has, side by side."""
     names = {name: text for name, text in names.items() if any(read(r, name)[0].size for r in runs)}
     if not names:
         raise NotRecorded("no run has recorded these numbers")
@@ -235,7 +238,7 @@ def _overlay(axes: "Axes", series: list[tuple[Run, np.ndarray, np.ndarray]]) -> 
 
 
 def _norms(runs: Sequence[Run], block: int, quantities: Sequence[str]) -> "Figure":
-    """Quantities by maps, or maps by quantities where a family has more maps than fit beside."""
+    """Draw quantities by maps, or maps by quantities if there are more than four maps."""
     places = layer_figures.linear_places(runs, quantities)
     if not places:
         raise NotRecorded("no run has recorded the norms of its linear maps")

@@ -1,6 +1,6 @@
-"""Heat maps: layers or heads by steps, on one scale of colours for all runs of a figure.
+"""Heat maps of layers or heads by steps, with one color scale for all runs of a figure.
 
-What is not finite has a colour of its own.
+Numbers that are not finite have a separate color.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ NOT_FINITE = "#e6007e"
 
 
 def edges(centres: np.ndarray) -> np.ndarray:
-    """(N + 1,) borders of cells around (N,) ascending centres."""
+    """Return the (N + 1,) borders of cells around (N,) ascending centers."""
     if len(centres) < 2:
         return np.array([centres[0] - 0.5, centres[0] + 0.5])
     middles = (centres[1:] + centres[:-1]) / 2
@@ -27,7 +27,7 @@ def edges(centres: np.ndarray) -> np.ndarray:
 
 
 def colour_scale(cells: Sequence[np.ndarray], logarithmic: bool | None = None) -> "Normalize":
-    """One scale of colours for several heat maps; None is logarithmic above two decades."""
+    """Return one color scale for several heat maps; None is logarithmic above two decades."""
     from matplotlib.colors import LogNorm, Normalize  # noqa: PLC0415  # optional
 
     values = np.concatenate([each[np.isfinite(each)] for each in cells])
@@ -43,10 +43,10 @@ def colour_scale(cells: Sequence[np.ndarray], logarithmic: bool | None = None) -
 def heat_map(
     axes: "Axes", steps: np.ndarray, cells: np.ndarray, scale: "Normalize", row: str
 ) -> Any:
-    """Draw (S, N) numbers as N rows of S cells: NaN stays white, inf is what was not finite.
+    """Draw (S, N) numbers as N rows of S cells: NaN stays white, inf marks a non-finite number.
 
     Returns:
-        what a colour bar is made of.
+        The mesh, for a color bar.
     """
     from matplotlib.colors import ListedColormap  # noqa: PLC0415  # optional
     from matplotlib.ticker import MaxNLocator  # noqa: PLC0415  # optional
@@ -66,7 +66,7 @@ def heat_map(
 
 
 def colour_bar(figure: "Figure", drawn: Any, axes: Any, label: str) -> "Axes":
-    """One colour bar for all axes."""
+    """Add one color bar for all axes and return its axes."""
     from matplotlib import ticker  # noqa: PLC0415  # optional
 
     bar = figure.colorbar(drawn, ax=axes, label=label, pad=0.015, aspect=25)
@@ -84,7 +84,7 @@ def colour_bar(figure: "Figure", drawn: Any, axes: Any, label: str) -> "Axes":
 
 
 def not_finite_legend(figure: "Figure") -> None:
-    """Say what the colour of cells that are not finite means."""
+    """Add a legend for the color of cells that are not finite."""
     from matplotlib.patches import Patch  # noqa: PLC0415  # optional
 
     patch = Patch(color=NOT_FINITE)

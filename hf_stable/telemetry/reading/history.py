@@ -1,6 +1,6 @@
-"""What a run's folder tells of it, as arrays: the one reader of records behind every view.
+"""Read a run's records as arrays; every view uses this reader.
 
-Without torch: reports are made on laptops.
+It needs no torch, because reports are made on laptops.
 """
 
 from collections.abc import Iterator
@@ -17,18 +17,20 @@ from hf_stable.telemetry.names import unpack
 
 @dataclass(frozen=True)
 class History:
-    """One run. Steps count from 1: the state after that many optimizer steps.
+    """Records of one run. Step n is the state after n optimizer steps.
 
     Args:
-        run: run.json.
-        train: columns of the log lines by name ("step", "loss", "learning_rate", "grad_norm", ...),
+        folder: Folder of the run.
+        run: Content of run.json.
+        train: Columns of the log lines by name ("step", "loss", "learning_rate", "grad_norm", ...),
             each (T,) float64.
-        steps: (S,) int64, the sampled steps.
-        telemetry: packed columns by name: (S,), (S, L) or (S, L, H) float64, L layers, H heads, NaN
-            where there is no number.
-        events: all other rows, in order.
-        non_finite: (step, name) of every number that is not finite, in order; names as `unpack`
-            gives them, "loss" and "grad_norm". Arrays cannot tell: NaN there is also "no number".
+        steps: Sampled steps, (S,) int64.
+        telemetry: Packed columns by name, (S,), (S, L) or (S, L, H) float64, with L layers and H
+            heads; NaN for a missing number.
+        events: All other rows, in order.
+        non_finite: (step, name) of every number that is not finite, in order. Names are those of
+            `unpack`, "loss" and "grad_norm". It is needed because NaN in an array can also mean
+            that the number is missing.
     """
 
     folder: Path
@@ -41,17 +43,21 @@ class History:
 
     @property
     def name(self) -> str:
-        """The recipe's name, or the folder's."""
+        """Name of the recipe, or of the folder."""
         return self.run.get("recipe", {}).get("name") or self.folder.name
 
     @property
     def num_layers(self) -> int:
-        """Blocks that telemetry speaks of; 0 where there is none."""
+        """Number of blocks in the telemetry; 0 without telemetry."""
         widths = [column.shape[1] for key, column in self.telemetry.items() if "*" in key]
         return max(widths, default=0)
 
     def series(self, name: str) -> np.ndarray:
-        """(S,) or (S, H) of one name such as `layers.1.qkv/output_l2`; KeyError if not recorded."""
+        """Return (S,) or (S, H) values of a name such as `layers.1.qkv/output_l2`.
+
+        Raises:
+            KeyError: If the name was not recorded.
+        """
         if name in self.telemetry:
             return self.telemetry[name]
         _, index, rest = name.split(".", 2)
@@ -62,7 +68,7 @@ def read_history(folder: Path) -> History:
     """Read a run's records, also while it is running.
 
     Raises:
-        UserError: when the folder holds no run, or damaged records.
+        UserError: If the folder holds no run, or its records are damaged.
     """
     if not (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder} holds no run: there is no metrics.jsonl in it")
@@ -71,9 +77,7 @@ def read_history(folder: Path) -> History:
     try:
         rows = _in_force(records.read_metrics(folder))
     except ValueError as error:
-        raise UserError(
-            f"{error}; that file is damaged: restore it, or take the line out"
-        ) from error
+        raise UserError(f"{error}; the file is damaged: restore it, or remove the line") from error
     for row in rows:
         kinds[row["event"] if row["event"] in kinds else "other"].append(row)
     telemetry = kinds["telemetry"]
@@ -90,7 +94,7 @@ def read_history(folder: Path) -> History:
 
 
 def _in_force(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows without those that a resumed or rolled back run has taken back and written anew."""
+    """Drop the rows that a resumed or rolled back run discarded and wrote again."""
     kept: list[dict[str, Any]] = []
     for row in rows:
         if row["event"] in ("resumed", "rolled_back"):
@@ -104,7 +108,7 @@ def _in_force(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _non_finite(row: dict[str, Any]) -> Iterator[tuple[int, str]]:
-    """Records spell these numbers out, so a string among a sample's numbers is one of them."""
+    """Yield the numbers of a row that are not finite; records write them as strings."""
     if row["event"] == "telemetry":
         packed = {name: value for name, value in row.items() if name != "event" and _spelt(value)}
         yield from ((row["step"], name) for name, value in unpack(packed).items() if _spelt(value))
@@ -122,7 +126,7 @@ def _columns(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 
 def _column(values: list[Any]) -> np.ndarray:
-    """Ragged lists of numbers, names of non-finite ones and None, as one array padded with NaN."""
+    """Convert ragged lists of numbers, strings and None to one array padded with NaN."""
     shape: list[int] = []
     _measure(values, 0, shape)
     column = np.full(shape, np.nan)

@@ -1,7 +1,7 @@
-"""The kit of HTML pages: their head, the style that they share, a figure, and the file.
+"""Tools for HTML pages: head, shared style, figures, and writing the file.
 
-A page is one file that loads nothing and runs nothing: its policy forbids both, so that a name in
-somebody's records cannot do more than be read.
+A page is one file that loads nothing and runs nothing. Its content security policy forbids both, so
+that names in records cannot inject anything.
 """
 
 from collections.abc import Iterable
@@ -18,21 +18,22 @@ body { margin: 0 auto; padding: 1.2rem; max-width: 1160px; background: var(--gro
   color: var(--ink); font-size: 16px; line-height: 1.5 }
 body, .paper svg text { font-family: system-ui, "Segoe UI", "DejaVu Sans", sans-serif }
 h1 { font-size: 1.6rem; margin: 0 0 .4rem }"""
-"""Rules of every page's text."""
+"""CSS rules for the text of every page."""
 PAPER = """\
 .paper { background: #ffffff; border: 1px solid var(--line); border-radius: 8px; padding: .5rem;
   overflow-x: auto }
 .paper svg { display: block; height: auto; min-width: 640px; color-scheme: light;
   stroke-linejoin: round; stroke-linecap: butt }
 """
-"""Rules of the sheet under a figure, which is white also where the page is dark."""
+"""CSS rules for the sheet under a figure, which is white also on a dark page."""
 
 
 def palette(light: str = "", dark: str = "") -> str:
-    """The colours of every page, as variables, by day and by night.
+    """Return the colors of every page as CSS variables, for light and dark mode.
 
     Args:
-        light, dark: declarations of further colours, such as "; --good: #d8efe3".
+        light: Declarations of further colors in light mode, such as "; --good: #d8efe3".
+        dark: Declarations of further colors in dark mode.
     """
     return f"""
 :root {{ color-scheme: light dark; --ink: #1c1e21; --soft: #5d6470; --line: #d7dbe0;
@@ -44,10 +45,12 @@ def palette(light: str = "", dark: str = "") -> str:
 
 
 def document(title: str, style: str, body: Iterable[str]) -> str:
-    """A page of its own.
+    """Return a complete HTML page.
 
     Args:
-        style: its rules. body: lines of HTML, in which all text is escaped.
+        title: Title of the page, not escaped.
+        style: CSS rules.
+        body: Lines of HTML, in which all text is escaped.
     """
     head = (
         "<!DOCTYPE html>",
@@ -60,7 +63,7 @@ def document(title: str, style: str, body: Iterable[str]) -> str:
 
 
 def figure(drawing: Drawing, level: int) -> Iterable[str]:
-    """A figure with its caption and source; `level` is that of its headline."""
+    """Yield the HTML of a figure with caption and source; `level` is that of its headline."""
     heading = f'<a href="#{drawing.key}">{escape(drawing.title)}</a>'
     yield f'<figure id="{drawing.key}"><h{level}>{heading}</h{level}>'
     yield f'<div class="paper">{drawing.svg}</div>'
@@ -69,6 +72,6 @@ def figure(drawing: Drawing, level: int) -> Iterable[str]:
 
 
 def write_whole(file: Path, content: str) -> None:
-    """Write a text file, whole or not at all; its folder is made if it is not there."""
-    # A name in somebody's records, or a folder's, may hold bytes that are no text.
+    """Write a text file atomically and create its folder if needed."""
+    # Names in records, or of folders, may hold bytes that are not valid text.
     durable.write_file(file, content.encode("utf-8", "xmlcharrefreplace"))

@@ -24,7 +24,7 @@ Cells = tuple[np.ndarray, np.ndarray]
 def _reduced(
     rest: str, over_heads: Callable[..., np.ndarray] | None = None
 ) -> Callable[[Run], Cells]:
-    """(S,) steps and (S, L) cells of `layers.*.REST`."""
+    """Return a reader of (S,) steps and (S, L) cells of `layers.*.REST`."""
 
     def read(run: Run) -> Cells:
         steps, values = run.layers(rest)
@@ -36,7 +36,7 @@ def _reduced(
 
 
 def _updates(run: Run) -> Cells:
-    """Update norms over the learning rate of their step, where it was above 0."""
+    """Return update norms divided by the learning rate of their step, where it was above 0."""
     steps, values = run.layers("optimizer/update_l2")
     at, rates = run.logged("learning_rate")
     known = np.isfinite(rates)
@@ -48,13 +48,17 @@ def _updates(run: Run) -> Cells:
 
 @dataclass(frozen=True)
 class LayerMap:
-    """A figure with a heat map for each run, all on one scale.
+    """A figure with a heat map for each run, all on one color scale.
 
     Args:
-        label: of the colour bar.
-        read: (S,) steps and (S, L) cells of a run.
-        marks: numbers marked in the colour bar.
-        logarithmic: None decides by the numbers.
+        key: Anchor of the figure.
+        title: Headline of the figure.
+        caption: Text on what to look for.
+        source: Paper that the figure follows.
+        label: Label of the color bar.
+        read: Function that returns (S,) steps and (S, L) cells of a run.
+        marks: Numbers marked in the color bar.
+        logarithmic: Scale of the colors; None decides from the numbers.
     """
 
     key: str
@@ -67,7 +71,11 @@ class LayerMap:
     logarithmic: bool | None = None
 
     def draw(self, runs: Sequence[Run]) -> "Figure":
-        """Raises NotRecorded where no run has the numbers."""
+        """Draw the figure.
+
+        Raises:
+            NotRecorded: If no run has the numbers.
+        """
         found = [(run, *self.read(run)) for run in runs]
         found = [(run, steps, cells) for run, steps, cells in found if _any_number(cells)]
         if not found:
@@ -169,7 +177,7 @@ def _any_number(cells: np.ndarray) -> bool:
 
 
 def linear_places(runs: Sequence[Run], quantities: Sequence[str]) -> list[str]:
-    """Maps of a block that have any of these quantities: the paper's four first."""
+    """Return the maps of a block with any of these quantities: the paper's four first."""
     found = set()
     for run in runs:
         for name in run.history.telemetry:
@@ -180,8 +188,11 @@ def linear_places(runs: Sequence[Run], quantities: Sequence[str]) -> list[str]:
 
 
 def chosen_layers(entropy: np.ndarray) -> list[int]:
-    """Which of (S, L, H) are shown: up to eight layers all; of more the ends, the quarters, and the
-    one whose mean over heads was lowest at any step."""
+    """Return the layers of (S, L, H) to show: all of up to eight.
+
+    With more layers: the ends, the quarters, and the one with the lowest mean over heads at any
+    step.
+    """
     num_layers = entropy.shape[1]
     if num_layers <= _MOST_HEAD_MAPS:
         return list(range(num_layers))
@@ -191,7 +202,7 @@ def chosen_layers(entropy: np.ndarray) -> list[int]:
 
 
 def chosen_text(run: Run) -> str:
-    """Says which blocks are shown, where not all are."""
+    """Return a sentence on the blocks that are shown."""
     values = run.layers("attention/entropy")[1]
     num_layers = values.shape[1]
     if values.ndim != 3 or num_layers <= _MOST_HEAD_MAPS:
@@ -204,7 +215,7 @@ def chosen_text(run: Run) -> str:
 
 
 def heads(run: Run) -> "Figure":
-    """A heat map, heads by steps, of each chosen block."""
+    """Draw a heat map, heads by steps, for each chosen block."""
     steps, values = run.layers("attention/entropy")
     if values.ndim != 3:
         raise NotRecorded("the entropy of its heads was not recorded")
@@ -230,7 +241,7 @@ def heads(run: Run) -> "Figure":
 
 
 def adam_ratio(runs: Sequence[Run]) -> "Figure":
-    """Stacked shares of the bins of |m/sqrt(v)|: a row for each run, first and last block."""
+    """Draw stacked shares of the bins of |m/sqrt(v)|: a row per run, first and last block."""
     from matplotlib import colormaps  # noqa: PLC0415  # optional
 
     found = [(run, *run.layers("optimizer/adam_ratio")) for run in runs]

@@ -1,6 +1,6 @@
-"""Runs as figures show them: each with a label, a colour, and its series where it has numbers.
+"""Runs as figures show them: with a label, a color, and series without missing numbers.
 
-Standard library and numpy.
+Needs only the standard library and numpy.
 """
 
 from collections.abc import Sequence
@@ -10,20 +10,22 @@ import numpy as np
 
 from .history import History
 
-# Okabe and Ito's palette without its yellow, which is lost on white.
+# Okabe and Ito's palette without its yellow, which is invisible on white.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 _DASHES = ("-", "--", ":", "-.")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run with its looks, the same in all figures.
+    """A run with its style, which is the same in all figures.
 
     Args:
-        label: unique among the runs of a page.
-        mark: class of its curves in the SVG, by which a page hides them.
-        colour, dashes: as matplotlib names them.
-        width: of its curves in points: later runs are thinner, so that equal runs are both seen.
+        history: Records of the run.
+        label: Label, unique among the runs of a page.
+        mark: Class of its curves in the SVG, with which a page hides them.
+        colour: Matplotlib color.
+        dashes: Matplotlib line style.
+        width: Line width in points. Later runs are thinner, so that equal runs are both visible.
         lost: (step, name) of all numbers that are not finite.
     """
 
@@ -36,9 +38,9 @@ class Run:
     lost: frozenset[tuple[int, str]]
 
     def samples(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(S',) steps at which a name was recorded, and its (S',) or (S', H) values.
+        """Return the (S',) steps at which a name was recorded, and its (S',) or (S', H) values.
 
-        Both are empty where it never was. NaN among the values was recorded as such.
+        Both are empty if it was never recorded. A NaN among the values was recorded as NaN.
         """
         steps = self.history.steps
         try:
@@ -49,9 +51,9 @@ class Run:
         return steps[kept], values[kept]
 
     def layers(self, rest: str) -> tuple[np.ndarray, np.ndarray]:
-        """(S',) steps and (S', L) or (S', L, H) values of `layers.*.REST`.
+        """Return (S',) steps and (S', L) or (S', L, H) values of `layers.*.REST`.
 
-        NaN is a number that a layer lacks; every one recorded as not finite is inf.
+        NaN marks a number that a layer lacks. A number recorded as not finite is inf.
         """
         steps = self.history.steps
         values = self.history.telemetry.get(f"layers.*.{rest}")
@@ -65,7 +67,7 @@ class Run:
         return steps[kept], values[kept]
 
     def logged(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(T,) steps and values of a column of the log; empty where there is none."""
+        """Return (T,) steps and values of a column of the log; empty if there is none."""
         train = self.history.train
         if name not in train:
             return np.empty(0), np.empty(0)
@@ -78,7 +80,7 @@ class Run:
 
 
 def dress(histories: Sequence[History]) -> list[Run]:
-    """Give each run its colour and a label: its name, and its folder where names are the same."""
+    """Assign each run a color and a label: its name, and its folder if names are equal."""
     names = [history.name for history in histories]
     runs = []
     for index, history in enumerate(histories):
@@ -94,5 +96,5 @@ def dress(histories: Sequence[History]) -> list[Run]:
 
 
 def _has_numbers(values: np.ndarray) -> np.ndarray:
-    """(S,): whether any of a sample's numbers is there."""
+    """Return (S,) bool, True if a sample has any number."""
     return np.any(~np.isnan(values.reshape(len(values), -1)), axis=1)

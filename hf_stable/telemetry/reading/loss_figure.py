@@ -1,4 +1,4 @@
-"""The loss of all runs, and under it, on the same steps, when it moved and which alarms rang."""
+"""Figure of the loss of all runs, with its moves and, below, the alarms at the same steps."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 def draw_loss(
     runs: Sequence[Run], alarms: Sequence[Sequence[Alarm]], moves: Sequence[int | None]
 ) -> "Figure":
-    """Draw losses, and alarms where any rang.
+    """Draw losses, and alarms if there are any.
 
     Args:
-        alarms: of each run. moves: the step at which each run's loss moved, or None.
+        runs: Runs to draw together.
+        alarms: Alarms of each run.
+        moves: Step at which each run's loss moved, or None.
 
     Raises:
-        NotRecorded: without a loss.
+        NotRecorded: If no run has logged a loss.
     """
     from matplotlib.lines import Line2D  # noqa: PLC0415  # optional
 
@@ -52,7 +54,7 @@ def draw_loss(
 
 
 def _losses(axes: "Axes", run: Run) -> list[np.ndarray]:
-    """Draw one run's losses; returns what was drawn."""
+    """Draw the losses of one run and return the values drawn."""
     steps, values = run.logged("loss")
     curve(axes, run, steps, values)
     events = run.history.events
@@ -78,7 +80,7 @@ def _draw_alarms(
 
 
 def _sign(alarm: Alarm) -> str:
-    """What an alarm is about, without its layer."""
+    """Return the name of an alarm without its layer."""
     if alarm.rule == "non_finite":
         return "not finite"
     parts = alarm.name.split(".", 2)

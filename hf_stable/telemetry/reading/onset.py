@@ -1,4 +1,4 @@
-"""When a run's training loss moved: rose out of its noise, or was no number any more."""
+"""Detect when a run's training loss moved: rose above its noise, or stopped being finite."""
 
 import math
 from dataclasses import dataclass
@@ -7,27 +7,27 @@ import numpy as np
 
 from hf_stable.telemetry.reading.history import History
 
-# The loss is smoothed over about five log lines, long enough for single batches, short for spikes.
+# The loss is smoothed over about five log lines: more than single batches, less than a spike.
 _DECAY = 0.8
-# Rows before the first that is judged, and rows that noise is estimated from.
+# Rows before the first judged row, and rows from which noise is estimated.
 _FIRST_ROWS, _NOISE_ROWS = 5, 20
-# In nats: 22 % of perplexity. No paper gives a number. A study calls five times as much a blow-up
-# (`blow_up` in hf_stable.sweep.rule), but a move is reported while the run may still recover.
+# Rise in nats: 22 % of perplexity. No paper gives a number. A move is reported while the run may
+# still recover; a study needs a larger rise for a blow-up (`blow_up` in hf_stable.sweep.rule).
 _RISE = 0.2
-# In standard deviations of a single row, which is nine of the smoothed loss.
+# In standard deviations of a single row; three of these are nine of the smoothed loss.
 _NOISE = 3.0
 
 
 @dataclass(frozen=True)
 class LossMove:
-    """The loss left its course.
+    """A departure of the loss from its course.
 
     Args:
-        step: the first log line above the loss's course, or without a finite loss.
-        after: the log line before; the loss moved between the two.
-        seen: the log line at which the move was beyond doubt.
-        rise: largest rise of the smoothed loss above its lowest, nats; inf for no finite loss.
-        recovered: whether the smoothed loss came back close to its lowest.
+        step: First log line above the course of the loss, or without a finite loss.
+        after: The log line before `step`; the loss moved between the two.
+        seen: Log line at which the move was detected.
+        rise: Largest rise of the smoothed loss above its lowest, nats; inf without a finite loss.
+        recovered: True if the smoothed loss returned close to its lowest.
     """
 
     step: int
@@ -38,14 +38,14 @@ class LossMove:
 
 
 def loss_moves(history: History) -> list[LossMove]:
-    """Every move of the training loss, in order.
+    """Return every move of the training loss, in order.
 
-    The loss has moved at a log line where its exponential moving average (decay 0.8 a line) is
-    above the average's running minimum by more than 0.2 nats and by more than three robust standard
-    deviations of single lines (from the median absolute deviation of the last 20 differences). The
-    move began at the first line since which no single loss was within two of these deviations of
-    the lowest median of three lines. A loss that is not finite is a move at once, and so are three
-    refused updates in a row, whichever of loss and gradient was not finite.
+    The loss has moved at a log line if its exponential moving average (decay 0.8 per line) exceeds
+    the running minimum of the average by more than 0.2 nats and by more than three robust standard
+    deviations of single lines. The deviation is estimated from the median absolute deviation of the
+    last 20 differences. The move began at the first line after which no single loss was within two
+    deviations of the lowest median of three lines. A loss that is not finite is a move immediately.
+    So are three consecutive refused updates, whether the loss or the gradient was not finite.
     """
     steps, losses = _losses(history)
     finite = np.isfinite(losses)
@@ -59,7 +59,7 @@ def loss_moves(history: History) -> list[LossMove]:
 
 
 def smoothed(losses: np.ndarray) -> np.ndarray:
-    """(T,) exponential moving average, which a number that is not finite leaves as it is."""
+    """Return the (T,) exponential moving average; numbers that are not finite do not change it."""
     smooth = losses.copy()
     for row in range(1, len(smooth)):
         before = smooth[row - 1]
@@ -69,7 +69,7 @@ def smoothed(losses: np.ndarray) -> np.ndarray:
 
 
 def _losses(history: History) -> tuple[np.ndarray, np.ndarray]:
-    """(T,) steps and losses of the log lines, and NaN where training stood still."""
+    """Return (T,) steps and losses of the log lines, with NaN where updates were refused."""
     found = dict(zip(history.train.get("step", []), history.train.get("loss", []), strict=True))
     found |= {step: math.nan for step, name in history.non_finite if name == "loss"}
     refused = {row["step"] for row in history.events if row["event"] == "non_finite"}
@@ -98,7 +98,10 @@ def _rises(steps: np.ndarray, losses: np.ndarray) -> list[LossMove]:
 
 
 def _begin(losses: np.ndarray, noise: float) -> int:
-    """The row after the last that was near the lowest three, which lag less than the average."""
+    """Return the row after the last that was near the lowest median of three lines.
+
+    The median of three lines lags less than the moving average.
+    """
     threes = np.median(np.lib.stride_tricks.sliding_window_view(losses, 3), axis=1)
     return int(np.flatnonzero(losses <= threes.min() + 2 * noise)[-1]) + 1
 
@@ -118,7 +121,7 @@ def _move(
 
 
 def _noise(losses: np.ndarray) -> np.ndarray:
-    """(T,) robust standard deviation of a single row, from differences, which have no trend."""
+    """Return the (T,) robust standard deviation of a row, from differences to remove the trend."""
     noise = np.zeros(len(losses))
     for row in range(2, len(losses)):
         steps = np.diff(losses[max(0, row - _NOISE_ROWS) : row + 1])

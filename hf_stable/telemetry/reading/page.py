@@ -1,4 +1,4 @@
-"""One page of runs beside each other: what they were, what alarmed, and the figures.
+"""One HTML page for one or several runs: summary, alarms, diagnosis and figures.
 
 Equal records give equal bytes.
 """
@@ -54,10 +54,10 @@ figure h3 a { color: inherit; text-decoration: none }
 
 
 def write_page(histories: Sequence[History], file: Path) -> None:
-    """Write the page of one run or of several, whole or not at all.
+    """Write the page of one or several runs atomically.
 
     Raises:
-        UserError: without runs, without matplotlib, or where `file` cannot be a file.
+        UserError: If there are no runs, matplotlib is not installed, or `file` is a folder.
     """
     if not histories:
         raise UserError("a page needs at least one run, and none was given")
@@ -67,7 +67,7 @@ def write_page(histories: Sequence[History], file: Path) -> None:
 
 
 def page(histories: Sequence[History]) -> str:
-    """The page's HTML."""
+    """Return the HTML of the page."""
     runs = dress(histories)
     rung = [alarms(history) for history in histories]
     diagnoses = [diagnose(history) for history in histories]
@@ -90,7 +90,7 @@ def page(histories: Sequence[History]) -> str:
 
 
 def _switches(runs: Sequence[Run]) -> str:
-    """Unchecking a run hides its curves, by style alone."""
+    """Return CSS rules that hide the curves of an unchecked run."""
     rule = "body:has(#show-{0}:not(:checked)) .{0} {{ display: none }}\n"
     return "".join(rule.format(run.mark) for run in runs)
 
@@ -105,7 +105,7 @@ def _contents(drawings: Sequence[Drawing]) -> Iterable[str]:
 
 
 def _legend(runs: Sequence[Run]) -> Iterable[str]:
-    """The runs' colours, in view beside every figure."""
+    """Yield the legend of the runs' colors, which stays visible next to every figure."""
     styles = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "double"}
     yield '<div class="runs">'
     for run in runs:
@@ -128,7 +128,7 @@ def _summary(runs: Sequence[Run]) -> Iterable[str]:
 
 
 def _facts(run: Run) -> dict[str, str]:
-    """A row of the summary; a dash where the records do not say."""
+    """Return a row of the summary, with a dash for facts that are not recorded."""
     history = run.history
     losses = run.logged("loss")[1]
     rates = run.logged("learning_rate")[1]

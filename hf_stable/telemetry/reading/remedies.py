@@ -1,6 +1,6 @@
-"""Which technique answers which sign, in the five rooms of the model and the optimizer's.
+"""Techniques that address each sign, by group of the model's techniques or the optimizer.
 
-The table says what the papers tried against a sign; none says that it would have helped a given
+The table lists what papers tried against a sign. No paper shows that it would have helped a given
 run.
 """
 
@@ -11,16 +11,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Remedy:
-    """Something to set in a recipe.
+    """A setting in a recipe that addresses a sign.
 
     Args:
-        name: the technique.
-        room: score, linear, branch, head or optimizer.
-        setting: what to set in the recipe, as `--set` takes it where it has an equals sign.
-        why: what it does to the sign, and who says so.
-        off: fields of the model's config with the values at which the technique is off; another
-            value in one of them is "on", or excludes it. Empty for what is no technique.
-        presets: the model's presets that have it on.
+        name: Name of the technique.
+        room: Group of the technique: score, linear, branch, head or optimizer.
+        setting: Setting for the recipe. If it has an equals sign, it is in the form of `--set`.
+        why: Effect on the sign, with the source.
+        off: Fields of the model's config with the values at which the technique is off. Another
+            value means that it is on or excluded. Empty if it is not a technique of the model.
+        presets: Presets of the model that enable it.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Remedy:
     presets: tuple[str, ...] = ()
 
     def is_on(self, run: Mapping[str, Any]) -> bool:
-        """Whether a run (run.json) has the technique, by its resolved config and its recipe."""
+        """Return True if a run (run.json) has the technique, by its resolved config and recipe."""
         chosen = run.get("recipe", {}).get("model", {})
         fields = {**chosen, **run.get("model_config", {})}
         return chosen.get("preset") in self.presets or any(
@@ -161,9 +161,9 @@ _ALWAYS = (_LOWER_RATE, _WARMUP)
 
 
 def remedies(rules: Iterable[str], run: Mapping[str, Any]) -> list[Remedy]:
-    """What answers these signs and is not on in a run (run.json), the first sign's first.
+    """Return the remedies for these signs that a run (run.json) lacks, in order of the signs.
 
-    Where all of it is on, what is left is the optimizer's room.
+    If the run has all of them, only the optimizer's settings are left.
     """
     wanted = [remedy for rule in rules for remedy in REMEDIES[rule] if not remedy.is_on(run)]
     return list({remedy.name: remedy for remedy in wanted}.values()) or list(_ALWAYS)

@@ -1,10 +1,11 @@
-"""Signs of instability: what each looks at, and its limit for every layer and sample.
+"""Signs of instability: the number that each rule judges, and its limit per layer and sample.
 
-Some limits are numbers. The others are a factor over the layer's own trailing median, over the
-samples of the latter half of the steps so far: healthy growth is a power of the step, and twice
-that median needs growth faster than about step ** 2. They judge nothing before there are eight
-samples in that half, nor (but for the update) while the loss still falls by more than 0.1 nats
-under its own such median: branches that begin small grow severalfold where the model learns.
+Some limits are absolute. The others are a factor over the layer's trailing median, taken over the
+samples in the latter half of the steps so far. Healthy growth is a power of the step, and twice
+that median needs growth faster than about step ** 2. A relative rule judges nothing before there
+are eight samples in that half. Except for the update, it also judges nothing while the loss is more
+than 0.1 nats under its own trailing median, because branches that start small grow severalfold
+while the model learns.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,47 +16,49 @@ import numpy as np
 from hf_stable.telemetry.reading.history import History
 from hf_stable.telemetry.reading.onset import smoothed
 
-# A median is taken over at most so many of its window's samples, evenly chosen: live views are fast
-# for it, and a median hardly changes.
+# A median is taken over at most this many evenly chosen samples of its window. This keeps live
+# views fast and hardly changes the median.
 _MEDIAN_SAMPLES = 64
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """The rules' limits. "Ours" marks numbers that no paper gives."""
+    """Limits of the rules. "Ours" marks numbers that no paper gives."""
 
     max_logit: float = 1e4
-    """Largest attention logit before a cap: all points above it diverged (Wortsman et al. 2023)."""
+    """Largest attention logit before a cap: all runs above it diverged (Wortsman et al. 2023)."""
     max_logit_early: float = 1e3
-    """The same: where logits forced to this size began to cost loss (Wortsman et al., 10M)."""
+    """Largest attention logit before a cap, as an early sign: logits forced to this size began to
+    cost loss (Wortsman et al., 10M)."""
     entropy: float = 0.1
     """Attention entropy over log(visible keys), mean over a layer's heads. Entropy collapse
-    precedes divergence (Zhai et al. 2023); the number is ours. One key for a head is healthy, for
-    all heads of a layer it is not."""
+    precedes divergence (Zhai et al. 2023); the number is ours. One head that attends to a single
+    key is healthy, but all heads of a layer are not."""
     clipped_rows: float = 0.5
     """Share of attention rows that a clipped softmax sets to zero, mean over heads (ours)."""
     output_growth: float = 2.0
-    """Output RMS of QKV, Proj and FC2 over the trailing median. Rybakov et al. 2024: that of QKV is
-    more than doubled by step 1,000 where the run diverges later."""
+    """Output RMS of QKV, Proj and FC2 over the trailing median. In Rybakov et al. 2024, QKV's
+    output has more than doubled by step 1,000 in a run that diverges later."""
     input_grad_jump: float = 5.0
-    """Gradient in the input of QKV and FC1 over the trailing median. Its explosion tells runs apart
-    in Rybakov et al.; the number is ours, above the noise of single batches."""
+    """Gradient of the input of QKV and FC1 over the trailing median. Its explosion distinguishes
+    runs in Rybakov et al.; the number is ours, above the noise of single batches."""
     update_jump: float = 2.0
-    """A layer's update, for its learning rate, over the trailing median. The first to spike in
-    Marin's 32B run and in Molybog et al. 2023; the number is ours: Adam's update is about a third
-    of its bound, usually."""
+    """A layer's update, divided by its learning rate, over the trailing median. It spiked first in
+    Marin's 32B run and in Molybog et al. 2023. The number is ours: Adam's update is usually about a
+    third of its bound."""
     grad_over_eps: float = 10.0
-    """Gradient RMS over Adam's eps, where eps takes a tenth off a usual update (ours; Wortsman et
-    al. see harm at 1)."""
+    """Gradient RMS over Adam's eps. At this ratio, eps reduces a usual update by a tenth (ours;
+    Wortsman et al. see harm at 1)."""
     log_z: float = 100.0
-    """Absolute mean of log Z. From 128 on, bf16 logits are 1 apart, which is why PaLM has a z-loss;
-    the number is ours."""
+    """Absolute mean of log Z. From 128 on, bf16 logits are 1 apart, which is the reason for PaLM's
+    z-loss; the number is ours."""
     samples: int = 8
-    """Samples that a trailing median needs."""
+    """Number of samples that a trailing median needs."""
     learning: float = 0.1
-    """Fall of the loss under its trailing median, in nats, at which growth is taken for learning
-    (ours: in small runs that went well, Proj's and FC2's outputs grew up to 6-fold and the
-    gradients up to 10-fold while it fell faster, and less than the limits above afterwards)."""
+    """Drop of the loss under its trailing median, in nats, above which growth is attributed to
+    learning. The number is ours: in small healthy runs, Proj's and FC2's outputs grew up to 6-fold
+    and the gradients up to 10-fold while the loss dropped faster, and less than the limits above
+    afterwards."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,16 @@ class Rule:
     """One sign.
 
     Args:
-        key: its name.
-        places: packed places that it looks at, each by itself.
-        limit: picks the number, or the factor where `relative`.
-        words: what is measured; `{place}` is put in.
-        reduce: from (S, L) or (S, L, H) to (S, L).
-        below: whether it is small numbers that are bad.
-        relative: whether the limit is a factor over the trailing median.
-        per_rate: whether samples are compared after division by their learning rates.
-        settled: whether to judge only where the loss has all but stopped falling.
+        key: Name of the rule.
+        places: Packed places that are judged, each separately.
+        quantity: Quantity that is judged.
+        limit: Function that returns the limit, or the factor if `relative`.
+        words: Description of the number, a format string with `{place}`.
+        reduce: Function from (S, L) or (S, L, H) to (S, L).
+        below: True if small numbers are bad.
+        relative: True if the limit is a factor over the trailing median.
+        per_rate: True to divide samples by their learning rates before comparing them.
+        settled: True to judge only when the loss has nearly stopped falling.
     """
 
     key: str
@@ -88,9 +92,9 @@ class Rule:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What one rule finds in one column: (S, L) values and limits, L being 1 outside of layers.
+    """Result of one rule on one column: (S, L) values and limits, with L = 1 outside of layers.
 
-    NaN is "no value" or "no limit yet". `usual` is the trailing median of a relative rule.
+    NaN means "no value" or "no limit yet". `usual` is the trailing median of a relative rule.
     """
 
     rule: Rule
@@ -101,17 +105,17 @@ class Judgement:
 
     @property
     def crossed(self) -> np.ndarray:
-        """(S, L), whether values are beyond limits."""
+        """(S, L) bool, True where values are beyond limits."""
         return self.values < self.limits if self.rule.below else self.values > self.limits
 
     @property
     def within(self) -> np.ndarray:
-        """(S, L), whether values were judged and are not beyond limits."""
+        """(S, L) bool, True where values were judged and are not beyond limits."""
         return ~(self.crossed | np.isnan(self.values) | np.isnan(self.limits))
 
     @property
     def closeness(self) -> np.ndarray:
-        """(S, L), from 0, usual or far away, to 1, at the limit; NaN where nothing is judged."""
+        """(S, L), from 0 (usual, or far from the limit) to 1 (at the limit); NaN if not judged."""
         with np.errstate(divide="ignore", invalid="ignore"):
             if self.usual is not None:
                 share = np.log(self.values / self.usual) / np.log(self.limits / self.usual)
@@ -119,7 +123,7 @@ class Judgement:
             return self.limits / self.values if self.rule.below else self.values / self.limits
 
     def name(self, layer: int) -> str:
-        """The name of the series judged for a layer, e.g. `layers.1.qkv/output_rms`."""
+        """Return the name of the series judged for a layer, e.g. `layers.1.qkv/output_rms`."""
         return self.column.replace("*", str(layer))
 
 
@@ -166,7 +170,7 @@ def _in_layers(*places: str) -> tuple[str, ...]:
     return tuple(f"layers.*.{place}" for place in places)
 
 
-# Besides our own qkv, proj, fc1 and fc2 stand other families' names of the same maps.
+# Includes the names of other model families for our qkv, proj, fc1 and fc2.
 _QKV = _in_layers("qkv", "q", "k", "v")
 RULES = (
     _logit("max_logit", lambda t: t.max_logit),
@@ -215,7 +219,7 @@ RULES = (
 
 
 def judgements(history: History, thresholds: Thresholds) -> Iterator[Judgement]:
-    """Every rule on every column of a run that it looks at."""
+    """Yield the result of every rule on every column that it judges."""
     rates, settled = _learning_rates(history), _settled(history, thresholds)
     for rule in RULES:
         for place in rule.places:
@@ -234,7 +238,10 @@ def judgements(history: History, thresholds: Thresholds) -> Iterator[Judgement]:
 
 
 def _settled(history: History, thresholds: Thresholds) -> np.ndarray:
-    """(S,), whether the smoothed loss is hardly under its own trailing median; False if unknown."""
+    """Return (S,) bool, True where the smoothed loss is close to its trailing median.
+
+    It is False if unknown.
+    """
     if "loss" not in history.train:
         return np.zeros(len(history.steps), dtype=bool)
     steps, losses = history.train["step"], smoothed(history.train["loss"])
@@ -244,7 +251,7 @@ def _settled(history: History, thresholds: Thresholds) -> np.ndarray:
 
 
 def _learning_rates(history: History) -> np.ndarray:
-    """(S,) between log lines; NaN before the first and after the last, and where it is zero."""
+    """Return (S,) interpolated learning rates; NaN outside of the log lines and where zero."""
     if "learning_rate" not in history.train:
         return np.full(len(history.steps), np.nan)
     steps, rates = history.train["step"], history.train["learning_rate"]
@@ -253,7 +260,7 @@ def _learning_rates(history: History) -> np.ndarray:
 
 
 def _trailing_medians(steps: np.ndarray, values: np.ndarray, needed: int) -> np.ndarray:
-    """(S, L), the median over the earlier samples t with step / 2 <= t; NaN with too few."""
+    """Return the (S, L) median over earlier samples t with step / 2 <= t; NaN if too few."""
     ends = np.arange(len(steps))
     starts = np.searchsorted(steps, steps / 2)
     counts = np.minimum(ends - starts, _MEDIAN_SAMPLES)
@@ -269,7 +276,7 @@ def _trailing_medians(steps: np.ndarray, values: np.ndarray, needed: int) -> np.
 
 
 def _medians_of_rows(window: np.ndarray, needed: int) -> np.ndarray:
-    """(S,) medians of (S, M) without NaN; NaN for a row with fewer numbers than needed."""
+    """Return (S,) medians of (S, M) without NaN; NaN for a row with fewer numbers than needed."""
     ordered = np.sort(window, axis=1)  # NaN last
     counts = (~np.isnan(ordered)).sum(axis=1)
     rows = np.arange(len(ordered))

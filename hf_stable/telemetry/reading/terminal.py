@@ -1,4 +1,4 @@
-"""Runs on the terminal: the live view of `hf-stable watch`, and a diagnosis in words."""
+"""Terminal views: the live view of `hf-stable watch`, and a diagnosis in words."""
 
 import time
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from hf_stable.telemetry.reading.history import History, read_history
 from hf_stable.telemetry.reading.remedies import Remedy
 from hf_stable.telemetry.reading.rules import Judgement, Thresholds, judgements
 
-# What the table of layers has columns for: rule, heading, and whether to show it as a factor.
+# Columns of the table of layers: rule, heading, and True to show a factor.
 _COLUMNS = (
     ("max_logit_early", "max logit", False),
     ("entropy", "entropy", False),
@@ -37,10 +37,10 @@ _SILENCE = 3600.0
 
 
 def watch_runs(folders: Sequence[Path], console: Console, refresh: float, once: bool) -> None:
-    """Show runs until all have ended, again every `refresh` seconds; or once.
+    """Show runs once, or every `refresh` seconds until all have ended.
 
     Raises:
-        UserError: when a folder holds no run.
+        UserError: If a folder holds no run.
     """
     watched = _Watched(folders)
     states = watched.read()
@@ -56,14 +56,14 @@ def watch_runs(folders: Sequence[Path], console: Console, refresh: float, once: 
 
 @dataclass(frozen=True)
 class State:
-    """A run as it is now; `ending` is how it ended, None while it trains."""
+    """Current state of a run; `ending` is how it ended, or None while it trains."""
 
     history: History
     ending: str | None
 
 
 class _Watched:
-    """Histories of folders; records that have not grown are not read again."""
+    """Histories of folders. Records that have not grown are not read again."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self._folders = folders
@@ -73,7 +73,9 @@ class _Watched:
         return [self._of(folder) for folder in self._folders]
 
     def _of(self, folder: Path) -> State:
-        gone = is_gone(folder)  # first: its last record is written before its lock is free
+        gone = is_gone(
+            folder
+        )  # check first: the last record is written before the lock is released
         history = self._history(folder)
         return State(history, ending(history, is_gone=gone))
 
@@ -86,7 +88,7 @@ class _Watched:
 
 
 def view(states: Sequence[State], width: int) -> RenderableType:
-    """All runs, beside each other where the width has room for two panels or more."""
+    """Return all runs, side by side if the width has room for two or more panels."""
     beside = max(1, min(len(states), width // _PANEL_WIDTH))
     grid = Table.grid(expand=True)
     for _ in range(beside):
@@ -101,7 +103,8 @@ def ending(history: History, *, is_gone: bool = False) -> str | None:
     """Return how a run ended, or None while it may still train.
 
     Args:
-        is_gone: whether its process is known to be gone, whatever the records say.
+        history: Records of the run.
+        is_gone: True if its process is known to have exited, whatever the records say.
     """
     end: str | None = None
     for row in history.events:
@@ -115,10 +118,10 @@ def ending(history: History, *, is_gone: bool = False) -> str | None:
 
 
 def is_gone(folder: Path) -> bool:
-    """Return whether no process trains in a run's folder any more.
+    """Return True if no process trains in a run's folder any more.
 
-    Its lock tells. Where there is none, as under `transformers.Trainer` or in a copy of the
-    records, a run is gone when its records have not grown for an hour.
+    The run's lock decides. Without a lock, as under `transformers.Trainer` or in a copy of the
+    records, a run counts as gone if its records have not grown for an hour.
     """
     free = is_free(folder)
     metrics = folder / "metrics.jsonl"
@@ -128,7 +131,7 @@ def is_gone(folder: Path) -> bool:
 
 
 def run_panel(state: State, width: int) -> Panel:
-    """One run: progress, loss, the layers nearest to trouble, alarms."""
+    """Return the panel of one run: progress, loss, the layers nearest to a limit, alarms."""
     history = state.history
     found = alarms(history)
     parts: list[RenderableType] = [_progress(state), _numbers(history, width - 4)]
@@ -200,9 +203,9 @@ def _latest(history: History, name: str, form: str) -> str:
 
 
 def sparkline(values: np.ndarray, width: int) -> str:
-    """Means of equal parts as bars, at most `width`; × where a number is not finite.
+    """Return at most `width` bars, each the mean of an equal part; × if not finite.
 
-    The scale leaves the first tenth out, which would flatten the rest.
+    The scale ignores the first tenth, which would flatten the rest.
     """
     if not len(values):
         return ""
@@ -219,7 +222,7 @@ def sparkline(values: np.ndarray, width: int) -> str:
 
 
 def _layers(history: History) -> RenderableType:
-    """The layers nearest to a limit, the nearest first, by their last sample."""
+    """Return the table of layers nearest to a limit in their last sample, nearest first."""
     judged = [
         judgement for judgement in judgements(history, Thresholds()) if "*" in judgement.column
     ]
@@ -284,16 +287,16 @@ def _alarm_lines(history: History, found: Sequence[Alarm]) -> list[RenderableTyp
 
 
 def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
-    """A diagnosis for people: sentences, evidence, and what the papers do about it."""
+    """Print a diagnosis: sentences, evidence and remedies from the papers."""
     console.print(Text(diagnosis.run, style="bold"))
     for sentence in diagnosis.sentences:
         console.print(Text(sentence))
     if diagnosis.evidence:
         console.print(_evidence_table(diagnosis))
     if diagnosis.remedies:
-        console.print(Text("\nWhat is on record against it, and not on in this run:"))
+        console.print(Text("\nTechniques against it in the papers that this run does not use:"))
         table = Table(box=box.SIMPLE, pad_edge=False, header_style="dim")
-        table.add_column("room")
+        table.add_column("group")
         table.add_column("set in the recipe", no_wrap=True)
         table.add_column("why")
         for remedy in diagnosis.remedies:
@@ -302,7 +305,7 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
 
 
 def _setting(remedy: Remedy) -> Text:
-    """One key a line."""
+    """Return the setting with one key per line."""
     keys = "=" in remedy.setting
     return Text(remedy.setting.replace(" ", "\n") if keys else remedy.setting)
 
