@@ -111,7 +111,7 @@ def check_recipe(folder: Path, recipe: Recipe, resume: str) -> None:
         changes = {key: both for key, both in changes.items() if key not in _LENGTH}
     hint = ""
     if is_longer and changes.keys() <= _LENGTH:
-        hint = "To train this run on to the new length: --resume longer. "
+        hint = "To extend this run to the new length: --resume longer. "
     _refuse(folder, "a run of another recipe", changes, resume, hint)
 
 
@@ -248,8 +248,8 @@ def _refuse(
     lines = [f"  {key}: {old!r} there, {new!r} here" for key, (old, new) in sorted(changes.items())]
     raise CheckpointError(
         f"{folder} holds {what}:\n" + "\n".join(lines) + "\n"
-        f"{hint}Give another output folder, delete this one, or take back the changes; --resume "
-        "changed resumes in spite of them."
+        f"{hint}Give another output folder, delete this one, or undo the changes; --resume "
+        "changed resumes despite them."
     )
 
 
@@ -376,7 +376,7 @@ def roll_back(
     assert decision.rollback_to is not None and decision.onset is not None
     assert decision.skip_first is not None and decision.skip_last is not None
     every, batch = settings.checkpoint_every, settings.global_batch_size
-    target = from_main(lambda: _target(folder, decision, every), f"{folder} cannot be set back")
+    target = from_main(lambda: _target(folder, decision, every), f"{folder} cannot be rolled back")
     # Load before deleting anything: a damaged target would leave nothing to resume from.
     scalars = load_newest(folder, model, optimizer, accelerator, at_most=target)
     assert scalars is not None  # `_target` found one, or `load_newest` raised
@@ -393,7 +393,7 @@ def roll_back(
         abandon(folder / "checkpoints", target)
         return found
 
-    return _resumed(scalars, guard, from_main(record, f"{folder} cannot be set back"))
+    return _resumed(scalars, guard, from_main(record, f"{folder} cannot be rolled back"))
 
 
 def _target(folder: Path, decision: Decision, every: int) -> int:
@@ -408,7 +408,7 @@ def _target(folder: Path, decision: Decision, every: int) -> int:
     before = [step for step in steps if step < decision.onset]
     if not before:
         raise CheckpointError(
-            f"{folder}: {decision.reason}; there is no checkpoint from before step "
+            f"{folder}: {decision.reason}; no checkpoint is left from before step "
             f"{decision.onset} to go back to. Raise training.keep_checkpoints, and start again."
         )
     return enough[-1] if enough else before[0]

@@ -135,7 +135,7 @@ def _write(
         raise
     from_main(
         lambda: prune(parent, keep.last, keep.every, keep.interval, held),
-        "old checkpoints stay",
+        "old checkpoints could not be deleted",
         group,
     )
     return folder

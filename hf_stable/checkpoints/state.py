@@ -149,9 +149,9 @@ def check_names(
     ]
     if differences:
         raise CheckpointError(
-            f"{place} is of another model or optimizer; {len(differences)} tensors differ:\n"
+            f"{place} belongs to another model or optimizer; {len(differences)} tensors differ:\n"
             + "\n".join(differences[:10])
-            + "\nTake back the change of the recipe, or give another output folder."
+            + "\nUndo the change of the recipe, or give another output folder."
         )
 
 

@@ -211,7 +211,7 @@ class Guard:
         self._skips_in_a_row += 1
         if self._settings.actions:
             self._skips.append(step)
-        return self._decide(step, alarm, "skip", "update skipped; the weights are as before")
+        return self._decide(step, alarm, "skip", "update skipped; the weights are unchanged")
 
     def _lower(self, step: int, alarm: Alarm) -> Decision:
         if self._lowered_at is None or step >= self._lowered_at + self._settings.memory:
@@ -283,7 +283,7 @@ class Guard:
         back = f", rolled back from step {places}" if tried else ""
         advice = _ADVICE
         if not tried:
-            advice += " Or let guard.actions have rollback, which leaves out the data at fault."
+            advice += " Or add rollback to guard.actions, which leaves out the data at fault."
         return f"trouble since step {self._onset}; tried: {steps}{lowered}{back}. {advice}"
 
 

@@ -460,7 +460,7 @@ def test_tokens(
 def test_a_name_that_is_taken(hub: Hub, checked: ExportCheck) -> None:
     """By what the token may not see, or by a model that is not ours; ours may be pushed over."""
     hub.hidden.add(REPO)
-    with pytest.raises(HubError, match="org/name is taken by a repository that the token cannot read"):
+    with pytest.raises(HubError, match="is taken by a repository that the token cannot read"):
         published(checked)
     hub.hidden.clear()
     connect().create_repo(REPO)
