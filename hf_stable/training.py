@@ -239,7 +239,7 @@ class _Course:
         what = "interrupted" if number == signal.SIGINT else "preempted"
         text = f"{what}, with a checkpoint; the same command resumes the run"
         run.reporter.event("preempted", done, text, signal=name)
-        # A scheduler may end the main process's machine as soon as another one's has left.
+        # A scheduler may stop the main process's node as soon as another node's process has left.
         run.reporter.close()
         run.accelerator.wait_for_everyone()
         return TrainResult(run.folder, done, self._perplexity, preempted=True, signal=number)

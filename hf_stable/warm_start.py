@@ -58,7 +58,7 @@ class WarmStart:
             raise CheckpointError(f"training.initial_model: {error}") from error
         if not isinstance(source, StableGPTForCausalLM):
             raise self._error(
-                f"holds a {type(source).__name__}; `hf-stable convert` makes a StableGPT of some"
+                f"holds a {type(source).__name__}; `hf-stable convert` supports some families"
             )
         self._source = source
         self._trained = copy.deepcopy(source.config)  # unchanged even if sigma is folded later

@@ -92,8 +92,8 @@ def render_card(
         text = _filled(" ".join(name.split()), facts, scored, statement, picture)
     if found := leaks(text):
         raise UserError(
-            f"the card of {run} would publish {' and '.join(found)}: look for it in run.json and "
-            "in what is stated, and take it out"
+            f"the card of {run} would publish {' and '.join(found)}: remove it from run.json and "
+            "from the stated facts"
         )
     return ModelCard(text)
 

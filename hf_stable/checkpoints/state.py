@@ -171,8 +171,8 @@ def put_random_states(states: dict[str, torch.Tensor], accelerator: Accelerator)
     """Restore the generators' states; keep the seeds if the number of processes has changed."""
     if len(states["cpu"]) != accelerator.num_processes:
         return
-    # A clone, since torch reads a generator's state as aligned words, and a row of a file is not:
-    # a second process ended with SIGSEGV.
+    # A clone, because torch reads a generator's state as aligned words, and a row of a file is not
+    # aligned: a second process ended with SIGSEGV.
     row = accelerator.process_index
     torch.set_rng_state(states["cpu"][row].clone())
     if "cuda" in states and accelerator.device.type == "cuda":

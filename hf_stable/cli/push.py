@@ -193,4 +193,4 @@ def _print_difference(difference: "Difference", unreachable: str | None, repo: s
     total = counted(sum(each.bytes for each in difference.changes), "byte")
     print(f"{counted(len(difference.changes), 'file')}, {total}, to {repo}; nothing was written")
     if unreachable is not None:
-        print(f"what is new there is not known: {unreachable}")
+        print(f"the state of the repository is unknown: {unreachable}")

@@ -344,7 +344,7 @@ class TrainingRecipe:
         if 0 < self.hang_timeout < _LEAST_PATIENCE:
             raise ValueError(
                 f"hang_timeout {self.hang_timeout} is shorter than a step, a validation or a "
-                f"checkpoint may take; give at least {_LEAST_PATIENCE} seconds, or 0 for never"
+                f"checkpoint may take; give at least {_LEAST_PATIENCE} seconds, or 0 to disable it"
             )
         return self
 
@@ -458,7 +458,7 @@ class Recipe:
                 f"guard.actions has rollback, which may go {self.guard.reach} steps back, but "
                 f"training.checkpoint_every {every} and keep_checkpoints {keep} hold {held}; "
                 f"raise one of them, set training.keep_every to at most {self.guard.reach}, or "
-                "take rollback out"
+                "remove rollback"
             )
         return self
 

@@ -74,7 +74,7 @@ def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any
             _refuse(key_node.start_mark, f"key {key_node.value!r} is not text; quote it")
         key = loader.construct_object(key_node)
         if key in mapping:
-            _refuse(key_node.start_mark, f"key {key!r} stands twice; remove one")
+            _refuse(key_node.start_mark, f"key {key!r} occurs twice; remove one")
         mapping[key] = loader.construct_object(value_node, deep=True)
     return mapping
 

@@ -548,7 +548,7 @@ def test_nothing_is_loaded_while_the_hub_does_not_say_whether_there_are_sums(
     published(checked)
     corrupt(hub, sorted(checked.folder.glob("model-*"))[0].name)
     hub.fault(f"/{SUMS}", status, times=99)
-    with pytest.raises(CheckpointError, match=rf"{REPO}: whether it has {SUMS}.*nothing of it"):
+    with pytest.raises(CheckpointError, match=rf"{REPO}: it is unknown whether it has {SUMS}.*nothing of it"):
         load_model(REPO)
     assert not any("/model-" in each for each in hub.asked if each.startswith(("GET", "HEAD")))
     hub.faults.clear()
@@ -602,7 +602,7 @@ def test_faults_of_a_download_are_one_sentence_and_the_next_try_succeeds(
     large = hub.large[checked.files[shard]]
     hub.fault(f"GET /org/name/resolve/{hub.repos[REPO].refs['main']}/{shard}",
               lambda handler: handler.cut(large[:1000]), times=99)  # fmt: skip
-    fails("the download broke off")
+    fails("the download failed")
     hub.faults.clear()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
