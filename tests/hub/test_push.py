@@ -548,7 +548,9 @@ def test_nothing_is_loaded_while_the_hub_does_not_say_whether_there_are_sums(
     published(checked)
     corrupt(hub, sorted(checked.folder.glob("model-*"))[0].name)
     hub.fault(f"/{SUMS}", status, times=99)
-    with pytest.raises(CheckpointError, match=rf"{REPO}: it is unknown whether it has {SUMS}.*nothing of it"):
+    with pytest.raises(
+        CheckpointError, match=rf"{REPO}: it is unknown whether it has {SUMS}.*nothing of it"
+    ):
         load_model(REPO)
     assert not any("/model-" in each for each in hub.asked if each.startswith(("GET", "HEAD")))
     hub.faults.clear()
