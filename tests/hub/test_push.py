@@ -167,7 +167,7 @@ def test_branch_private_message_and_pull_request(hub: Hub, checked: ExportCheck)
 
 def test_a_private_push_never_goes_to_a_public_repository(hub: Hub, checked: ExportCheck) -> None:
     connect().create_repo(REPO)
-    with pytest.raises(HubError, match="there already and public"):
+    with pytest.raises(HubError, match="exists and is public"):
         published(checked, private=True)
     assert on(hub) == {} and not hub.large
 
