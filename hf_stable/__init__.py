@@ -30,20 +30,20 @@ def __getattr__(name: str) -> Any:
 
 
 class _RegisterOnImport:
-    """Finder of modules that registers the family once Transformers is imported, by whomever.
+    """Module finder that registers the family once anything imports Transformers.
 
-    Importing Transformers and torch takes seconds, which `hf-stable --help` does not have. Whoever
-    can use the Auto classes has imported Transformers, so nobody sees them without the family.
+    Importing Transformers and torch takes seconds, too long for `hf-stable --help`. Users of the
+    Auto classes have imported Transformers, so for them the family is always registered.
     """
 
-    # The model's own files import Transformers, and kernels import the model: registration, which
-    # needs them all, waits until the outermost of these is loaded.
+    # The model's files import Transformers, and kernels import the model. Registration needs them
+    # all, so it waits until the outermost of these imports is complete.
     _watched = ("transformers", "hf_stable.model")
     _loading: ClassVar[set[str]] = set()
 
     @classmethod
     def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """Return what the other finders find for a watched module, and None for any other."""
+        """Return the other finders' result for a watched module, and None for any other."""
         if name not in cls._watched and not name.startswith("hf_stable.kernels."):
             return None
         others = (each for each in sys.meta_path if each is not cls)

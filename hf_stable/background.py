@@ -1,11 +1,11 @@
-"""Long native calls that Ctrl-C ends: they run in a thread, and the main thread waits for them."""
+"""Long native calls that Ctrl-C can interrupt: they run in a thread while the main thread waits."""
 
 import threading
 from collections.abc import Callable
 from typing import TypeVar
 
 _SECONDS_BETWEEN_LOOKS = 0.2
-# For work that looks at its event to end by itself.
+# Time for work that checks its event to end by itself.
 _SECONDS_TO_END = 0.5
 
 T = TypeVar("T")
@@ -14,13 +14,14 @@ _left: list[threading.Thread] = []
 
 
 def run_in_background(work: Callable[[threading.Event], T], waiting: Callable[[], object]) -> T:
-    """Return what `work` returns, and call `waiting` about five times a second until then.
+    """Return the result of `work`, and call `waiting` about five times a second until then.
 
-    Python handles signals in the main thread only, and not before native code returns to it. An
-    interrupt leaves native code behind, which computes on until the process ends.
+    Python handles signals only in the main thread, after native code returns to it. An interrupt
+    abandons native code, which continues until the process ends.
 
     Args:
         work: Receives an event that is set when nobody waits any longer.
+        waiting: Called while the work runs.
     """
     results: list[T] = []
     errors: list[BaseException] = []
@@ -49,9 +50,9 @@ def run_in_background(work: Callable[[threading.Event], T], waiting: Callable[[]
 
 
 def is_work_left() -> bool:
-    """Return whether native code that nobody waits for still runs.
+    """Return True if abandoned native code is still running.
 
-    A thread that returns from it while Python shuts down aborts the process, so such a process is
-    to end by `os._exit`.
+    A thread that returns from it while Python shuts down aborts the process. Such a process must
+    end with `os._exit`.
     """
     return any(thread.is_alive() for thread in _left)

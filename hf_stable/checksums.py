@@ -1,7 +1,7 @@
-"""SHA256SUMS: what the files of an exported folder were when it was written.
+"""SHA256SUMS: hashes of the files of an exported folder at the time of the export.
 
-The form is that of coreutils: `sha256sum -c SHA256SUMS` checks a folder with nothing of ours. It
-finds damage and changes; somebody who changes SHA256SUMS too is found only with a copy of it.
+The format is that of coreutils: `sha256sum -c SHA256SUMS` checks a folder without this package. It
+detects damage and changes. If someone changes SHA256SUMS too, only a separate copy of it helps.
 """
 
 import hashlib
@@ -11,29 +11,29 @@ from pathlib import Path
 from .errors import CheckpointError
 
 SUMS = "SHA256SUMS"
-# The card: text that nothing reads on loading, and that people go on writing, also on the Hub.
+# The card: loading does not read it, and people may edit it later, also on the Hub.
 EDITABLE = frozenset({"README.md", "training_curve.png"})
-# What Transformers might read from a model's folder; such a file beside the listed ones may take
-# their place, as model.safetensors does that of shards.
+# Types of files that Transformers might read from a model's folder. Such a file beside the listed
+# ones might be read instead of them, as model.safetensors is instead of shards.
 _LOADED = frozenset({".py", ".json", ".safetensors", ".bin", ".pt", ".jinja", ".model", ".txt"})
 _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](?:\./)*(.+)")
-# The code in an export, by which its sums are told from anybody else's.
+# Ending of the code files in an export, which identifies our SHA256SUMS.
 _CODE = "_stable_gpt.py"
 
 
 def sha256_of(file: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def weights_of(folder: Path) -> dict[str, str]:
-    """SHA-256 of the files of weights in a model's folder, by name."""
+    """Return the SHA-256 of the weight files in a model's folder, by name."""
     return {file.name: sha256_of(file) for file in sorted(folder.glob("*.safetensors"))}
 
 
 def write_sums(folder: Path) -> None:
-    """Write SHA256SUMS for all files of a folder but the card's."""
+    """Write SHA256SUMS for all files of a folder except the card's."""
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
     names = sorted(name for name, path in files.items() if path.is_file())
     listed = [name for name in names if name not in EDITABLE | {SUMS}]
@@ -42,10 +42,13 @@ def write_sums(folder: Path) -> None:
 
 
 def read_sums(file: Path) -> dict[str, str]:
-    """SHA-256 by relative name.
+    """Read the SHA-256 of each file, by relative name.
+
+    Args:
+        file: A SHA256SUMS file.
 
     Raises:
-        CheckpointError: a line of another form, or a name that leads out of the folder.
+        CheckpointError: If a line has another form, or a name leads out of the folder.
     """
     found = {}
     for number, line in enumerate(file.read_text("utf-8", "replace").splitlines(), start=1):
@@ -57,10 +60,13 @@ def read_sums(file: Path) -> dict[str, str]:
 
 
 def our_sums(file: Path) -> dict[str, str] | None:
-    """`read_sums` of an export's SHA256SUMS; None where somebody made it of another folder.
+    """Read the SHA256SUMS of an export; return None if it is not from an export.
+
+    Args:
+        file: A SHA256SUMS file.
 
     Raises:
-        CheckpointError: as `read_sums`, where an export's own is damaged.
+        CheckpointError: If the file of an export is damaged, see `read_sums`.
     """
     try:
         listed = read_sums(file)
@@ -74,11 +80,17 @@ def our_sums(file: Path) -> dict[str, str] | None:
 
 
 def verify_sums(folder: Path) -> dict[str, str]:
-    """SHA-256 by name, as listed, when all files of the folder are as they were exported.
+    """Verify that all files of a folder are as they were exported.
+
+    Args:
+        folder: Folder with a SHA256SUMS file.
+
+    Returns:
+        SHA-256 of each listed file, by name.
 
     Raises:
-        CheckpointError: naming the first file that is missing, changed, or not listed though
-            Transformers might read it.
+        CheckpointError: If a file is missing or changed, or is not listed although Transformers
+            might read it; names the first one.
     """
     listed = read_sums(folder / SUMS)
     for name, expected in listed.items():

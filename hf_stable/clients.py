@@ -1,8 +1,8 @@
-"""Command lines of other projects, in a process in which Transformers knows `stable_gpt`.
+"""Command lines of other projects, run in a process in which Transformers knows `stable_gpt`.
 
-Transformers discovers no plugins, so that a tool's own command cannot load a model without code in
-its folder. Importing this package registers the family. Each function here only calls the client's
-own command line, whose options are the client's.
+Transformers discovers no plugins, so a tool's own command cannot load a model without code in its
+folder. Importing this package registers the family. Each function here only calls the client's
+command line, which defines the options.
 """
 
 import importlib
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def _client(module: str) -> Any:
-    """Import the module of a client; exit with code 2 where it is not installed."""
+    """Import the module of a client; exit with code 2 if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -20,11 +20,11 @@ def _client(module: str) -> Any:
 
 
 def lm_eval() -> None:
-    """`hf-stable-lm-eval` is `lm-eval` (lm-evaluation-harness) that knows StableGPT."""
+    """Run `lm-eval` (lm-evaluation-harness) with StableGPT known; `hf-stable-lm-eval`."""
     _client("lm_eval.__main__").cli_evaluate()
 
 
 def serve() -> None:
-    """`hf-stable-serve MODEL` is `transformers serve MODEL` that knows StableGPT."""
+    """Run `transformers serve MODEL` with StableGPT known; `hf-stable-serve MODEL`."""
     app = _client("transformers.cli.transformers").app
     app(args=["serve", *sys.argv[1:]], prog_name="transformers")

@@ -1,8 +1,8 @@
-"""Files and folders that appear whole and survive a crash: the one way in which they are written.
+"""Atomic and durable writing of files and folders; all files are written with it.
 
 A reader, and a process that starts after a crash, finds the old content or the new one. The order
-is always the same: the content is brought to the disk, it is renamed, and the rename is brought to
-the disk. Standard library only.
+is always the same: flush the content to disk, rename it, flush the rename to disk. Standard library
+only.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
+    """Flush a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -23,7 +23,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Bring a folder and all that is below it to the disk; links are not followed."""
+    """Flush a folder and everything below it to disk; links are not followed."""
     for place, _, names in os.walk(folder, topdown=False):
         for name in names:
             if not (Path(place) / name).is_symlink():
@@ -32,21 +32,27 @@ def sync_tree(folder: Path) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Give what is on the disk another name in the same folder, and bring the name to the disk.
+    """Rename a file or folder that is on disk within its folder, and flush the new name to disk.
+
+    Args:
+        source: Path to rename.
+        target: New path.
 
     Raises:
-        OSError: when `target` is a folder with something in it.
+        OSError: If `target` is a folder that is not empty.
     """
     source.replace(target)
     sync(target.parent)
 
 
 def write_file(path: Path, content: bytes, *, survives_crash: bool = True) -> None:
-    """Write a file whole or not at all; its folder is made where it is missing.
+    """Write a file completely or not at all; create its folder if needed.
 
     Args:
-        survives_crash: False saves the wait for the disk where the content is worth nothing after
-            a crash of the machine.
+        path: File to write.
+        content: Content of the file.
+        survives_crash: False does not wait for the disk, for content that is worthless after a
+            crash of the machine.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -67,17 +73,21 @@ def write_file(path: Path, content: bytes, *, survives_crash: bool = True) -> No
 
 @contextlib.contextmanager
 def whole_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
-    """Yield a new folder beside `path`, which takes its place when the block ends without an error.
+    """Yield a new folder beside `path`, which replaces `path` when the block ends without an error.
 
-    A process that is killed at any moment loses neither the old folder nor a finished new one: in
-    the moment in which neither has the name `path`, the old one is `.old-NAME`, and the next call
-    for the same path puts it back.
+    A process killed at any moment loses neither the old folder nor a finished new one. While
+    neither is named `path`, the old folder is `.old-NAME`, and the next call for the same path
+    restores it.
 
     Args:
-        replace: False refuses to take the place of a folder that holds something.
+        path: Folder to write.
+        replace: False refuses to replace a folder that is not empty.
+
+    Yields:
+        Temporary folder to fill.
 
     Raises:
-        OSError: when a folder with something in it may not be replaced.
+        OSError: If a folder that is not empty may not be replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     old = path.with_name(f".old-{path.name}")
@@ -88,7 +98,7 @@ def whole_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
         yield temporary
         sync_tree(temporary)
         if replace and path.exists():
-            path.rename(old)  # the next rename brings both to the disk, with no wait between them
+            path.rename(old)  # the next rename flushes both to disk, without waiting in between
         try:
             rename(temporary, path)
         except OSError:
@@ -100,13 +110,13 @@ def whole_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
 
 
 def _settle(path: Path, old: Path) -> None:
-    """Put back, or remove, the old folder that a killed replacement left."""
+    """Restore, or remove, the old folder that a killed replacement left."""
     if old.exists() and not path.exists():
         rename(old, path)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_remains(path: Path) -> None:
-    """Remove what killed calls of `whole_folder` left; only where no other process writes it."""
+    """Remove remains of killed `whole_folder` calls; no other process may be writing the path."""
     for temporary in path.parent.glob(f".tmp-{path.name}-????????"):
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""Errors for the user: they name the field or file, what was found, and what to do.
+"""Errors for the user. A message names the field or file, the value found, and the remedy.
 
-Bad input is a `UserError`. Training that diverges is a result, so `DivergedError` is none.
+Bad input is a `UserError`. Training that diverges is a result, so `DivergedError` is not.
 """
 
 
@@ -21,7 +21,7 @@ class CheckpointError(UserError):
 
 
 class HubError(UserError):
-    """What the Hub refused, or did not do; nothing is done that is not said to be."""
+    """A request that the Hub refused, or did not complete; the message says what was done."""
 
 
 class DivergedError(RuntimeError):

@@ -1,11 +1,11 @@
-"""Licences by their identifiers: the Hub's own list, and SPDX expressions."""
+"""License identifiers: the Hub's own list, and SPDX expressions."""
 
 import re
 
 from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 
-# The Hub's (hub-docs, repositories-licenses.md), as of 2026-11; of a model that has none of them it
-# wants "other" with a license_name.
+# The Hub's list (hub-docs, repositories-licenses.md), as of 2026-11. For a model under any other
+# license, the Hub asks for "other" with a license_name.
 LICENSES = frozenset(
     re.findall(
         r"\S+",
@@ -27,9 +27,9 @@ LICENSES = frozenset(
 
 
 def is_license(text: str) -> bool:
-    """Whether `text` is one of the Hub's identifiers, or an SPDX expression ("CC-BY-4.0 OR MIT").
+    """Return True for one of the Hub's identifiers or an SPDX expression ("CC-BY-4.0 OR MIT").
 
-    A licence without an identifier is SPDX's "LicenseRef-" and a name.
+    A license without an identifier is written in SPDX as "LicenseRef-" and a name.
     """
     if text in LICENSES:
         return True

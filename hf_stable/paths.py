@@ -9,10 +9,13 @@ from .errors import UserError
 def expand_home(path: str) -> str:
     """Return the path with a leading `~` or `~user` replaced by the home directory.
 
-    A shell does not do it behind an equals sign or in a YAML file.
+    A shell does not do this after an equals sign or in a YAML file.
+
+    Args:
+        path: Path as the user wrote it.
 
     Raises:
-        UserError: nobody has that name, so the home directory is not known.
+        UserError: If there is no user of that name.
     """
     if not path.startswith("~"):
         return path
@@ -26,10 +29,13 @@ def expand_home(path: str) -> str:
 
 
 def check_file_to_write(path: str) -> None:
-    """Check that a file can be written, before the work whose result it gets.
+    """Check that a file can be written, before the work that produces its content.
+
+    Args:
+        path: File to write.
 
     Raises:
-        UserError: the path is a folder, or its folder cannot be made or written to.
+        UserError: If the path is a folder, or its folder cannot be created or written to.
     """
     if Path(path).is_dir():
         raise UserError(f"{path} is a folder; give the name of a file")
@@ -37,10 +43,13 @@ def check_file_to_write(path: str) -> None:
 
 
 def check_folder_to_write(path: str) -> None:
-    """Check that a folder can be made or written to, before the work whose result it gets.
+    """Check that a folder can be created or written to, before the work that fills it.
+
+    Args:
+        path: Folder to write.
 
     Raises:
-        UserError: the path is a file, or the folder cannot be made or written to.
+        UserError: If the path is a file, or the folder cannot be created or written to.
     """
     if Path(path).exists() and not Path(path).is_dir():
         raise UserError(f"{path} is a file; give the name of a folder")
@@ -48,9 +57,9 @@ def check_folder_to_write(path: str) -> None:
 
 
 def _check_parents(path: Path) -> None:
-    """Check the nearest folder above that exists."""
+    """Check the nearest existing parent folder."""
     nearest = next(parent for parent in path.parents if os.path.lexists(parent))
     if not nearest.is_dir():
         raise UserError(f"{path}: {nearest} is not a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"{path}: {nearest} cannot be written to; choose another place")
+        raise UserError(f"{path}: {nearest} cannot be written to; choose another path")

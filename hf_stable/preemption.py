@@ -1,8 +1,8 @@
-"""Signals that ask a run to stop. They only set a flag; the loop stops after the step it is at.
+"""Signals that stop a run. They only set a flag; the loop stops after the current step.
 
-Nothing else may happen in a handler: a checkpoint is collective, and a process that saves while
-another computes waits for it for ever. The loop sums `requested` over all processes together with
-its loss, so that all of them stop after the same step, whoever was told to.
+A handler must not do more: a checkpoint is collective, and a process that saves while another
+computes would wait for it forever. The loop sums `requested` over all processes together with its
+loss. All of them therefore stop after the same step, whichever process received the signal.
 """
 
 import contextlib
@@ -19,14 +19,14 @@ from typing import Any, Self
 from .records import write_json
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# A run that was told to stop has saved and can go on: sysexits.h calls it EX_TEMPFAIL.
+# A stopped run has saved a checkpoint and can be resumed: sysexits.h calls this EX_TEMPFAIL.
 EXIT_PREEMPTED = 75
-# What shells give for Ctrl-C, by which a script with several commands ends too.
+# Exit status of shells for Ctrl-C, which also ends a script with several commands.
 EXIT_INTERRUPTED = 130
 MARKER = "preempted.json"
 
-# Slurm signals every process of a step, and the launcher passes its own signal on: one request
-# comes twice. What comes within so many seconds of the first signal is part of it.
+# Slurm signals every process of a step, and the launcher forwards its own signal, so one request
+# arrives twice. Signals within this many seconds of the first one belong to it.
 _SAME_REQUEST = 2.0
 
 _entered: list["StopSignals"] = []
@@ -35,14 +35,13 @@ _entered: list["StopSignals"] = []
 class StopSignals:
     """Context in which the first SIGTERM, SIGUSR1 or SIGINT sets a flag and the second one kills.
 
-    Both work while the main thread is inside a collective or a slow write, since a thread of their
-    own reads them. The second signal ends the process as the signal itself would, but for loader
-    workers, which see to their own end: exit status 128 + its number. A signal that was ignored
-    before stays ignored. Outside the main thread, where Python allows no handlers, this warns and
-    does nothing.
+    Both work while the main thread is inside a collective or a slow write, since a separate thread
+    reads them. The second signal ends the process with exit status 128 + its number, like the
+    signal itself; loader workers end by themselves. A signal that was ignored before stays ignored.
+    Outside the main thread, where Python allows no handlers, the context only warns.
 
     Attributes:
-        requested: number of the first signal, 0 before it; it stays when the context is left.
+        requested: Number of the first signal, 0 before it. It is kept after the context.
     """
 
     _signals: tuple[signal.Signals, ...] = SIGNALS
@@ -76,7 +75,7 @@ class StopSignals:
             return
         _entered.remove(self)
         self._restore()
-        # Closing the pipe would not end the thread: forked loader workers hold it open too.
+        # Closing the pipe would not end the thread: forked loader workers also hold it open.
         os.write(self._writer, b"\0")
         self._listener.join()
         os.close(self._writer)
@@ -84,13 +83,13 @@ class StopSignals:
 
     def _restore(self) -> None:
         for number, handler in self._handlers.items():
-            # None stands for a handler that was not Python's; it cannot be put back.
+            # None is a handler not set from Python, which cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         signal.set_wakeup_fd(self._wakeup)
 
     def _listen(self) -> None:
         while number := os.read(self._reader, 1)[0]:
-            if number in self._signals:  # others have handlers of somebody else
+            if number in self._signals:  # other signals have other handlers
                 self._receive(number)
 
     def _receive(self, number: int) -> None:
@@ -104,10 +103,11 @@ class StopSignals:
 
 
 class Preparation(StopSignals):
-    """Context before the first step, where there is nothing to save: SIGTERM and SIGUSR1 end it.
+    """Context before the first step, in which SIGTERM and SIGUSR1 end the process at once.
 
-    They end the process at once with EXIT_PREEMPTED, and leave the mark by which a batch script
-    runs it again; what was prepared so far is in the cache. Ctrl-C is Python's.
+    There is nothing to save yet; data prepared so far is in the cache. The process exits with
+    EXIT_PREEMPTED, and leaves the marker by which a batch script starts it again. Ctrl-C keeps
+    Python's handler.
     """
 
     _signals = (signal.SIGTERM, signal.SIGUSR1)
@@ -124,21 +124,21 @@ class Preparation(StopSignals):
         if os.environ.get("RANK", "0") == "0":
             self._run.mkdir(parents=True, exist_ok=True)
             mark_preempted(self._run, None, number)
-        _say(f"{signal.Signals(number).name}: ending before the first step; run it again to go on")
+        _say(f"{signal.Signals(number).name}: ending before the first step; run it again to resume")
         os._exit(EXIT_PREEMPTED)
 
 
 def _do_nothing(number: int, frame: FrameType | None) -> None:
-    """Python tells the thread of a signal only if it has a handler."""
+    """Handle a signal: Python reports it to the listening thread only if it has a handler."""
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # nobody reads it any more
+    with contextlib.suppress(OSError):  # the reader may have exited
         print(text, file=sys.stderr, flush=True)
 
 
 def _restore_in_child() -> None:
-    """A forked process that is told to end must end, and not speak for its parent."""
+    """Restore the handlers in a forked process, so that a signal ends it, without messages."""
     for signals in reversed(_entered):
         signals._restore()
     _entered.clear()
@@ -148,29 +148,30 @@ os.register_at_fork(after_in_child=_restore_in_child)
 
 
 def ignore_signals(_worker: int = 0) -> None:
-    """For `DataLoader(worker_init_fn=...)`: a loader's workers live until the loader ends them.
+    """Ignore stop signals in a `DataLoader` worker; pass this as `worker_init_fn`.
 
-    Launchers signal the process group of a rank, its loader workers included. A worker that dies
-    of it would take its rank along before the checkpoint.
+    Launchers signal the process group of a rank, including its loader workers. A worker that died
+    from the signal would end its rank before the checkpoint. The loader ends its workers itself.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def mark_preempted(run: Path, step: int | None, number: int) -> None:
-    """Say in `run/preempted.json` that the run was told to stop and can go on from a checkpoint.
+    """Record in `run/preempted.json` that the run was stopped and can be resumed.
 
-    Launchers end with 1 whatever happened, so a batch script decides by this file. To be written
-    by one process, after the checkpoint and before any process leaves.
+    Launchers always exit with 1, so a batch script decides by this file. One process writes it,
+    after the checkpoint and before any process leaves.
 
     Args:
-        step: that was done; None before the first of this process.
-        number: `requested` of this process; 0 if it was another one that was told.
+        run: Folder of the run.
+        step: Number of steps done; None before the first step of this process.
+        number: `requested` of this process; 0 if another process received the signal.
     """
     name = signal.Signals(number).name if number else None
     write_json(run / MARKER, {"step": step, "signal": name, "time": time.time()})
 
 
 def clear_mark(run: Path) -> None:
-    """Remove the file, since the run goes on."""
+    """Remove the marker, since the run continues."""
     (run / MARKER).unlink(missing_ok=True)

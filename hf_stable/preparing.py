@@ -1,4 +1,4 @@
-"""From a recipe to a run: what cannot work is refused before any work, the rest is made once."""
+"""Preparation of a run from a recipe: refuse what cannot work, then build everything once."""
 
 import os
 import sys
@@ -48,14 +48,15 @@ from .warm_start import WarmStart, cost_line
 
 # Seconds that processes wait while the main one prepares the data.
 _LEAST_PATIENCE = 7200
-# As many tokens as n-gram tables are counted from; enough for any vocabulary of ours.
+# Number of tokens from which the n-gram tables are counted; enough for any supported vocabulary.
 _NGRAM_TOKENS = 20_000_000
 
 
 def prepare_run(recipe: Recipe, resume: str) -> Run:
-    """Make data, model, optimizer and records, and load the newest checkpoint if there is one.
+    """Build data, model, optimizer and records, and load the newest checkpoint if there is one.
 
     Args:
+        recipe: Complete recipe of the run.
         resume: "auto", "longer", "changed" or "never", see `training.train`.
     """
     settings = recipe.training
@@ -68,7 +69,7 @@ def prepare_run(recipe: Recipe, resume: str) -> Run:
         settings.precision,
         list(settings.trackers),
         str(folder / "trackers"),
-        # The watchdog names who hangs before the others give up waiting.
+        # The watchdog must report the hung rank before the other processes time out.
         timeout=timedelta(seconds=max(2 * settings.hang_timeout, _LEAST_PATIENCE)),
     )
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -84,7 +85,7 @@ def prepare_run(recipe: Recipe, resume: str) -> Run:
     model, optimizer = parallel.wrap(
         inner, lambda wrapped: _optimizer(recipe, wrapped), accelerator, sharding
     )
-    # The weights were drawn alike on all processes; dropout must not be.
+    # All processes drew the same weights; their dropout must differ.
     torch.manual_seed(recipe.seed + 1 + accelerator.process_index)
     guard = Guard(recipe.guard)
     where = resume_run(folder, guard, model, optimizer, accelerator, report=_say)
@@ -126,7 +127,7 @@ def prepare_run(recipe: Recipe, resume: str) -> Run:
 
 
 def _warn_of_schedule(run: Run, before: Recipe | None) -> None:
-    """Say what another length does to the learning rate, and that a warm-up has no end."""
+    """Report a changed length with its effect on the learning rate, and a warm-up without end."""
     step, recipe = run.first_step, run.recipe
     if before is not None and before.num_steps != recipe.num_steps:
         old, new = (each.learning_rate_factor(step) for each in (replace(run, recipe=before), run))
@@ -149,7 +150,7 @@ def _say(text: str) -> None:
 def _check_machine(
     recipe: Recipe, accelerator: Accelerator, sharding: Sharding, local: int
 ) -> None:
-    """Refuse what cannot work on this machine before any data is prepared."""
+    """Refuse settings that cannot work on this machine, before any data is prepared."""
     device, backend = accelerator.device, recipe.training.attn_implementation
     try:
         check_attention(backend, device)
@@ -163,7 +164,7 @@ def _check_machine(
 
 
 def _attention(recipe: Recipe, config: StableGPTConfig, device: torch.device) -> tuple[str, str]:
-    """The attention backend to train with, and why."""
+    """Return the attention backend for training, and the reason for it."""
     named = recipe.training.attn_implementation
     if named is not None:
         return named, "the recipe's choice"
@@ -173,7 +174,7 @@ def _attention(recipe: Recipe, config: StableGPTConfig, device: torch.device) ->
 def _build_model(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> StableGPTForCausalLM:
-    """The recipe's model with weights drawn from its seed."""
+    """Build the recipe's model with weights drawn from its seed."""
     config = recipe.model_config(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -196,9 +197,9 @@ def _initial_model(
     accelerator: Accelerator,
     resume: str,
 ) -> dict[str, Any]:
-    """Begin with trained weights if the recipe says so; what run.json is to say of it."""
+    """Load the initial model, if the recipe has one; return its entry for run.json."""
     folder = Path(recipe.output)
-    goes_on = bool(list_checkpoints(folder))  # whose weights count, and not the initial model's
+    goes_on = bool(list_checkpoints(folder))  # a checkpoint's weights take precedence
     if recipe.training.initial_model is None:
         return _told(check_initial_model(folder, None, resume))
     try:
@@ -209,8 +210,8 @@ def _initial_model(
             raise
         if accelerator.is_main_process:
             _say(
-                f"{error}. The run goes on from its checkpoint; that it began with these weights "
-                f"could not be seen again (SHA-256 {record['sha256']} in run.json)."
+                f"{error}. The run resumes from its checkpoint. It could not be verified that it "
+                f"began with these weights (SHA-256 {record['sha256']} in run.json)."
             )
         return _told(record)
     record = check_initial_model(folder, start.sha256, resume)
@@ -228,18 +229,18 @@ def _told(record: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _prepare_blocks(recipe: Recipe, model: StableGPTForCausalLM) -> None:
-    """Recomputation and compilation, as the recipe asks for them."""
+    """Switch on recomputation and compilation, if the recipe asks for them."""
     if recipe.training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-        # Embeddings are trained, or a first block that needs gradients where others do not would
-        # need a graph of its own.
+        # The embeddings are trained, so their outputs need no hook. With it, the first block could
+        # need another graph than the other blocks.
         model.disable_input_require_grads()
     if recipe.training.compile:
         compile_blocks(model)
 
 
 def _describe(model: StableGPTForCausalLM, recipe: Recipe, device: torch.device) -> dict[str, Any]:
-    """What run.json says of the model; taken before it is sharded."""
+    """Return the description of the model for run.json; call it before sharding."""
     blocks = sum(parameter.numel() for parameter in model.model.layers.parameters())
     return {
         "parameters": model.num_parameters(),
@@ -267,19 +268,19 @@ def _optimizer(recipe: Recipe, model: Any) -> torch.optim.AdamW:
 
 
 def _tracker_run(recipe: Recipe) -> str:
-    """The run's name at its trackers, the same whenever it is resumed."""
+    """Return the run's name for its trackers, which is stable across resumes."""
     folder = Path(recipe.output)
     known = records.read_run(folder) if (folder / "run.json").exists() else {}
     return known.get("tracker_run") or f"{recipe.name}-{uuid.uuid4().hex[:8]}"
 
 
 def _record_start(run: Run, about: dict[str, Any], event: str) -> None:
-    """Write run.json, open the trackers and say in one line what runs where."""
+    """Write run.json, open the trackers and report the setup in one line."""
     recipe, corpus, accelerator = to_dict(run.recipe), run.corpus, run.accelerator
     accelerator.init_trackers(
         "hf_stable",
         config={key: str(value) for key, value in flat(recipe).items()},
-        # A run that goes on goes on there too.
+        # A resumed run continues the same run in its trackers.
         init_kwargs={
             "wandb": {"name": run.recipe.name, "id": run.tracker_run, "resume": "allow"},
             "trackio": {"name": run.tracker_run, "resume": "allow"},

@@ -1,4 +1,4 @@
-"""The files a run leaves behind: `run.json` (what was run) and `metrics.jsonl` (what happened).
+"""Records of a run: `run.json` (its setup) and `metrics.jsonl` (its events).
 
 Reports, figures and model cards are made from these files alone, on a machine without torch.
 Standard library only.
@@ -15,13 +15,13 @@ from typing import Any
 from . import durable
 
 SCHEMA_VERSION = 1
-# What `hf-stable convert` leaves beside the model.
+# File that `hf-stable convert` writes beside the model.
 CONVERSION = "conversion.json"
 PACKAGES = ("hf_stable", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
 
 
 def _finite(value: Any) -> Any:
-    """Non-finite floats by their names: JSON has none, and a diverged run is a result to keep."""
+    """Replace non-finite floats by their names: JSON lacks them, and a diverged run is a result."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
@@ -32,7 +32,7 @@ def _finite(value: Any) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically: a reader sees the old file or the new one, also after a crash."""
+    """Write JSON atomically: even after a crash, a reader finds the old file or the new one."""
     text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False)
     durable.write_file(path, f"{text}\n".encode())
 
@@ -51,13 +51,13 @@ class RunRecord:
         write_json(self.folder / "run.json", {"schema": SCHEMA_VERSION, **content})
 
     def append(self, event: str, step: int, **fields: Any) -> None:
-        """Append one line to `metrics.jsonl`; it is on disk for other readers when this returns."""
+        """Append one line to `metrics.jsonl`, readable for other processes on return."""
         line = json.dumps(_finite({"event": event, "step": step, **fields}), allow_nan=False)
         self._metrics.write(line + "\n")
         self._metrics.flush()
 
     def sync(self) -> None:
-        """Bring all lines to the disk, before a checkpoint that says they are there."""
+        """Flush all lines to disk, before a checkpoint that relies on them."""
         os.fsync(self._metrics.fileno())
 
     def close(self) -> None:
@@ -65,7 +65,7 @@ class RunRecord:
 
 
 def _cut_torn_line(file: Path) -> None:
-    """Take away a last line without an end, which a killed writer left and a next would go on."""
+    """Remove an incomplete last line of a killed writer, which the next line would extend."""
     if file.is_file():
         content = file.read_bytes()
         whole = content.rfind(b"\n") + 1
@@ -95,7 +95,7 @@ def read_metrics(folder: Path, event: str | None = None) -> list[dict[str, Any]]
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of the packages that decide a run's numbers; None for one that is not installed."""
+    """Return the versions of the packages that affect results; None if one is not installed."""
     found: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
@@ -106,19 +106,21 @@ def versions() -> dict[str, str | None]:
 
 
 def numerics() -> dict[str, str | None]:
-    """Variables of the environment on which the bits of a run depend on a CPU; None where unset."""
+    """Return the environment variables that affect the last bits on a CPU; None if unset."""
     return {name: os.environ.get(name) or None for name in ("MKL_CBWR", "ATEN_CPU_CAPABILITY")}
 
 
 def git_revision() -> str | None:
-    """Revision of the checkout this package is run from, with `-dirty`; None outside a checkout."""
+    """Return the revision of this package's checkout, with `-dirty`; None outside a checkout."""
     package = Path(__file__).parent
     return _git(package, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 
 def last_change(file: Path) -> str | None:
-    """The commit that last changed a file, with `-dirty` where the file has changes that are not
-    committed; None outside a checkout, and for a file that git does not know."""
+    """Return the commit that last changed a file, with `-dirty` for uncommitted changes.
+
+    The result is None outside a checkout, and for a file that git does not track.
+    """
     revision = _git(file.parent, "log", "-1", "--format=%H", "--", file.name)
     if not revision:
         return None
@@ -127,7 +129,7 @@ def last_change(file: Path) -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """Output of a git command in a folder; None where git does not answer."""
+    """Return the output of a git command in a folder; None if it fails."""
     try:
         answer = subprocess.run(
             ["git", *arguments],

@@ -1,4 +1,4 @@
-"""Importing this module makes Transformers know `stable_gpt` and, with Triton, its kernels."""
+"""Registration of `stable_gpt` and, with Triton, of its kernels in Transformers, upon import."""
 
 import sys
 
@@ -21,7 +21,7 @@ from .model import (
     StableGPTModel,
 )
 
-# An export's config.json names them too.
+# An export's config.json also names these classes.
 AUTO_CLASSES = {
     AutoModel: StableGPTModel,
     AutoModelForCausalLM: StableGPTForCausalLM,
@@ -33,7 +33,7 @@ AUTO_CLASSES = {
 AutoConfig.register("stable_gpt", StableGPTConfig, exist_ok=True)
 for auto, model in AUTO_CLASSES.items():
     auto.register(StableGPTConfig, model, exist_ok=True)
-    # `transformers serve` and TRL look an architecture up as an attribute of Transformers. Not by
-    # an import statement: while it is imported, Transformers puts another module in its place.
+    # `transformers serve` and TRL look up an architecture as an attribute of Transformers. An
+    # import statement would not do: Transformers replaces its module while it is imported.
     vars(sys.modules["transformers"])[model.__name__] = model
 kernels.register()

@@ -1,7 +1,7 @@
-"""What a run shows while it works: records first, then trackers, then the terminal.
+"""Output of a run while it trains: records first, then trackers, then the terminal.
 
-`metrics.jsonl` is the truth; trackers mirror it. A terminal gets a progress bar, anything else one
-plain line an event.
+`metrics.jsonl` is authoritative; trackers mirror it. A terminal gets a progress bar. Any other
+output gets one plain line per event.
 """
 
 import sys
@@ -18,12 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .records import RunRecord
 from .telemetry.names import Numbers, pack, scalars
 
-# Dense bf16 peaks in FLOP/s, from NVIDIA's data sheets; MFU is given only where the peak is known.
+# Dense bf16 peaks in FLOP/s, from NVIDIA's data sheets. MFU is reported only for a known peak.
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of the device in FLOP/s, or None where it is not known."""
+    """Return the dense bf16 peak of the device in FLOP/s, or None if it is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -31,7 +31,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def describe_device(device: torch.device) -> str:
-    """A name for run.json, such as "cpu (2 threads)" or the GPU's own."""
+    """Return a device name for run.json, such as "cpu (2 threads)" or the name of the GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({torch.get_num_threads()} threads)"
@@ -50,14 +50,14 @@ class Throughput:
         self.restart()
 
     def restart(self) -> None:
-        """Forget time spent on something else than training steps."""
+        """Ignore the time since the last reading, which was not spent on training steps."""
         self._steps, self._start = 0, time.perf_counter()
 
     def step(self) -> None:
         self._steps += 1
 
     def read(self) -> dict[str, float]:
-        """tokens_per_second of all processes together, and mfu where the peak is known."""
+        """Return tokens_per_second over all processes, and mfu if the peak is known."""
         elapsed = time.perf_counter() - self._start
         rate = self._steps * self._tokens_per_step / elapsed
         self.restart()
@@ -68,7 +68,7 @@ class Throughput:
 
 
 class Reporter:
-    """Writes one run's events; on all but the main process it does nothing."""
+    """Writer of one run's events. It does nothing except on the main process."""
 
     def __init__(self, folder: Path, accelerator: Accelerator, total_steps: int, step: int) -> None:
         self._accelerator = accelerator
@@ -113,14 +113,14 @@ class Reporter:
             self._bar.update(self._task, completed=step, description=text)
 
     def telemetry(self, step: int, numbers: Numbers) -> None:
-        """Report what was seen in every layer; trackers get the extremes of numbers by head."""
+        """Report telemetry; trackers get only the extremes of numbers that are kept per head."""
         if self._record is None:
             return
         self._record.append("telemetry", step, **pack(numbers))
         self._accelerator.log(scalars(numbers), step=step)
 
     def event(self, kind: str, step: int, text: str, **fields: Any) -> None:
-        """Report anything else in one line for people and one for the record."""
+        """Report any other event, as one line of text and one record."""
         if self._record is None:
             return
         self._record.append(kind, step, **fields)
@@ -139,7 +139,7 @@ class Reporter:
         return f"step {step:,}/{self._total:,}"
 
     def _left(self, step: int) -> str:
-        """The time left, by the steps since the start, validations and checkpoints included."""
+        """Estimate the time left from the steps so far, with validations and checkpoints."""
         first, start = self._since
         if not first < step < self._total:
             return ""
@@ -147,12 +147,12 @@ class Reporter:
         return f"  {timedelta(seconds=round(seconds))} left"
 
     def sync(self) -> None:
-        """Bring the records to the disk."""
+        """Flush the records to disk."""
         if self._record is not None:
             self._record.sync()
 
     def close(self) -> None:
-        """Once or more often."""
+        """Close the records and trackers; a second call does nothing."""
         if self._closed:
             return
         self._closed = True
@@ -160,6 +160,6 @@ class Reporter:
             self._bar.stop()
         if self._record is not None:
             self._record.close()
-        # Not `end_training`, which would also end the process group that a next run may need.
+        # `end_training` would also end the process group, which the next run may need.
         for tracker in self._accelerator.trackers:
             tracker.finish()

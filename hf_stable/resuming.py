@@ -1,4 +1,4 @@
-"""Resuming a run: what must be as it was, from where, and without which data."""
+"""Resuming a run: which settings must match, where to continue, and which data to leave out."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,15 +19,15 @@ from .guard import Decision, Guard, Rollback, append_rollback, read_rollbacks
 from .recipes import Recipe, deciding_data, from_dict, to_dict
 from .recipes.schema import TrainingRecipe
 
-# Keys of a recipe that say how long a run is.
+# Keys of a recipe that decide the length of a run.
 _LENGTH = {"training.steps", "training.tokens"}
-# Keys of a recipe that change no number of a run, so that a run may go on with other values.
+# Keys that change no result of a run, so that a resumed run may have other values.
 _FREE_KEYS = {
     "output",
     "data.cache",
     "data.num_workers",
     "training.micro_batch_size",
-    "training.initial_model",  # whose weights count, see `check_initial_model`
+    "training.initial_model",  # its weights are compared instead, see `check_initial_model`
     "training.sharding",
     "training.shard_size",
     "training.reshard_after_forward",
@@ -50,12 +50,13 @@ _FREE_KEYS = {
 
 @dataclass(frozen=True)
 class Resumed:
-    """Where a run goes on.
+    """Point from which a run continues.
 
     Args:
-        step: optimizer steps that are done.
-        update_norm: of the last of them, which the guard has not seen yet.
-        skipped: ranges of absolute sample positions that are left out.
+        step: Number of optimizer steps already done.
+        guard: Guard with its state at that step.
+        update_norm: Norm of the last update, which the guard has not seen yet.
+        skipped: Ranges of absolute sample positions to leave out.
     """
 
     step: int
@@ -65,7 +66,7 @@ class Resumed:
 
 
 def flat(recipe: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
+    """Flatten nested mappings into one with dotted keys."""
     found: dict[str, Any] = {}
     for key, value in recipe.items():
         if isinstance(value, dict):
@@ -76,10 +77,15 @@ def flat(recipe: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_recipe(folder: Path, recipe: Recipe, resume: str) -> None:
-    """Refuse to go on from another recipe's run, whose numbers would be neither's.
+    """Refuse to resume a run that was started with another recipe.
+
+    Args:
+        folder: Folder of the run.
+        recipe: Recipe to resume with.
+        resume: See `training.train`.
 
     Raises:
-        CheckpointError: with every key that differs, unless `resume` allows it.
+        CheckpointError: If keys differ that `resume` does not allow to differ; names all of them.
     """
     if not (folder / "run.json").exists():
         return
@@ -105,17 +111,17 @@ def check_recipe(folder: Path, recipe: Recipe, resume: str) -> None:
         changes = {key: both for key, both in changes.items() if key not in _LENGTH}
     hint = ""
     if is_longer and changes.keys() <= _LENGTH:
-        hint = "To train this run on to the new length: --resume longer. "
+        hint = "To extend this run to the new length: --resume longer. "
     _refuse(folder, "a run of another recipe", changes, resume, hint)
 
 
 def recorded_recipe(folder: Path) -> Recipe:
-    """The recipe of the run that the folder holds; keys that came later have their defaults."""
+    """Return the recipe recorded in the folder; keys added since then have their defaults."""
     return from_dict(records.read_run(folder)["recipe"])
 
 
 def _length(recipe: Recipe) -> str:
-    """The key that decides how long a run is, with its value."""
+    """Describe the key that decides the length of a run, with its value."""
     settings = recipe.training
     if settings.steps is not None:
         return f"training.steps is {settings.steps:,}"
@@ -123,13 +129,15 @@ def _length(recipe: Recipe) -> str:
 
 
 def check_length(folder: Path, recipe: Recipe, step: int) -> None:
-    """Refuse to resume a run that is beyond the recipe's end already.
+    """Refuse to resume a run that is already beyond the end of the recipe.
 
     Args:
-        step: of the checkpoint that the run would resume from.
+        folder: Folder of the run.
+        recipe: Recipe to resume with.
+        step: Step of the checkpoint that the run would resume from.
 
     Raises:
-        CheckpointError: when there is no step left to take, and there are too many taken.
+        CheckpointError: If the checkpoint has more steps than the recipe.
     """
     if step > recipe.num_steps:
         raise CheckpointError(
@@ -139,13 +147,17 @@ def check_length(folder: Path, recipe: Recipe, step: int) -> None:
 
 
 def finished_at(recipe: Recipe, resume: str) -> float | None:
-    """Return the last validation perplexity of a run that has all of its steps and its model.
+    """Return the last validation perplexity of a finished run.
+
+    Args:
+        recipe: Recipe of the run; its output folder is examined.
+        resume: See `training.train`.
 
     Returns:
-        None where there is something left to do: steps, or a license to record.
+        None if there is something left to do: steps to take, or a license to record.
 
     Raises:
-        CheckpointError: when the recipe is another one's, unless `resume` allows it.
+        CheckpointError: If the run has another recipe, and `resume` does not allow it.
     """
     folder = Path(recipe.output)
     whole = all((folder / name).is_file() for name in ("run.json", "model/config.json"))
@@ -163,25 +175,27 @@ def finished_at(recipe: Recipe, resume: str) -> float | None:
 
 
 def _stated(content: dict[str, Any]) -> dict[str, Any]:
-    """Return all of a recipe but the keys that may differ without a word."""
+    """Return the keys of a recipe that may not differ silently."""
     return {key: value for key, value in flat(content).items() if key not in _FREE_KEYS}
 
 
 def _deciding(recipe: Recipe) -> dict[str, Any]:
-    """What of a recipe decides the numbers of a run: not the free keys, nor a text's licence."""
+    """Return the keys that decide a run's results: neither free keys nor the license of a text."""
     content = to_dict(recipe)
     content["data"] = deciding_data(content["data"])
     return _stated(content)
 
 
 def check_data(folder: Path, data: dict[str, Any], resume: str) -> None:
-    """Refuse to go on with other text or another tokenizer than the run began with.
+    """Refuse to resume with another text or tokenizer than the run began with.
 
     Args:
-        data: what run.json is to say of them.
+        folder: Folder of the run.
+        data: Description of text and tokenizer that goes into run.json.
+        resume: See `training.train`.
 
     Raises:
-        CheckpointError: with what differs, unless `resume` is "changed".
+        CheckpointError: If they differ, unless `resume` is "changed".
     """
     if not (folder / "run.json").exists():
         return
@@ -195,16 +209,18 @@ def check_data(folder: Path, data: dict[str, Any], resume: str) -> None:
 
 
 def check_initial_model(folder: Path, sha256: str | None, resume: str) -> dict[str, Any] | None:
-    """Refuse to go on with a run that began with other weights than the recipe's initial model.
+    """Refuse to resume a run that began with other weights than the recipe's initial model.
 
     Args:
-        sha256: of the initial model; None without one.
+        folder: Folder of the run.
+        sha256: SHA-256 of the initial model; None without one.
+        resume: See `training.train`.
 
     Returns:
-        What run.json says of the weights that the run began with; None where it begins anew.
+        Entry of run.json about the weights that the run began with; None for a new run.
 
     Raises:
-        CheckpointError: with the hashes, unless `resume` is "changed".
+        CheckpointError: If the hashes differ, unless `resume` is "changed".
     """
     if not (folder / "run.json").exists():
         return None
@@ -214,11 +230,11 @@ def check_initial_model(folder: Path, sha256: str | None, resume: str) -> dict[s
         return record
     changes = {"SHA-256 of training.initial_model": (before, sha256)}
     _refuse(folder, "a run that began with other weights", changes, resume)
-    return record if list_checkpoints(folder) else None  # a checkpoint's weights count
+    return record if list_checkpoints(folder) else None  # a checkpoint's weights take precedence
 
 
 def recorded_initial_model(folder: Path) -> dict[str, Any] | None:
-    """What run.json says of the weights that the run began with."""
+    """Return the entry of run.json about the weights that the run began with."""
     if not (folder / "run.json").exists():
         return None
     return records.read_run(folder).get("initial_model")
@@ -232,8 +248,8 @@ def _refuse(
     lines = [f"  {key}: {old!r} there, {new!r} here" for key, (old, new) in sorted(changes.items())]
     raise CheckpointError(
         f"{folder} holds {what}:\n" + "\n".join(lines) + "\n"
-        f"{hint}Give another output folder, delete this one, or take back the changes; --resume "
-        "changed resumes in spite of them."
+        f"{hint}Give another output folder, delete this one, or undo the changes; --resume "
+        "changed resumes despite them."
     )
 
 
@@ -245,16 +261,24 @@ def resume_run(
     accelerator: Accelerator,
     report: Callable[[str], None],
 ) -> Resumed:
-    """Put the newest good state that counts into model, optimizer and guard; collective.
+    """Load the newest valid state into model, optimizer and guard; collective.
+
+    Args:
+        folder: Folder of the run.
+        guard: Guard to fill.
+        model: Wrapped model to fill.
+        optimizer: Optimizer to fill.
+        accelerator: Accelerator of the run.
+        report: Receives one line for each damaged checkpoint.
 
     Returns:
-        Where to go on: at the beginning where there is no checkpoint and never was one.
+        Point to continue from: step 0 if there never was a checkpoint.
 
     Raises:
-        CheckpointError: when no checkpoint is good, or none is left of a run that had some.
+        CheckpointError: If no checkpoint is valid, or none is left of a run that had some.
     """
-    # One process reads for all: file systems of several machines may not agree at once.
-    rollbacks = from_main(lambda: read_rollbacks(folder), f"{folder} cannot be gone on with")
+    # One process reads for all: file systems of different machines may not agree at once.
+    rollbacks = from_main(lambda: read_rollbacks(folder), f"{folder} cannot be resumed")
     from_main(lambda: _finish_rollback(folder, rollbacks), f"{folder} cannot be cleaned")
     scalars = load_newest(folder, model, optimizer, accelerator, report=report)
     if scalars is None:
@@ -271,11 +295,11 @@ def _resumed(scalars: dict[str, Any], guard: Guard, rollbacks: list[Rollback]) -
 
 
 def warn_of_numerics(folder: Path, report: Callable[[str], None]) -> None:
-    """Report settings under which a CPU may not repeat the bits of the run so far.
+    """Report settings that may keep a CPU from resuming the run bit by bit.
 
     Args:
         folder: Folder of the run, with its run.json.
-        report: Receives one line, or none.
+        report: Receives one line for each such setting.
     """
     now = records.numerics()
     before = records.read_run(folder).get("numerics", {})
@@ -291,7 +315,7 @@ def warn_of_numerics(folder: Path, report: Callable[[str], None]) -> None:
 
 
 def _finish_rollback(folder: Path, rollbacks: list[Rollback]) -> None:
-    """A rollback that was killed after it was written has left checkpoints of what was given up."""
+    """Delete the abandoned checkpoints that a killed rollback left behind."""
     if not rollbacks:
         return
     for checkpoint in reversed(list_checkpoints(folder)):
@@ -300,14 +324,14 @@ def _finish_rollback(folder: Path, rollbacks: list[Rollback]) -> None:
         try:
             known = read_json(checkpoint / "state.json")["scalars"]["rollbacks"]
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # damaged: loading will see to it
+            continue  # damaged; loading quarantines it
         if known < len(rollbacks):
             abandon(folder / "checkpoints", rollbacks[-1].to_step)
         return
 
 
 def _check_never_saved(folder: Path) -> None:
-    """A state that is gone must not become a fresh start without a word."""
+    """Refuse to start again silently when a run has lost all of its checkpoints."""
     if not (folder / "metrics.jsonl").is_file():
         return
     saved = records.read_metrics(folder, "checkpoint")
@@ -329,22 +353,35 @@ def roll_back(
     accelerator: Accelerator,
     guard: Guard,
 ) -> Resumed:
-    """Go back to before the trouble and leave out the data at fault; collective.
+    """Return to a state before the trouble and leave out the data at fault; collective.
 
-    Killed anywhere here, the run goes on as it would have: `rollbacks.json` decides.
+    A run that is killed at any point here resumes with the same result: `rollbacks.json` decides.
+
+    Args:
+        folder: Folder of the run.
+        decision: The guard's decision to roll back.
+        order: Order of the training samples.
+        settings: Training section of the recipe.
+        model: Wrapped model to fill.
+        optimizer: Optimizer to fill.
+        accelerator: Accelerator of the run.
+        guard: New guard to fill.
+
+    Returns:
+        Point to continue from.
 
     Raises:
-        CheckpointError: when no checkpoint from before the trouble is left.
+        CheckpointError: If no checkpoint from before the trouble is left.
     """
     assert decision.rollback_to is not None and decision.onset is not None
     assert decision.skip_first is not None and decision.skip_last is not None
     every, batch = settings.checkpoint_every, settings.global_batch_size
-    target = from_main(lambda: _target(folder, decision, every), f"{folder} cannot be set back")
-    # Loaded before anything is given up: a damaged target would leave nothing to go on from.
+    target = from_main(lambda: _target(folder, decision, every), f"{folder} cannot be rolled back")
+    # Load before deleting anything: a damaged target would leave nothing to resume from.
     scalars = load_newest(folder, model, optimizer, accelerator, at_most=target)
-    assert scalars is not None  # `_target` saw one, or `load_newest` raised
+    assert scalars is not None  # `_target` found one, or `load_newest` raised
     target = scalars["step"]
-    first = max(decision.skip_first - 1, target)  # what comes before is in the weights
+    first = max(decision.skip_first - 1, target)  # earlier samples are already in the weights
     ends = np.array([first * batch, decision.skip_last * batch - 1])
     start, stop = (order.absolute(ends) + np.array([0, 1])).tolist()
 
@@ -356,13 +393,13 @@ def roll_back(
         abandon(folder / "checkpoints", target)
         return found
 
-    return _resumed(scalars, guard, from_main(record, f"{folder} cannot be set back"))
+    return _resumed(scalars, guard, from_main(record, f"{folder} cannot be rolled back"))
 
 
 def _target(folder: Path, decision: Decision, every: int) -> int:
-    """The newest checkpoint that is old enough, else the oldest from before the trouble.
+    """Return the newest checkpoint that is old enough, else the oldest from before the trouble.
 
-    Checkpoints between the regular ones are of preemptions, which must not change the run.
+    Checkpoints between the regular ones come from preemptions, which must not change the result.
     """
     assert decision.rollback_to is not None and decision.onset is not None
     there = [step_of(checkpoint) for checkpoint in list_checkpoints(folder)]
@@ -371,7 +408,7 @@ def _target(folder: Path, decision: Decision, every: int) -> int:
     before = [step for step in steps if step < decision.onset]
     if not before:
         raise CheckpointError(
-            f"{folder}: {decision.reason}; there is no checkpoint from before step "
+            f"{folder}: {decision.reason}; no checkpoint is left from before step "
             f"{decision.onset} to go back to. Raise training.keep_checkpoints, and start again."
         )
     return enough[-1] if enough else before[0]

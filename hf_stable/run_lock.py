@@ -1,7 +1,7 @@
-"""One process at a time on a run's folder: two would take each other's checkpoints for litter.
+"""Lock on a run's folder: two processes would delete each other's checkpoints as remains.
 
-`.lock` is what the system's lock is on. The file stays with the run, since a process that removed
-it would take it from under another one that waits; that it is there says nothing.
+The system's lock is on the file `.lock`. The file stays in the folder, because removing it would
+break the lock of a waiting process. Its existence alone means nothing.
 """
 
 import contextlib
@@ -15,16 +15,19 @@ from filelock import FileLock, Timeout
 
 from .errors import CheckpointError
 
-# Seconds to wait for who only looks whether the lock is free.
+# Seconds to wait for a process that only checks whether the lock is free.
 _PATIENCE = 1.0
 
 
 @contextlib.contextmanager
 def run_lock(run: Path) -> Iterator[None]:
-    """Hold a run's folder; the system takes the lock back when its holder dies, however.
+    """Hold the lock on a run's folder; the system releases it whenever the process dies.
+
+    Args:
+        run: Folder of the run.
 
     Raises:
-        CheckpointError: when another process holds it; it names host and pid.
+        CheckpointError: If another process holds it; names host and pid.
     """
     run.mkdir(parents=True, exist_ok=True)
     holder = run / "lock.json"
@@ -46,7 +49,7 @@ def run_lock(run: Path) -> Iterator[None]:
 
 
 def is_free(run: Path) -> bool | None:
-    """Return whether no process trains in a run's folder, or None where there is no lock."""
+    """Return True if no process trains in a run's folder, or None if there is no lock."""
     file = run / ".lock"
     if not file.is_file():
         return None
@@ -55,7 +58,7 @@ def is_free(run: Path) -> bool | None:
             return True
     except Timeout:
         return False
-    except OSError:  # somebody else's file
+    except OSError:  # a file of another user
         return None
 
 
@@ -63,5 +66,5 @@ def _describe(holder: Path) -> str:
     try:
         about = json.loads(holder.read_text(encoding="utf-8"))
         return f"process {about['pid']} on {about['host']}"
-    except (OSError, ValueError, KeyError, TypeError):  # it has the lock and has not said so yet
+    except (OSError, ValueError, KeyError, TypeError):  # it has the lock but has not written yet
         return "another process"

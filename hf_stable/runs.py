@@ -1,4 +1,4 @@
-"""A run: everything that the training loop needs, and what is left when it ends."""
+"""A run: everything that the training loop needs, and the model that it writes at the end."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,7 +47,7 @@ class Run:
     reporter: Reporter
 
     def loader(self, first_step: int, num_steps: int) -> DataLoader:
-        """Training microbatches of this process, in the order that the recipe's seed decides."""
+        """Return this process's training microbatches, in the order given by the recipe's seed."""
         settings = self.recipe.training
         return data_loader(
             self.corpus.train,
@@ -62,7 +62,7 @@ class Run:
         )
 
     def watch(self) -> Watcher:
-        """What looks at the model while it trains."""
+        """Return the telemetry that observes the model during training."""
         settings = self.recipe.telemetry
         return watch(
             self.model,
@@ -73,21 +73,22 @@ class Run:
         )
 
     def qk_clip(self) -> QKClip | None:
-        """What shrinks heads whose logits grow too large, if the recipe asks for it."""
+        """Return the QK-Clip that shrinks heads with large logits, if the recipe asks for it."""
         threshold = self.recipe.optimizer.qk_clip
         return None if threshold is None else QKClip(self.model, threshold)
 
     def max_grad_norm(self, step: int) -> float | None:
-        """The norm that the gradients of a step, counted from 0, are clipped to."""
+        """Return the norm to which the gradients of a step, counted from 0, are clipped."""
         settings = self.recipe.optimizer
         late = settings.late_max_grad_norm, settings.late_clip_step
         return optim.max_grad_norm_at(step, settings.max_grad_norm, *late)
 
     def scalars(self, step: int, update_norm: float | None) -> dict[str, Any]:
-        """What a checkpoint after `step` steps says beside its tensors.
+        """Return the values that a checkpoint after `step` steps stores beside its tensors.
 
         Args:
-            update_norm: of the last step, which the guard has not seen yet.
+            step: Number of optimizer steps done.
+            update_norm: Norm of the last update, which the guard has not seen yet.
         """
         position = step * self.recipe.training.global_batch_size
         return {
@@ -106,7 +107,7 @@ class Run:
         }
 
     def rolled_back(self, decision: Decision) -> "Run":
-        """The run as it was before the trouble that the guard found, other data ahead of it."""
+        """Return the run reset to before the trouble found by the guard, with other data ahead."""
         where = roll_back(
             self.folder,
             decision,
@@ -131,11 +132,11 @@ class Run:
         )
 
     def throughput(self) -> Throughput:
-        """A clock of the run's tokens."""
+        """Return a new meter of the run's tokens per second."""
         return Throughput(self.recipe.tokens_per_step, self.flops_per_token, self.accelerator)
 
     def learning_rate_factor(self, step: int) -> float:
-        """The schedule's factor on every peak learning rate."""
+        """Return the schedule's factor on every peak learning rate."""
         schedule = self.recipe.schedule
         return optim.learning_rate_factor(
             step,
@@ -152,9 +153,9 @@ def save_model(run: Run) -> Path:
     target = run.folder / "model"
     weights = parallel.full_weights(run.model)
     if run.accelerator.is_main_process:
-        durable.remove_remains(target)  # nobody else writes here: the run's lock is held
+        durable.remove_remains(target)  # nobody else writes here: this process holds the run lock
         inner = parallel.unwrap_model(run.model)
-        # A folder of this name is taken for the model of a run that has finished.
+        # A folder of this name counts as the model of a finished run, so it must appear whole.
         with durable.whole_folder(target) as temporary:
             inner.save_pretrained(temporary, state_dict=weights)
             run.tokenizer.save_pretrained(temporary)

@@ -1,4 +1,4 @@
-"""One optimizer step: gradients, the guard's word on them, and the update that it allows."""
+"""One optimizer step: gradients, the guard's decision on them, and the update if it is accepted."""
 
 import contextlib
 from dataclasses import dataclass
@@ -16,11 +16,13 @@ from .watchdog import Watchdog
 
 @dataclass(frozen=True)
 class Step:
-    """What a step came to.
+    """Outcome of one optimizer step.
 
     Args:
-        loss: mean of its batch, nats a token, z-loss included. grad_norm: before clipping.
-        stopping: whether any process was told to stop.
+        decision: Decision of the guard.
+        loss: Mean loss of the batch in nats per token, including z-loss.
+        grad_norm: Global gradient norm before clipping.
+        stopping: True if any process received a stop signal.
     """
 
     decision: Decision
@@ -30,7 +32,7 @@ class Step:
 
 
 class Stepper:
-    """Takes a run's steps from `run.first_step` on; a context manager."""
+    """Context manager that takes a run's steps, from `run.first_step` on."""
 
     def __init__(self, run: Run, watchdog: Watchdog) -> None:
         self._run, self._watchdog = run, watchdog
@@ -39,7 +41,7 @@ class Stepper:
         self._micro_steps = settings.global_batch_size // together
         self._microbatches = iter(run.loader(run.first_step, total - run.first_step))
         self._watcher, self._qk_clip = run.watch(), run.qk_clip()
-        # What the last update moved the weights by, over its learning rate.
+        # Norm of the last update, divided by its learning rate.
         self._moved = (
             None if run.update_norm is None else torch.tensor(run.update_norm, dtype=torch.float64)
         )
@@ -57,10 +59,17 @@ class Stepper:
         self._inside.close()
 
     def take(self, step: int, stop_requested: bool) -> Step:
-        """Take a step, counted from 0.
+        """Take one step.
+
+        Args:
+            step: Index of the step, from 0.
+            stop_requested: True if this process received a stop signal.
+
+        Returns:
+            Outcome of the step.
 
         Raises:
-            DivergedError: with the guard's diagnosis, when it gives the run up.
+            DivergedError: If the guard gives the run up; holds its diagnosis.
         """
         run = self._run
         self._watchdog.beat(step, "data")
@@ -70,7 +79,7 @@ class Stepper:
         self._watcher.gradients()
         by, limit = run.recipe.optimizer.clip_by, run.max_grad_norm(step)
         norm = optim.clip_gradients(run.model, run.optimizer, limit, by)
-        self._watchdog.beat(step, "update")  # from here on this process waits for the others
+        self._watchdog.beat(step, "update")  # from here this process waits for the others
         loss, z_loss, stopping, norm, moved = self._read(sums, norm)
         decision = run.guard.judge(Observation(step + 1, loss, norm, moved))
         rate = self._update(step, decision)
@@ -87,24 +96,30 @@ class Stepper:
         return Step(decision, loss, norm, stopping > 0)
 
     def update_norm(self) -> float | None:
-        """What the guard has not seen yet: L2 norm of the last update over its learning rate."""
+        """L2 norm of the last update over its learning rate, which the guard has not seen yet."""
         return None if self._moved is None else self._moved.item()
 
     def _read(
         self, sums: torch.Tensor, norm: torch.Tensor
     ) -> tuple[float, float, float, float, float | None]:
-        """Loss, z-loss, stop requests, gradient norm and the last update's norm, in one copy from
-        the device, for which the host waits once a step."""
+        """Read a step's numbers in one copy from the device.
+
+        The host waits for the device only here, once per step.
+
+        Returns:
+            Loss, z-loss, stop requests, gradient norm and the norm of the last update.
+        """
         moved, self._moved = self._moved, None
         norms = [norm] if moved is None else [norm, moved]
-        # Copies of the weights may differ where a bit has flipped, and all ranks must decide alike.
+        # A flipped bit can make the ranks' copies of the weights differ, but all ranks must reach
+        # the same decision.
         shared = torch.stack([each.to(sums.device).double() for each in norms])
         parallel.all_max(shared)
         loss, z_loss, stopping, largest, *rest = torch.cat([sums.double(), shared]).tolist()
         return loss, z_loss, stopping, largest, rest[0] if rest else None
 
     def _update(self, step: int, decision: Decision) -> float:
-        """Move the weights if the guard accepts the step; returns the learning rate."""
+        """Update the weights if the guard accepts the step; return the learning rate."""
         run = self._run
         factor = run.learning_rate_factor(step) * decision.learning_rate_factor
         rate = run.recipe.optimizer.learning_rate * factor
@@ -120,7 +135,7 @@ class Stepper:
             self._qk_clip.forget()
         for module in run.model.modules():
             if isinstance(module, StableGPTSigmaLinear):
-                # A process that resumes here knows of no step before and takes a power step.
+                # A process that resumes here knows no previous step and takes a power step.
                 module.forget_change()
         return rate
 
@@ -128,16 +143,21 @@ class Stepper:
 def _accumulate(
     run: Run, batches: list[dict[str, torch.Tensor]], stop_requested: bool
 ) -> torch.Tensor:
-    """Gradients of one global batch, of which these are the process's microbatches.
+    """Accumulate the gradients of one global batch from this process's microbatches.
+
+    Args:
+        run: Run that the step belongs to.
+        batches: Microbatches of this process.
+        stop_requested: True if this process received a stop signal.
 
     Returns:
-        (3,) on the device, over all processes: mean loss, mean z-loss, and above 0 where any
-        process was told to stop.
+        Tensor of shape (3,) on the device, reduced over all processes: mean loss, mean z-loss, and
+        a number above 0 if any process received a stop signal.
     """
     device, processes = run.accelerator.device, run.accelerator.num_processes
     targets = torch.stack([(batch["shift_labels"] >= 0).sum() for batch in batches]).sum()
-    # Every target of the global batch weighs the same, however many its microbatch has. Processes
-    # average their gradients, hence the division.
+    # Every target of the global batch has the same weight, whatever its microbatch's size. The
+    # gradients are averaged over processes, hence the division.
     items = parallel.all_sum(targets.to(device)) / processes
     losses = torch.zeros(2, device=device)
     for index, batch in enumerate(batches):
@@ -151,10 +171,10 @@ def _accumulate(
 
 
 def _report_decision(run: Run, decision: Decision, loss: float, norm: float) -> None:
-    """Record what the guard found; a run that it gives up ends here.
+    """Record the guard's decision; end the run if the guard gives up.
 
     Raises:
-        DivergedError: with the guard's diagnosis.
+        DivergedError: If the guard gives up; holds its diagnosis.
     """
     if not decision.reason:
         return

@@ -1,8 +1,8 @@
-"""The training loop, explicit and read top to bottom; `stepping.Stepper.take` is one step of it.
+"""Explicit training loop, to be read from top to bottom; `stepping.Stepper.take` is one step of it.
 
-Why not `transformers.Trainer`: it hides non-finite losses, has no clean place to refuse a step,
-cannot go back to an earlier one, and cannot say where in the data it is. (A StableGPT trains under
-it like any other model.)
+`transformers.Trainer` is not used here: it hides non-finite losses, has no clean place to refuse a
+step, cannot return to an earlier step, and does not report its position in the data. (A StableGPT
+model still trains under it like any other model.)
 """
 
 import contextlib
@@ -32,15 +32,18 @@ from .watchdog import Watchdog, clear_heartbeats
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What `train` leaves: `folder/model` is a Transformers folder with the trained weights.
+    """Result of `train`. `folder/model` is a Transformers folder with the trained weights.
 
     Args:
-        steps: that were taken.
-        validation_perplexity: the last one; NaN for a run that was preempted before its first.
-        stopped: why `stop` ended the run early, or None; then there is no `folder/model`.
-        preempted: whether a signal ended it, after a checkpoint; the same call resumes it.
-        signal: the number of the signal that this process got; 0 if another one was told.
-        was_finished: whether there was nothing left to do, so that nothing was done.
+        folder: Output folder of the run.
+        steps: Number of optimizer steps taken.
+        validation_perplexity: Last validation perplexity; NaN if the run was preempted before its
+            first validation.
+        stopped: Reason why `stop` ended the run early, or None. A stopped run has no
+            `folder/model`.
+        preempted: True if a signal ended the run after a checkpoint; the same call resumes it.
+        signal: Number of the signal that this process received; 0 if another process received it.
+        was_finished: True if the run was already finished, so that nothing was done.
     """
 
     folder: Path
@@ -52,29 +55,38 @@ class TrainResult:
     was_finished: bool = False
 
 
-# Told the step, its loss and its gradient norm, it says why the run should end, or None.
+# Takes the step, its loss and its gradient norm. Returns a reason to end the run, or None.
 Stop = Callable[[int, float, float], str | None]
 
 
 def train(recipe: Recipe, *, resume: str = "auto", stop: Stop | None = None) -> TrainResult:
-    """Train a model as the recipe says, validate it, and write it as a Transformers folder.
+    """Train and validate the recipe's model, and write it as a Transformers folder.
 
-    SIGTERM, SIGUSR1 and SIGINT end it after the step that it is at, with a checkpoint.
+    SIGTERM, SIGUSR1 and SIGINT end the run after the current step, with a checkpoint.
 
     Args:
-        resume: "auto" resumes from the newest checkpoint in the recipe's output folder, if there is
-            one, and refuses another recipe or other data than that run's; "longer" allows more
-            steps than that run's, and plans the learning rate again for them; "changed" allows any
-            difference; "never" refuses a folder that holds a run. A run that has finished is left
-            as it is, unless it is to be longer.
-        stop: asked after every step; a run that it ends is validated, and writes no model.
+        recipe: Complete recipe of the run.
+        resume: One of:
+
+            - "auto": Resume from the newest checkpoint in the recipe's output folder, if there is
+              one. Refuse a folder whose run has another recipe or other data.
+            - "longer": Like "auto", but allow more steps than before. The learning-rate schedule
+              is planned again for the new length.
+            - "changed": Allow any difference.
+            - "never": Refuse a folder that holds a run.
+
+            A finished run is left unchanged, unless it is to become longer.
+        stop: Called after every step. A run that it ends is validated, but writes no model.
+
+    Returns:
+        Summary of the run.
 
     Raises:
-        DivergedError: when the guard gives up, at the latest after MAX_NON_FINITE_STEPS steps in a
-            row without a finite loss and gradient.
-        CheckpointError: when the output folder holds something that cannot be gone on from, or is
-            another process's.
-        DataError, RecipeError: when data or recipe cannot work.
+        DivergedError: If the guard gives up, at the latest after MAX_NON_FINITE_STEPS consecutive
+            steps without a finite loss and gradient.
+        CheckpointError: If the output folder cannot be resumed from, or another process uses it.
+        DataError: If the data cannot be used.
+        RecipeError: If the recipe cannot work.
     """
     with contextlib.ExitStack() as stack:
         if os.environ.get("RANK", "0") == "0":
@@ -104,19 +116,19 @@ def _watchdog(run: Run) -> Watchdog:
 
 
 class _Course:
-    """A run from where it stands to its end, through every rollback."""
+    """The rest of a run, from its current step to its end, through every rollback."""
 
     def __init__(
         self, run: Run, stop: Stop | None, signals: StopSignals, watchdog: Watchdog
     ) -> None:
         self._run, self._stop, self._signals, self._watchdog = run, stop, signals, watchdog
         self._perplexity = math.nan
-        self._saved: int | None = None  # in the background, and not yet told of
+        self._saved: int | None = None  # step of a background checkpoint that is not yet reported
 
     def take(self) -> TrainResult:
-        """Train until the end, a signal, or the word of `stop`."""
+        """Train until the last step, a signal, or a reason from `stop`."""
         if "rollback" in self._run.recipe.guard.actions and not self._run.first_step:
-            self._checkpoint(0, None)  # trouble may come before the first regular one
+            self._checkpoint(0, None)  # a rollback may be needed before the first regular one
         while isinstance(ended := self._stretch(), Decision):
             self._wait()
             self._run = self._run.rolled_back(ended)
@@ -127,7 +139,7 @@ class _Course:
         return ended
 
     def _stretch(self) -> TrainResult | Decision:
-        """Optimizer steps from `run.first_step` on, until the run ends or is to be rolled back."""
+        """Take steps from `run.first_step` on, until the run ends or must be rolled back."""
         run, total_steps = self._run, self._run.recipe.num_steps
         with Stepper(run, self._watchdog) as stepper:
             for step in range(run.first_step, total_steps):
@@ -142,7 +154,7 @@ class _Course:
         return TrainResult(run.folder, total_steps, self._perplexity)
 
     def _after(self, done: int, taken: Step, stepper: Stepper) -> TrainResult | None:
-        """What is due after a step; a result if the run ends with it."""
+        """Do the work that is due after a step; return a result if the run ends with it."""
         run, settings, total_steps = (
             self._run,
             self._run.recipe.training,
@@ -165,13 +177,13 @@ class _Course:
         return self._preempted(done) if preempted else None
 
     def _is_worth_keeping(self, done: int, taken: Step) -> bool:
-        """Whether the state after a step may take the place of an older checkpoint.
+        """Return True if the state after a step may replace an older checkpoint.
 
-        After a refused step it may not: the weights themselves may be at fault, and the run is to
-        end with a checkpoint from before.
+        The state after a refused step may not: its weights may be the cause of the trouble, and
+        the run must end with a checkpoint from before it.
 
         Raises:
-            DivergedError: when what would be the finished model is not finite.
+            DivergedError: If the final weights or the optimizer state are not finite.
         """
         run, refused = self._run, taken.decision.rule == "non_finite"
         finite = parallel.all_finite(run.model, run.optimizer)
@@ -197,7 +209,7 @@ class _Course:
             self._run.reporter.event("warning", done, warning, warning=warning)
 
     def _checkpoint(self, done: int, update_norm: float | None) -> None:
-        """Write the state after `done` steps; one in the background is told of when it is there."""
+        """Write the state after `done` steps; report a background checkpoint once it is written."""
         run = self._run
         self._watchdog.beat(done, "checkpoint")
         self._wait()
@@ -217,7 +229,7 @@ class _Course:
             self._saved = None
 
     def _preempted(self, done: int) -> TrainResult:
-        """End in good order: all of it is on the disk before any process leaves."""
+        """End the run; everything is on disk before any process leaves."""
         run = self._run
         self._wait()
         if run.accelerator.is_main_process:
@@ -227,20 +239,20 @@ class _Course:
         what = "interrupted" if number == signal.SIGINT else "preempted"
         text = f"{what}, with a checkpoint; the same command resumes the run"
         run.reporter.event("preempted", done, text, signal=name)
-        # A scheduler may end the main process's machine as soon as another one's has left.
+        # A scheduler may stop the main process's node as soon as another node's process has left.
         run.reporter.close()
         run.accelerator.wait_for_everyone()
         return TrainResult(run.folder, done, self._perplexity, preempted=True, signal=number)
 
 
 def _is_due(done: int, every: int, total_steps: int) -> bool:
-    """Whether something that happens every so many steps, and at the end, happens now."""
+    """Return True if an event that recurs every `every` steps, and at the end, is due now."""
     return done == total_steps or (every > 0 and done % every == 0)
 
 
 @torch.no_grad()
 def _validate(run: Run, done: int) -> float:
-    """Perplexity of the first blocks of the validation text; z-loss is not in it."""
+    """Compute the perplexity of the first blocks of the validation text, without z-loss."""
     blocks, accelerator = run.corpus.validation, run.accelerator
     count = min(run.recipe.training.evaluate_blocks, len(blocks))
     size = run.recipe.training.micro_batch_size
@@ -248,7 +260,7 @@ def _validate(run: Run, done: int) -> float:
     run.model.eval()
     for start in range(0, count, size * accelerator.num_processes):
         first = start + accelerator.process_index * size
-        # A process without blocks left still takes part, since shards are gathered together.
+        # A process without blocks left still takes part: the shards are gathered collectively.
         chosen = [blocks[index] for index in range(first, min(first + size, count))] or [blocks[0]]
         batch = {
             key: torch.stack([item[key] for item in chosen]).to(accelerator.device)
@@ -261,7 +273,7 @@ def _validate(run: Run, done: int) -> float:
     run.model.train()
     total, targets = parallel.all_sum(sums).tolist()
     loss = total / targets
-    # exp overflows beyond 709 nats, which only a run that has diverged reaches.
+    # exp overflows beyond 709 nats. Only a diverged run reaches that.
     perplexity = math.inf if loss > 700 else math.exp(loss)
     text = f"validation loss {loss:.4f}, perplexity {perplexity:.2f}"
     run.reporter.event("validation", done, text, loss=loss, perplexity=perplexity)

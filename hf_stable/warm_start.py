@@ -1,8 +1,8 @@
-"""Warm start: a recipe's model begins with the weights of a trained one, and what that costs.
+"""Warm start: begin a recipe's model with trained weights, and measure the cost of the switch.
 
-`training.initial_model` names the trained model, the recipe's model section says what it is to be.
-All weights are the trained ones; vectors that a technique adds begin at their neutral value where
-one exists. The perplexity on held-out text, before and after the switch, is printed and recorded.
+`training.initial_model` names the trained model; the recipe's model section describes the new one.
+All trained weights are kept. Vectors that a technique adds begin at their neutral value, if one
+exists. The perplexity on held-out text before and after the switch is printed and recorded.
 """
 
 import copy
@@ -22,12 +22,12 @@ from .model.configuration_stable_gpt import PRESETS
 from .model.sigma_stable_gpt import init_sigma
 from .recipes import Recipe
 
-# What gives the same tensors another meaning.
+# Fields that give the same tensors another meaning.
 _MEANING = (
     *("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act"),
     *("tie_word_embeddings", "zero_centered_norm"),
 )
-# What only says how weights begin.
+# Fields that only affect the initial weights.
 _BEGINNING = ("initializer", "initializer_range", "embedding_std", "depth_scaled_init")
 _UNTOLD = {
     *_BEGINNING,
@@ -37,17 +37,18 @@ _UNTOLD = {
 
 
 class WarmStart:
-    """The trained model of a recipe that names one."""
+    """Trained model that a recipe begins with."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        """Load it.
+        """Load the trained model.
 
         Args:
-            device: where perplexities are computed.
+            recipe: Recipe that names the model.
+            device: Device on which perplexities are computed.
 
         Raises:
-            CheckpointError: when there is no model, or it cannot be loaded.
-            RecipeError: when it is no StableGPT.
+            CheckpointError: If there is no model, or it cannot be loaded.
+            RecipeError: If it is no StableGPT.
         """
         self._recipe, self._device = recipe, device
         try:
@@ -57,21 +58,24 @@ class WarmStart:
             raise CheckpointError(f"training.initial_model: {error}") from error
         if not isinstance(source, StableGPTForCausalLM):
             raise self._error(
-                f"holds a {type(source).__name__}; `hf-stable convert` makes a StableGPT of some"
+                f"holds a {type(source).__name__}; `hf-stable convert` supports some families"
             )
         self._source = source
-        self._trained = copy.deepcopy(source.config)  # as it was, also when sigma is folded
+        self._trained = copy.deepcopy(source.config)  # unchanged even if sigma is folded later
         self.sha256 = _digest(source)
 
     def give_weights(self, model: StableGPTForCausalLM) -> list[str]:
-        """Put the trained weights into the recipe's model, in place.
+        """Copy the trained weights into the recipe's model, in place.
+
+        Args:
+            model: Model of the recipe.
 
         Returns:
-            Names of what the trained model does not have.
+            Names of the tensors that the trained model lacks.
 
         Raises:
-            RecipeError: with every tensor that does not fit, and every field that would give the
-                weights another meaning or be ignored.
+            RecipeError: If the models do not match; names every tensor that does not fit, or the
+                field that would change the meaning of the weights or be ignored.
         """
         self._check_fields(model.config)
         if self._trained.sigma_reparam and not model.config.sigma_reparam:
@@ -94,16 +98,18 @@ class WarmStart:
     def measure(
         self, model: StableGPTForCausalLM, tokenizer: PreTrainedTokenizerBase, added: list[str]
     ) -> dict[str, Any]:
-        """Perplexity of the trained model and of the recipe's on the recipe's held-out text.
+        """Measure the perplexity of both models on the recipe's held-out text.
 
         Args:
-            model: with the trained weights. tokenizer: the run's.
+            model: Model of the recipe with the trained weights.
+            tokenizer: Tokenizer of the run.
+            added: Names of the tensors that the trained model lacks.
 
         Returns:
-            What run.json says of it.
+            Entry for run.json.
 
         Raises:
-            RecipeError: when the run's tokenizer is not the trained model's.
+            RecipeError: If the run has another tokenizer than the trained model.
         """
         texts = list(_held_out(self._recipe, tokenizer))
         self._check_tokenizer(tokenizer, texts)
@@ -179,7 +185,7 @@ class WarmStart:
 
 
 def cost_line(record: dict[str, Any]) -> str:
-    """One line that says what the switch cost, from what `measure` returned."""
+    """Describe the cost of the switch in one line, from the result of `measure`."""
 
     def value(key: str) -> str:
         found = record[key]["per_token"]
@@ -198,7 +204,7 @@ def cost_line(record: dict[str, Any]) -> str:
 
 
 def _given_values(trained: StableGPTConfig, config: StableGPTConfig) -> list[str]:
-    """Fields that say how vectors begin which the trained model brings along."""
+    """Return the fields that only initialize vectors which the trained model already has."""
     norms = [name for name in ("attention_post_norm", "mlp_post_norm") if getattr(config, name)]
     brought = {
         "layer_scale": None not in (trained.layer_scale, config.layer_scale),
@@ -209,7 +215,7 @@ def _given_values(trained: StableGPTConfig, config: StableGPTConfig) -> list[str
 
 
 def _digest(model: StableGPTForCausalLM) -> str:
-    """SHA-256 over names and bytes of all tensors, however many files hold them."""
+    """Return the SHA-256 of names and bytes of all tensors, independent of their files."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -218,7 +224,7 @@ def _digest(model: StableGPTForCausalLM) -> str:
 
 
 def _held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Held-out documents of every source, as many tokens in all as a validation reads."""
+    """Yield held-out documents of every source, together as many tokens as a validation reads."""
     sources = expand(sources_of(recipe)[1])
     share = recipe.training.evaluate_blocks * recipe.data.sequence_length / len(sources)
     for source in sources:

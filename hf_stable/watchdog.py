@@ -1,9 +1,9 @@
-"""Heartbeats of every process, and a watchdog that ends a process whose main thread has stopped.
+"""Heartbeats of every process, and a watchdog that aborts a process whose main thread hangs.
 
-One process that hangs makes all others wait in a collective, without a word. Each tells where it
-is in a file of its own, and each looks at its own clock: when its main thread has not moved for
-too long it reads all files, names the ranks that the others wait for, writes the stacks of its
-threads and ends with EXIT_HANG. Standard library only.
+One hung process makes all others wait silently in a collective. Each process therefore writes its
+progress to its heartbeat file, and watches its main thread by its local clock. When that thread has
+made no progress for too long, the watchdog reads all files, reports the ranks that the others wait
+for, writes the stacks of its threads and exits with EXIT_HANG. Standard library only.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from . import durable
 EXIT_HANG = 76
 FOLDER = "heartbeats"
 
-# What a process does, in the order of a step; step is the number of steps that are done.
+# Phases of a step, in their order. The step is the number of completed steps.
 Phase = Literal[
     "start", "data", "gradients", "update", "telemetry", "validation", "checkpoint", "ended"
 ]
@@ -35,11 +35,15 @@ _SHOWN = 8  # ranks named in a report
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Where a process was when its main thread last told.
+    """Progress of a process at its last heartbeat.
 
     Args:
-        step: optimizer steps done.
-        time: seconds since the epoch, by the clock of `host`.
+        rank: Rank of the process.
+        step: Number of completed optimizer steps.
+        phase: Phase of the current step.
+        time: Time of the heartbeat in seconds since the epoch, by the clock of `host`.
+        pid: Process id.
+        host: Host name.
     """
 
     rank: int
@@ -51,7 +55,7 @@ class Heartbeat:
 
     @property
     def place(self) -> tuple[int, int]:
-        """What a process that has come further has more of."""
+        """Sort key of the progress; larger for a process that is further ahead."""
         return self.step, _PHASES.index(self.phase)
 
     def __str__(self) -> str:
@@ -63,12 +67,12 @@ class Heartbeat:
 
 
 def heartbeat_file(folder: Path, rank: int) -> Path:
-    """Where a rank's heartbeat is in the folder of heartbeats."""
+    """Return a rank's heartbeat file in the folder of heartbeats."""
     return folder / f"rank-{rank:05d}.json"
 
 
 def read_heartbeats(folder: Path, world_size: int) -> list[Heartbeat]:
-    """Heartbeats of the ranks below `world_size` that have a readable one."""
+    """Read the heartbeats of all ranks below `world_size` that have a readable one."""
     beats = []
     for rank in range(world_size):
         try:
@@ -80,16 +84,18 @@ def read_heartbeats(folder: Path, world_size: int) -> list[Heartbeat]:
 
 
 def clear_heartbeats(folder: Path) -> None:
-    """Remove a former start's, before any process of this one writes: ranks that are gone since
-    would seem to hang."""
+    """Remove the heartbeats of an earlier start, before any process of this start writes.
+
+    Ranks that no longer exist would seem to hang.
+    """
     for file in folder.glob("rank-*.json"):
         file.unlink(missing_ok=True)
 
 
 def furthest_behind(beats: Sequence[Heartbeat]) -> list[Heartbeat]:
-    """Those whom the others wait for: at the earliest place of all, the longest silent first.
+    """Return the ranks that the others wait for, the longest silent first.
 
-    Empty when all are at the same place, and so none waits for another one's Python.
+    The result is empty if all ranks are at the same place, so that none waits for another.
     """
     earliest = min((beat.place for beat in beats), default=None)
     behind = [beat for beat in beats if beat.place == earliest]
@@ -97,7 +103,7 @@ def furthest_behind(beats: Sequence[Heartbeat]) -> list[Heartbeat]:
 
 
 def describe_hang(beats: Sequence[Heartbeat], world_size: int) -> str:
-    """Which ranks are behind, in a few lines."""
+    """Describe in a few lines which ranks are behind."""
     lines = []
     missing = sorted(set(range(world_size)) - {beat.rank for beat in beats})
     if missing:
@@ -119,13 +125,16 @@ def _first(ranks: Sequence[int]) -> str:
 
 
 class Watchdog:
-    """Context in which a process tells where it is, and is ended when it stops telling.
+    """Context in which a process reports its progress, and is aborted when it stops reporting.
 
     Args:
-        folder: of all heartbeats of the run; every rank must see it.
-        timeout: seconds of the main thread's silence after which the process ends with EXIT_HANG;
-            0 never. Longer than the longest step, validation or checkpoint. Time in which the whole
-            process was stopped (SIGSTOP, a suspended job) does not count.
+        folder: Folder of all heartbeats of the run; every rank must have access to it.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        timeout: Seconds without progress of the main thread after which the process exits with
+            EXIT_HANG; 0 disables this. Must be longer than the longest step, validation or
+            checkpoint. Time in which the whole process was stopped (SIGSTOP, a suspended job) does
+            not count.
     """
 
     def __init__(self, folder: Path, rank: int, world_size: int, timeout: float) -> None:
@@ -138,10 +147,11 @@ class Watchdog:
         self.beat(0, "start")
 
     def beat(self, step: int, phase: Phase) -> None:
-        """Tell where the main thread is. Cheap: a file is written by the watchdog's own thread.
+        """Report the progress of the main thread. Cheap: the watchdog's thread writes the file.
 
         Args:
-            step: optimizer steps done.
+            step: Number of completed optimizer steps.
+            phase: Phase that begins now.
         """
         self._newest = (step, phase, time.time())
 
@@ -162,7 +172,7 @@ class Watchdog:
         seen, silent, last = self._newest, 0.0, time.monotonic()
         while not self._left.wait(self._interval):
             now = time.monotonic()
-            # A longer interval than asked for: this thread was stopped, and with it all others.
+            # A longer interval than requested means that all threads of the process were stopped.
             silent += min(now - last, 2 * self._interval)
             last = now
             if self._newest is not seen:
@@ -175,15 +185,15 @@ class Watchdog:
         step, phase, when = self._newest
         beat = Heartbeat(self._rank, step, phase, when, os.getpid(), self._host)
         content = asdict(beat)
-        del content["rank"]  # the file's name
+        del content["rank"]  # it is in the name of the file
         file = heartbeat_file(self._folder, self._rank)
         text = json.dumps(content) + "\n"
-        # A full disk must end neither the run nor the watch.
+        # A full disk must end neither the run nor the watchdog.
         with contextlib.suppress(OSError):
             durable.write_file(file, text.encode(), survives_crash=False)
 
     def _end(self, silent: float) -> None:
-        """Say who is behind, write all stacks, and end the process."""
+        """Report which ranks are behind, write all stacks, and end the process."""
         try:
             beats = read_heartbeats(self._folder, self._world_size)
             stacks = self._folder / f"hang-rank-{self._rank:05d}.txt"

@@ -9,7 +9,7 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
 
 
 def significant(value: float, digits: int = 4) -> str:
-    """Return the value with so many significant digits; below a million with all its digits."""
+    """Return the value with this many significant digits; below a million with all its digits."""
     if not math.isfinite(value) or value == 0:
         return str(value)
     if abs(value) >= 1e6:

@@ -79,7 +79,7 @@ BAD = {
     "negative": ("optimizer: {learning_rate: -1e-3}", "optimizer.learning_rate: found -0.001"),
     "null": ("training: {global_batch_size: null}", "training.global_batch_size: found None"),
     "empty section": ("optimizer:", "optimizer: found None"),
-    "duplicate key": ("seed: 1\nseed: 2", "key 'seed' stands twice"),
+    "duplicate key": ("seed: 1\nseed: 2", "key 'seed' occurs twice"),
     "quoted false": (
         "training: {gradient_checkpointing: 'false'}",
         "gradient_checkpointing: found",

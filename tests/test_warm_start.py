@@ -193,7 +193,7 @@ def test_the_initial_weights_are_the_run_s_identity(
     unfinish(tmp_path / "run")
     capsys.readouterr()
     train(recipe)
-    assert f"could not be seen again (SHA-256 {record['sha256']}" in capsys.readouterr().err
+    assert f"began with these weights (SHA-256 {record['sha256']}" in capsys.readouterr().err
     assert records.read_run(tmp_path / "run")["initial_model"] == record
 
 

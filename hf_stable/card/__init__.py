@@ -1,4 +1,4 @@
-"""Model cards from the records of runs, with what the Hub checks checked before it is pushed."""
+"""Model cards from the records of runs, with the Hub's checks made before a push."""
 
 from .metadata import problems
 from .privacy import clean, leaks, secrets_here

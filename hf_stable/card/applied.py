@@ -1,4 +1,4 @@
-"""Which techniques a run had switched on, with their papers and the rows that test them."""
+"""Techniques that a run had switched on, with their papers and the rows that test them."""
 
 from typing import Any
 from urllib.parse import quote
@@ -9,7 +9,7 @@ from .papers import ANCHOR, BASELINE_PAPER, PAPERS, STUDIES, TECHNIQUES, Techniq
 
 
 def applied(facts: Facts) -> list[tuple[Technique, Any]]:
-    """Techniques whose field is not neutral, with its value, in the order of the config."""
+    """Return the techniques whose field is not neutral, with its value, in config order."""
     found = []
     for technique in TECHNIQUES:
         if "." in technique.field:
@@ -23,10 +23,11 @@ def applied(facts: Facts) -> list[tuple[Technique, Any]]:
 
 
 def rows(facts: Facts, repository: str | None) -> list[dict[str, Made]]:
-    """The table's rows.
+    """Return the rows of the table of techniques.
 
     Args:
-        repository: where links to reports begin; None names the reports without a link.
+        facts: Records of the run.
+        repository: Address of the sources with the reports; None names reports without a link.
     """
     return [
         {
@@ -55,7 +56,7 @@ def _evidence(row: str | None, repository: str | None) -> Made:
 
 
 def none_applied(facts: Facts) -> Made:
-    """What stands there instead of the table."""
+    """Return the text that replaces an empty table."""
     if not facts.config:
         return Made(
             "The records hold no model config. `hf-stable train RECIPE` records it in run.json."
@@ -64,19 +65,19 @@ def none_applied(facts: Facts) -> Made:
 
 
 def baseline_paper() -> Made:
-    """A link to the paper whose baseline the model is."""
+    """Return a link to the paper whose baseline the model is."""
     return link(PAPERS[BASELINE_PAPER].short, PAPERS[BASELINE_PAPER].address)
 
 
 def bibtex(facts: Facts) -> Made:
-    """Entries of the baseline and of the techniques that are on, each once."""
+    """Return the entries of the baseline and of the active techniques, without duplicates."""
     keys = [key for technique, _ in applied(facts) for key in technique.papers]
     entries = [PAPERS[key].bibtex for key in dict.fromkeys([BASELINE_PAPER, *keys])]
     return block("\n\n".join(entries), "bibtex")
 
 
 def tags(facts: Facts) -> list[str]:
-    """The techniques' fields and the papers, as the Hub's tags."""
+    """Return the techniques' fields and the papers, as tags for the Hub."""
     found = applied(facts)
     papers = [BASELINE_PAPER, *(key for technique, _ in found for key in technique.papers)]
     fields = [technique.field for technique, _ in found if technique.papers]

@@ -1,4 +1,4 @@
-"""Perplexities that were measured, from the files that evaluation and studies leave."""
+"""Measured perplexities, from the files that evaluation and studies write."""
 
 import json
 import math
@@ -12,19 +12,19 @@ import numpy as np
 from hf_stable.checksums import weights_of
 from hf_stable.errors import UserError
 
-# Metric of the Hub's model-index, and how a reader knows it.
+# Metric of the Hub's model-index, and its name for readers.
 _SCORES = {
     "per_token": ("perplexity", "perplexity per token"),
     "per_word": ("word_perplexity", "perplexity per word"),
     "bits_per_byte": ("bits_per_byte", "bits per byte"),
 }
-# As `hf_stable.evaluation.perplexity` has them.
+# Same values as in `hf_stable.evaluation.perplexity`.
 _CONFIDENCE, _SAMPLES, _SEED = 0.95, 2000, 0
 
 
 @dataclass(frozen=True)
 class Score:
-    """A number with its bootstrap interval over documents; both ends None without one."""
+    """A number with its bootstrap interval over documents; both ends are None without one."""
 
     metric: str
     name: str
@@ -35,12 +35,16 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One text that the model was scored on.
+    """Scores on one text.
 
     Args:
-        text: its names; None is the run's own validation text.
-        confidence: of the intervals. note: why there are none, if there are none.
-        windows: (max_length, stride) in tokens, where the file has them.
+        text: Names of the text; None is the run's validation text.
+        scores: Measured numbers.
+        documents: Number of documents.
+        tokens: Number of scored tokens.
+        confidence: Coverage of the intervals.
+        note: Reason why there are no intervals, or None.
+        windows: (max_length, stride) in tokens, if the file has them.
     """
 
     text: tuple[str, ...] | None
@@ -58,10 +62,14 @@ def find_evaluations(run: Path) -> list[Path]:
 
 
 def read_evaluation(file: Path, run: Path) -> Evaluation:
-    """Read what `hf-stable evaluate --output` or a study's scoring wrote of this run.
+    """Read a result of `hf-stable evaluate --output` or of a study for this run.
+
+    Args:
+        file: JSON file of the result.
+        run: Folder of the run.
 
     Raises:
-        UserError: naming the file, when it is damaged, lacks a number, or is of another run.
+        UserError: If the file is damaged, lacks a number, or belongs to another run; names it.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -76,22 +84,22 @@ def read_evaluation(file: Path, run: Path) -> Evaluation:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{file} is no evaluation ({type(error).__name__}: {error}): repeat it with with "
+            f"{file} is no evaluation ({type(error).__name__}: {error}): repeat it with "
             f"{_command(file, run)}"
         ) from error
 
 
 def _check_run(file: Path, found: str, run: Path) -> None:
-    """Numbers of another model would be believed."""
+    """Refuse numbers of another model, which readers would believe."""
     if found != run.resolve().name:
         raise UserError(
-            f"{file} is of {found!r}, not of {run.resolve().name!r}: write it anew with "
+            f"{file} is of {found!r}, not of {run.resolve().name!r}: write it again with "
             f"{_command(file, run)}"
         )
 
 
 def _check_weights(file: Path, measured: dict[str, str] | None, run: Path) -> None:
-    """Numbers of a run as it was before it was trained on would be believed."""
+    """Refuse numbers that were measured before the run was trained further."""
     there = weights_of(run / "model")
     if measured and there and measured != there:
         raise UserError(
@@ -101,7 +109,7 @@ def _check_weights(file: Path, measured: dict[str, str] | None, run: Path) -> No
 
 
 def _command(file: Path, run: Path) -> str:
-    """The command that writes an evaluation of a run."""
+    """Return the command that writes an evaluation of a run."""
     return f"hf-stable evaluate {shlex.quote(str(run))} --output {shlex.quote(str(file))}"
 
 
@@ -122,7 +130,7 @@ def _of_command(content: dict[str, Any]) -> Evaluation:
 
 
 def _of_study(sums: np.ndarray) -> Evaluation:
-    """From (documents, 4) float64 sums: NLL in nats, tokens, words, bytes."""
+    """Build from (documents, 4) float64 sums: NLL in nats, tokens, words, bytes."""
     if sums.ndim != 2 or sums.shape[1] != 4 or not np.isfinite(sums).all() or not len(sums):
         raise ValueError(f"document sums are {sums.shape}, not rows of four finite numbers")
     from hf_stable.evaluation.result import estimates  # noqa: PLC0415  # its package has torch
@@ -144,7 +152,7 @@ def _of_study(sums: np.ndarray) -> Evaluation:
 
 
 def _score(key: str, value: Any, low: Any, high: Any) -> Score:
-    """Records spell out what is not finite; an interval that is not is none."""
+    """Build a score; an interval that is not finite counts as none."""
     ends = [None if end is None else float(end) for end in (low, high)]
     if any(end is None or not math.isfinite(end) for end in ends):
         ends = [None, None]

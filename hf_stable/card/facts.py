@@ -1,4 +1,4 @@
-"""What the records of one run hold, under names; what they do not hold is None or empty."""
+"""Named access to the records of one run; missing content is None or empty."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ class Facts:
     """Cleaned records.
 
     Args:
-        run: run.json, or only "model_config" from config.json. history: metrics.jsonl, or None.
+        run: Content of run.json, or only "model_config" from config.json.
+        history: Content of metrics.jsonl, or None.
     """
 
     run: dict[str, Any]
@@ -22,28 +23,28 @@ class Facts:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The resolved recipe."""
+        """Resolved recipe."""
         return self.run.get("recipe") or {}
 
     @property
     def config(self) -> dict[str, Any]:
-        """The model's whole config."""
+        """Whole config of the model."""
         return self.run.get("model_config") or {}
 
     @property
     def parts(self) -> dict[str, dict[str, Any]]:
-        """The descriptions of token files by "train" and "validation"."""
+        """Descriptions of token files by "train" and "validation"."""
         data = self.run.get("data") or {}
         return {part: data[part] for part in ("train", "validation") if data.get(part)}
 
     def sources(self, part: str) -> list[dict[str, Any]]:
-        """The files and datasets of a part, as they were identified; of all parts of a mixture."""
+        """Return the recorded files and datasets of a part, over all parts of a mixture."""
         about = self.parts.get(part) or {}
         files = about.get("mixture") or [about]
         return [source for file in files for source in file.get("sources") or []]
 
     def of(self, place: str) -> Any:
-        """What the recipe has at dotted keys; None where it has nothing."""
+        """Return the recipe's value at dotted keys, or None."""
         found: Any = self.recipe
         for key in place.split("."):
             found = found.get(key) if isinstance(found, dict) else None
@@ -64,24 +65,26 @@ class Facts:
 
     @property
     def steps(self) -> int | None:
-        """Optimizer steps that are in the log."""
+        """Number of optimizer steps in the log."""
         logged = self._logged("step")
         return int(logged[-1]) if logged.size else None
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """All rows but those of training and telemetry."""
+        """All rows except those of training and telemetry."""
         return [] if self.history is None else self.history.events
 
     def last(self, event: str) -> dict[str, Any] | None:
-        """The last row of a kind."""
+        """Return the last row of a kind, or None."""
         rows = [row for row in self.events if row["event"] == event]
         return rows[-1] if rows else None
 
     @property
     def seconds(self) -> float | None:
-        """Time of the training steps, from the log's tokens per second; validations, checkpoints
-        and what came before the first step are not in it."""
+        """Duration of the training steps in seconds, from the logged tokens per second.
+
+        It excludes validations, checkpoints and everything before the first step.
+        """
         steps, rates = self._logged("step"), self._logged("tokens_per_second")
         each = self.tokens_per_step
         if each is None or not steps.size or len(rates) != len(steps) or not (rates > 0).all():
@@ -94,5 +97,5 @@ class Facts:
 
 
 def finite(value: Any) -> bool:
-    """Whether a record's number is one; those that are not are spelt out."""
+    """Return True for a finite number; records spell out the others."""
     return isinstance(value, (int, float)) and math.isfinite(value)

@@ -1,4 +1,4 @@
-"""Text for a card: everything is escaped but what is made here."""
+"""Markdown for a card: all text is escaped except text made by this package."""
 
 import html
 import re
@@ -13,15 +13,15 @@ TEMPLATE = Path(__file__).with_name("template.md.jinja")
 
 
 class Made(str):
-    """Markdown that may stand in a card as it is."""
+    """Markdown that needs no escaping."""
 
 
 def escape(value: Any) -> Made:
-    """One line that shows `value` itself: no HTML, no Markdown, no link, no machine's path."""
+    """Return one line that shows `value` literally: no HTML, Markdown, link or local path."""
     text = " ".join(str(clean(str(value))).split())
     text = re.sub(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]", "", text)
     text = re.sub(r"([\\`*_\[\]|~$#!])", r"\\\1", html.escape(text, quote=False))
-    # GitHub's and the Hub's Markdown make links of bare addresses.
+    # The Markdown of GitHub and the Hub turns bare addresses into links.
     return Made(re.sub(r"(?i)(https?|ftp)://|\bwww\.", _unlinked, text))
 
 
@@ -30,19 +30,19 @@ def _unlinked(found: re.Match[str]) -> str:
 
 
 def block(text: str, language: str) -> Made:
-    """A fenced block that no line of `text` can close."""
+    """Return a fenced block that no line of `text` can close."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return Made(f"{fence}{language}\n{text.rstrip()}\n{fence}")
 
 
 def link(text: str, address: str) -> Made:
-    """A link to an address of ours; `text` is escaped."""
+    """Return a link to a trusted address; `text` is escaped."""
     return Made(f"[{escape(text)}]({address})")
 
 
 def fill(**values: Any) -> str:
-    """The template with these values, each escaped unless it is Made; one left out is an error."""
+    """Fill the template; values are escaped unless they are Made, and a missing one is an error."""
     environment = Environment(
         finalize=lambda value: value if isinstance(value, Made) else escape(value),
         undefined=StrictUndefined,

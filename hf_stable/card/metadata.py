@@ -1,7 +1,7 @@
-"""A card's YAML header, and offline the checks that the Hub makes of one when it is pushed.
+"""YAML header of a card, and offline versions of the Hub's checks on it.
 
-The rules: the Hub's specification (hub-docs, modelcard.md: `license`, `datasets` and `model-index`
-are verified), its list of licences, and the languages' codes of huggingface_hub's ModelCardData.
+Rules: the Hub's specification (hub-docs, modelcard.md: `license`, `datasets` and `model-index` are
+verified), its list of licenses, and the language codes of huggingface_hub's ModelCardData.
 """
 
 import math
@@ -16,7 +16,7 @@ _NAMES = {"library_name": "transformers", "pipeline_tag": "text-generation"}
 
 
 def problems(header: dict[str, Any]) -> list[str]:
-    """What the Hub would refuse in a model card's header, each naming its key and the remedy."""
+    """Return problems for which the Hub would refuse the header, each with key and remedy."""
     found = [
         *_license(header),
         *_strings(header, "tags"),
@@ -32,7 +32,7 @@ def problems(header: dict[str, Any]) -> list[str]:
 
 
 def _license(header: dict[str, Any]) -> list[str]:
-    if "license" not in header:  # the Hub asks for one, and takes a card without
+    if "license" not in header:  # the Hub recommends one, but accepts a card without
         return []
     identity = header["license"]
     if identity not in LICENSES:
@@ -63,7 +63,7 @@ def _strings(
 
 
 def _model_index(place: str, entry: Any) -> list[str]:
-    """One model's results: each with a task, a dataset, and metrics."""
+    """Check one model's results: each needs a task, a dataset, and metrics."""
     if not _named(entry, "name") or not _filled(entry, "results"):
         return [f"{place}: write a name and a list of results"]
     found = []

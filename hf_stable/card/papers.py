@@ -1,7 +1,7 @@
-"""The techniques by their fields, with the papers that they are from and the rows that test them.
+"""Techniques by field, with their papers and the rows of the studies that test them.
 
 Neutral values are those of StableGPTConfig and of the recipe's schema (a test compares them), so
-that a card needs no torch.
+that a card does not need torch.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Paper:
-    """A paper; `authors` as BibTeX has them, which may end in "and others"."""
+    """A paper; `authors` is in BibTeX's format, and may end in "and others"."""
 
     key: str
     authors: str
@@ -20,19 +20,19 @@ class Paper:
 
     @property
     def short(self) -> str:
-        """Family name of the first author, and the year."""
+        """First author's family name, and the year."""
         first, *others = self.authors.split(" and ")
         more = " et al." if others else ""
         return f"{first.split(',')[0].strip('{}')}{more} {self.year}"
 
     @property
     def address(self) -> str:
-        """Its page on arXiv."""
+        """Address of its page on arXiv."""
         return f"https://arxiv.org/abs/{self.arxiv}"
 
     @property
     def bibtex(self) -> str:
-        """Its entry."""
+        """BibTeX entry."""
         return (
             f"@article{{{self.key},\n"
             f"  author = {{{self.authors}}},\n"
@@ -45,10 +45,14 @@ class Paper:
 
 @dataclass(frozen=True)
 class Technique:
-    """One field of the model's config, or of the recipe (with dots in it).
+    """A field of the model's config, or of the recipe (with dots in its name).
 
     Args:
-        neutral: its value when off. papers: keys. row: of the studies' tables, or None.
+        field: Name of the field.
+        neutral: Value of the field when the technique is off.
+        name: Name for readers.
+        papers: Keys of the papers.
+        row: Row of the studies' tables, or None.
     """
 
     field: str
@@ -195,7 +199,7 @@ _PAPERS = (
     ),
 )
 PAPERS = {paper.key: paper for paper in _PAPERS}
-# Whose baseline the model is without any technique (section 3).
+# The paper whose baseline is the model without any technique (section 3).
 BASELINE_PAPER = "rybakov2024methods"
 _RYBAKOV, _TAKASE, _WORTSMAN, _ZHAI = (paper.key for paper in _PAPERS[:4])
 _CLIP = ("bondarenko2023quantizable", _RYBAKOV)

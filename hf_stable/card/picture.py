@@ -1,4 +1,4 @@
-"""The training curve of a card, as a PNG: the one picture that every reader of Markdown shows."""
+"""Training curve of a card as a PNG, which every Markdown viewer can show."""
 
 import importlib.util
 from io import BytesIO
@@ -12,7 +12,7 @@ DOTS_PER_INCH = 130
 
 
 def draw_picture(history: History | None) -> bytes | None:
-    """Training and validation loss by step; None without a logged loss, or without matplotlib.
+    """Draw training and validation loss by step; None without a logged loss or matplotlib.
 
     Equal records give equal bytes.
     """

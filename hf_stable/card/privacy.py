@@ -1,6 +1,7 @@
-"""What must not leave the machine: secrets, and places on its disks.
+"""Removal of text that must not leave the machine: secrets, and paths on its disks.
 
-Records name folders and may hold what a user typed; whatever is published passes through `clean`.
+Records name folders and may contain text that a user typed. Everything published passes through
+`clean`.
 """
 
 import os
@@ -10,7 +11,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 REDACTED = "[removed]"
-# By the prefixes that their issuers document (Hub, GitHub, GitLab, AWS, Google, Slack, JWT, ...).
+# Prefixes that the issuers document (Hub, GitHub, GitLab, AWS, Google, Slack, JWT, ...).
 _TOKENS = (
     r"(?<!\w)(?:hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}"
     r"|github_pat_\w{20,}|glpat-[\w-]{16,}|sk-[\w-]{16,}|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}"
@@ -24,26 +25,27 @@ _IN_URL = r"(?<=://)[^/\s@]+@"
 _SECRET = re.compile(f"{_TOKENS}|{_ASSIGNED}|{_IN_URL}")
 _SECRET_KEY = re.compile(r"(?i)(?:^|[_-])(?:token|secret|passw(?:or)?d|api[_-]?key|credentials?)$")
 _SECRET_VARIABLE = re.compile(r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIALS?)$")
-# Shorter values of variables are no secrets, and would be found in ordinary words.
+# Shorter values of variables are no secrets, and occur in ordinary words.
 _SHORTEST_SECRET = 8
 _PATH = re.compile(
     r"(?<![\w:/.~)])(?:file:/{2}|~[\w.-]*)?/(?:[^\s/\"'`<>|:;,]+/)+[^\s/\"'`<>|:;,()\[\]]*"
     r"|(?<![A-Za-z])[A-Za-z]:[\\/][^\s\"'`<>|;,]+"
     r"|(?<!\\)\\\\[\w.-]+\\[^\s\"'`<>|;,]+"
 )
-# Shortened, but no leak: pages of one repository link to each other so.
+# Shortened, but not a leak: pages of one repository link to each other like this.
 _UPWARD = re.compile(r"(?<![\w/.])(?:\.\./)+[^\s\"'`<>|:;,()\[\]]*")
 
 
 def clean(value: Any, secrets: Sequence[str] | None = None) -> Any:
-    """The same JSON value without secrets, and with only the last part of every machine's path.
+    """Return the same JSON value without secrets, with only the last part of every local path.
 
-    Strings are searched for tokens by their known forms, for what secret-looking environment
-    variables hold, and for absolute, home and `..` paths; a key such as "hub_token" loses its
+    Strings are searched for tokens of known forms, for the values of environment variables with
+    secret-looking names, and for absolute, home and `..` paths. A key such as "hub_token" loses its
     value.
 
     Args:
-        secrets: What those variables hold; None reads them.
+        value: JSON value.
+        secrets: Values of those variables; None reads them.
     """
     known = secrets_here() if secrets is None else secrets
     if isinstance(value, str):
@@ -61,7 +63,7 @@ def clean(value: Any, secrets: Sequence[str] | None = None) -> Any:
 
 
 def leaks(text: str, secrets: Sequence[str] | None = None) -> list[str]:
-    """What `clean` would take out of a text that is to be published: kinds, never the secrets."""
+    """Return the kinds of content that `clean` would remove from a text, never the secrets."""
     found = []
     known = secrets_here() if secrets is None else secrets
     if _SECRET.search(text) or any(secret in text for secret in known):
@@ -83,7 +85,7 @@ def _clean_text(text: str, secrets: Sequence[str]) -> str:
 
 
 def _is_place(text: str) -> bool:
-    """Whether all of a text is a path that says where something lies on one machine."""
+    """Return True if the whole text is a path on one machine."""
     return text.startswith(("/", "~", "../", "file:/")) or PureWindowsPath(text).is_absolute()
 
 
@@ -92,9 +94,9 @@ def _last(path: str) -> str:
 
 
 def secrets_here() -> list[str]:
-    """Return what secret-looking environment variables hold, the longest first.
+    """Return the values of environment variables with secret-looking names, the longest first.
 
-    It reads the whole environment: whoever looks through many texts calls it once.
+    It reads the whole environment; to check many texts, call it once.
     """
     values = {value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)}
     return sorted((each for each in values if len(each) >= _SHORTEST_SECRET), key=len, reverse=True)

@@ -1,6 +1,6 @@
-"""A model card from a run's records alone: `render_card`, and `write_card` with its picture.
+"""Rendering of a model card from a run's records: `render_card`, and `write_card` with its picture.
 
-No field is filled that the records do not hold, or that `Statement` does not state.
+Every value comes from the records or from `Statement`; others are left out.
 """
 
 import contextlib
@@ -27,21 +27,22 @@ from .privacy import clean, leaks
 from .texts import languages
 
 PICTURE = "training_curve.png"
-# What an export did to the weights: {"notes": [sentence, ...], ...}.
+# Changes of the weights by an export: {"notes": [sentence, ...], ...}.
 EXPORT_RECORD = "records/export.json"
 
 
 @dataclass(frozen=True)
 class Statement:
-    """What the publisher states because no record holds it.
+    """Facts that the publisher states because no record holds them.
 
     Args:
-        name: the model's; None takes the recipe's.
-        license: of the weights, of the Hub's identifiers; left out where it is not stated.
-        license_name: of a licence that is "other". license_link: where its text is.
-        watts: drawn by each process's device while it trains, for the estimate of energy.
-        repository: address of hf_stable's sources, which links to the studies begin with.
-        notes: sentences to put first, such as how the checkpoint was chosen.
+        name: Name of the model; None takes the recipe's.
+        license: License of the weights, as one of the Hub's identifiers; None leaves it out.
+        watts: Power of each process's device during training, to estimate the energy.
+        repository: Address of hf_stable's sources, used in links to the studies.
+        notes: Sentences to put first, such as how the checkpoint was chosen.
+        license_name: Name of a license that is "other".
+        license_link: Address of the text of that license.
     """
 
     name: str | None = None
@@ -68,18 +69,19 @@ def render_card(
     statement: Statement | None = None,
     picture: str | None = None,
 ) -> ModelCard:
-    """The card of one run.
+    """Render the card of one run.
 
     Args:
-        run: its folder; of run.json, metrics.jsonl and config.json what is missing is named in the
-            card, with the command that makes it.
-        evaluations: JSON files of `hf-stable evaluate --output` or a study's perplexity/ID.json;
+        run: Folder of the run. If run.json, metrics.jsonl or config.json is missing, the card says
+            so, with the command that writes it.
+        evaluations: JSON files from `hf-stable evaluate --output`, or a study's perplexity/ID.json;
             None takes RUN/evaluation*.json.
-        picture: the training curve's file, relative to the card; None where there is none.
+        statement: Facts that no record holds.
+        picture: File of the training curve, relative to the card; None if there is none.
 
     Raises:
-        UserError: damaged records or evaluations, evaluations of another run, and whatever the Hub
-            would refuse or should not see.
+        UserError: If records or evaluations are damaged, an evaluation belongs to another run, or
+            the card has content that the Hub would refuse or that must stay private.
     """
     statement = statement or Statement()
     files = find_evaluations(run) if evaluations is None else evaluations
@@ -90,8 +92,8 @@ def render_card(
         text = _filled(" ".join(name.split()), facts, scored, statement, picture)
     if found := leaks(text):
         raise UserError(
-            f"the card of {run} would publish {' and '.join(found)}: look for it in run.json and "
-            "in what is stated, and take it out"
+            f"the card of {run} would publish {' and '.join(found)}: remove it from run.json and "
+            "from the stated facts"
         )
     return ModelCard(text)
 
@@ -103,7 +105,7 @@ def _filled(
     statement: Statement,
     picture: str | None,
 ) -> str:
-    """The card's text, header and all."""
+    """Return the card's text with its header."""
     header = _header(name, facts, scored, statement)
     if found := problems(header.to_dict()):
         raise UserError(f"{name}: the Hub would refuse its card: {'; '.join(found)}")
@@ -137,15 +139,21 @@ def write_card(
     statement: Statement | None = None,
     picture: str = PICTURE,
 ) -> Path:
-    """Write `render_card`'s card, and beside it the training curve where it can be drawn.
+    """Write the card of `render_card` and, if it can be drawn, the training curve beside it.
 
     Args:
-        file: the card, such as FOLDER/README.md. Where FOLDER is an export whose weights are not as
-            they were trained, the card says so first.
-        picture: the name of the curve's file.
+        run: Folder of the run.
+        file: File of the card, such as FOLDER/README.md. If FOLDER is an export with changed
+            weights, the card says so first.
+        evaluations: See `render_card`.
+        statement: Facts that no record holds.
+        picture: Name of the curve's file.
+
+    Returns:
+        `file`.
 
     Raises:
-        UserError: as `render_card`.
+        UserError: See `render_card`.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     statement = statement or Statement()
@@ -169,10 +177,13 @@ def _export_notes(folder: Path) -> tuple[str, ...]:
 
 
 def read_facts(run: Path) -> Facts:
-    """Everything that a card tells of a run, cleaned of secrets and of places.
+    """Read all facts about a run for its card, without secrets and local paths.
+
+    Args:
+        run: Folder of a run or model.
 
     Raises:
-        UserError: when the folder holds neither a run nor a model, or damaged records.
+        UserError: If the folder holds neither a run nor a model, or its records are damaged.
     """
     content: dict[str, Any] = {}
     with _damage_named(run):
@@ -203,7 +214,7 @@ def read_facts(run: Path) -> Facts:
 
 @contextlib.contextmanager
 def _damage_named(run: Path) -> Iterator[None]:
-    """Records of another shape than training writes are the user's to restore."""
+    """Raise UserError for records in another format than training writes."""
     try:
         yield
     except UserError:
@@ -218,7 +229,7 @@ def _damage_named(run: Path) -> Iterator[None]:
 def _header(
     name: str, facts: Facts, scored: Sequence[Evaluation], statement: Statement
 ) -> ModelCardData:
-    """The YAML header; what is unknown is left out."""
+    """Build the YAML header; unknown values are left out."""
     sources = [source for part in facts.parts for source in facts.sources(part)]
     found = {source.get("content", {}).get("dataset") for source in sources} - {None}
     results = [result for each in scored for result in _results(each, facts)]
@@ -227,7 +238,7 @@ def _header(
         license=statement.license,
         license_name=statement.license_name,
         license_link=statement.license_link,
-        # Only what was converted from the Hub has a revision.
+        # Only a model converted from the Hub has a revision.
         base_model=made["source"] if made.get("revision") else None,
         language=languages(sources) or None,
         library_name="transformers",
@@ -240,7 +251,7 @@ def _header(
 
 
 def _results(evaluation: Evaluation, facts: Facts) -> list[EvalResult]:
-    """The finite numbers of one text, each with its interval."""
+    """Return the finite numbers of one text, each with its interval."""
     text, identity = (
         sections.text_name(evaluation, facts),
         sections.text_identity(evaluation, facts),

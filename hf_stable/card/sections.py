@@ -1,4 +1,4 @@
-"""The parts of a card, each from the records, each saying what to run where they are missing."""
+"""Sections of a card, made from the records; each names the command for missing records."""
 
 import math
 import re
@@ -18,7 +18,7 @@ _TRAIN = "`hf-stable train RECIPE` records it."
 
 
 def summary(facts: Facts) -> Made:
-    """What the model is, in one paragraph."""
+    """Describe the model in one paragraph."""
     words = ["A decoder-only language model of the StableGPT family"]
     if facts.run.get("parameters"):
         words.append(f" with {facts.run['parameters']:,} parameters")
@@ -34,7 +34,7 @@ def summary(facts: Facts) -> Made:
 
 
 def origins(facts: Facts) -> list[str]:
-    """Where the weights began, if not with random numbers."""
+    """Describe the origin of the initial weights, unless they are random."""
     found = []
     if start := facts.run.get("initial_model"):
         switched = ", ".join(
@@ -57,14 +57,14 @@ def origins(facts: Facts) -> list[str]:
 
 
 def text_name(evaluation: Evaluation, facts: Facts) -> str:
-    """The name of the text that was scored, for a reader."""
+    """Return the name of the scored text, for readers."""
     if evaluation.text is None:
         return f"validation part of {_names(facts, 'validation')}"
     return ", ".join(str(clean(name)) for name in evaluation.text)
 
 
 def text_identity(evaluation: Evaluation, facts: Facts) -> str:
-    """The same as an id: the dataset's on the Hub, or the files' names."""
+    """Return the scored text as an id: the dataset's on the Hub, or the files' names."""
     if evaluation.text is None:
         name = _dataset(facts.sources("validation")) or _names(facts, "validation")
     else:
@@ -75,13 +75,13 @@ def text_identity(evaluation: Evaluation, facts: Facts) -> str:
 
 
 def _dataset(sources: Sequence[dict[str, Any]]) -> str | None:
-    """The one dataset that all sources are of, if they are."""
+    """Return the dataset that all sources share, or None."""
     found = {source.get("content", {}).get("dataset") for source in sources}
     return found.pop() if len(found) == 1 else None
 
 
 def _names(facts: Facts, part: str) -> str:
-    """The texts of a token file: by title where known, else by the names of files."""
+    """Return the names of a token file's texts: known titles, else the names of files."""
     found = []
     for source in facts.sources(part):
         text = known_text(source)
@@ -93,7 +93,7 @@ def _names(facts: Facts, part: str) -> str:
 
 
 def evaluation(found: Evaluation, facts: Facts) -> Made:
-    """One text's perplexities with their intervals."""
+    """Return one text's perplexities with their intervals."""
     head = f"{100 * found.confidence:g} % interval"
     lines = [
         f"On {escape(text_name(found, facts))}: {found.documents:,} documents, "
@@ -115,7 +115,7 @@ def _windows(windows: tuple[int, int] | None) -> str:
 
 
 def validation(facts: Facts) -> Made:
-    """The last validation of training, which is of part of the text and has no interval."""
+    """Return the last validation of training, which uses part of the text, without interval."""
     last = facts.last("validation")
     if last is None:
         return Made(f"Validation while training: the records hold none. {_TRAIN}")
@@ -129,7 +129,7 @@ def validation(facts: Facts) -> Made:
 
 
 def baselines(facts: Facts) -> Made:
-    """What tables of single words and of pairs would have."""
+    """Return the perplexities of tables of single tokens and of pairs."""
     data = facts.run.get("data") or {}
     shown = [
         f"{math.exp(data[key]):,.2f} for a table of {name}"
@@ -143,14 +143,14 @@ def baselines(facts: Facts) -> Made:
 
 
 def no_picture(facts: Facts) -> Made:
-    """Why there is no training curve."""
+    """Explain why there is no training curve."""
     if facts.steps is None:
         return Made("No training loss is in the records. `hf-stable train RECIPE` logs it.")
     return Made("Not drawn: matplotlib was not there. `pip install 'hf_stable[figures]'` has it.")
 
 
 def data(facts: Facts) -> list[Made]:
-    """One table each of the training and the validation text."""
+    """Return one table for the training text and one for the validation text."""
     return [_data(facts, part) for part in facts.parts]
 
 
@@ -179,19 +179,19 @@ def _data(facts: Facts, part: str) -> Made:
 
 
 def _tails(facts: Facts, part: str) -> list[str]:
-    """Return how documents are divided, where they are too few to hold out whole ones."""
+    """Describe how documents are divided if there are too few to hold out whole ones."""
     contents = [source.get("content") or {} for source in facts.sources(part)]
     shares = {each["holdout"] for each in contents if each.get("holdout_by") == "tail"}
     return [f"the end of each document, {share:.2%} of it" for share in sorted(shares)]
 
 
 def recipe(facts: Facts) -> Made | None:
-    """The recipe in full."""
+    """Return the complete recipe."""
     return block(strict_yaml.dump(facts.recipe), "yaml") if facts.recipe else None
 
 
 def hardware(facts: Facts) -> list[dict[str, Made]]:
-    """What it was trained on and with."""
+    """Return the hardware and software of the training."""
     run, seconds, flops = facts.run, facts.seconds, facts.run.get("flops_per_token")
     versions = [f"{name} {number}" for name, number in (run.get("versions") or {}).items()]
     backend = run.get("attn_implementation")
@@ -221,7 +221,7 @@ def _duration(seconds: float) -> str:
 
 
 def energy(facts: Facts, watts: float | None) -> Made:
-    """An estimate, from the recorded time and a stated power; neither is guessed."""
+    """Estimate the energy from the recorded time and a stated power; neither is guessed."""
     seconds, processes = facts.seconds, facts.run.get("processes")
     if seconds is None or not processes:
         return Made(f"Energy: no estimate, because the records hold no training time. {_TRAIN}")
@@ -239,7 +239,7 @@ def energy(facts: Facts, watts: float | None) -> Made:
 
 
 def limits(facts: Facts, scored: Sequence[Evaluation]) -> list[Made]:
-    """What the model is not, and what its numbers do not say."""
+    """Describe the limits of the model, and of the meaning of its numbers."""
     found = [
         "It continues text. It was not taught to follow instructions, and no record holds a test "
         "of its safety, its biases or its facts: what it writes is no more reliable than the text "

@@ -1,4 +1,4 @@
-"""Texts whose licence is known, told by the hash of their file, never by their name."""
+"""Texts with a known license, identified by the hash of their file, never by name."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class KnownText:
-    """`language` is an ISO 639-1 code."""
+    """A known text; `language` is an ISO 639-1 code."""
 
     title: str
     origin: str
@@ -14,8 +14,8 @@ class KnownText:
     language: str
 
 
-# By BLAKE2b-128 of the file, as run.json has it. The first is what `hf-stable sample-text` writes;
-# a test compares.
+# Keys are the BLAKE2b-128 of the file, as in run.json. The first text is written by
+# `hf-stable sample-text`; a test compares them.
 KNOWN_TEXTS = {
     "1fcf89eec83e8a4deacef8b2a2f8f80f": KnownText(
         title="The Bible, King James Version (1611, text of 1769)",
@@ -27,12 +27,12 @@ KNOWN_TEXTS = {
 
 
 def known_text(source: dict[str, Any]) -> KnownText | None:
-    """The text of one source of run.json, if it is known."""
+    """Return the text of one source of run.json, if it is known."""
     return KNOWN_TEXTS.get(source.get("content", {}).get("blake2b", ""))
 
 
 def languages(sources: list[dict[str, Any]]) -> list[str]:
-    """ISO codes of all sources, in order; empty unless every source is known."""
+    """Return the ISO codes of all sources, in order; empty unless every source is known."""
     found = [known_text(source) for source in sources]
     known = [text.language for text in found if text is not None]
     return list(dict.fromkeys(known)) if len(known) == len(found) else []

@@ -1,7 +1,8 @@
-"""Checkpoints of a run: whole or not there, never loaded damaged, never code.
+"""Checkpoints of a run: complete or absent, verified before loading, and free of code.
 
-`directory` is the atomic folder (no torch); `state` what a run's processes hold; `layouts` and
-`sharded` the files; `saving` and `loading` what a loop calls.
+`directory` implements the atomic folder (without torch). `state` holds the state of a run's
+processes. `layouts` and `sharded` read and write the files. A training loop calls `saving` and
+`loading`.
 """
 
 from .directory import abandon

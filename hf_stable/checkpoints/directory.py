@@ -1,13 +1,14 @@
-"""The atomic directory: a checkpoint is there whole, under its final name, or not at all.
+"""Atomic directory: a checkpoint is either complete, under its final name, or absent.
 
     checkpoints/
-      step-00000100/      a checkpoint; `manifest.json` in it names every file with its SHA-256
-      bad-step-00000090/  one that was found damaged: kept for people, never read again
-      .tmp-…              what an interrupted save or deletion left; removed at the next start
+      step-00000100/      a checkpoint; its `manifest.json` names every file with its SHA-256
+      bad-step-00000090/  a damaged checkpoint: kept for people, never read again
+      .tmp-…              remains of an interrupted save or deletion, removed at the next start
 
-Order of a commit: files, their directories, the manifest, the rename, the parent; each is on the
-disk before the next begins. A directory is never written a second time: what is half new and half
-old would look whole. The manifest tells damage, not malice: who can write here can write it too.
+Order of a commit: files, their directories, the manifest, the rename, the parent. Each is on disk
+before the next begins. A directory is never written a second time, since a mix of new and old files
+would look complete. The manifest detects damage, not malice: whoever can write here can write it
+too.
 
 Standard library only.
 """
@@ -32,10 +33,10 @@ _FORMAT = 1
 _TEMPORARY = ".tmp-"
 _BAD = "bad-"
 _NAME = re.compile(r"step-(\d{8,})|bad-step-(\d{8,})(?:-\d+)?")
-# 1,000 ranks with a file each need a tenth of it; what is larger is no manifest.
+# 1,000 ranks with one file each need a tenth of this; a larger file is no manifest.
 _LARGEST_MANIFEST = 16 * 2**20
 
-# What a file system that works says of a checkpoint that is not as it was written.
+# Errors of a working file system for a checkpoint that has changed since it was written.
 _DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 # Relative path with "/" -> {"bytes": int, "sha256": hexadecimal str}.
@@ -44,12 +45,12 @@ Report = Callable[[str], None]
 
 
 def folder_of(parent: Path, step: int) -> Path:
-    """Where the checkpoint after `step` optimizer steps lies."""
+    """Return the folder of the checkpoint after `step` optimizer steps."""
     return parent / f"step-{step:08d}"
 
 
 def step_of(folder: Path) -> int:
-    """The step in a checkpoint's name, also of a quarantined one."""
+    """Return the step in a checkpoint's name, also for a quarantined one."""
     match = _NAME.fullmatch(folder.name)
     if match is None:
         raise CheckpointError(f"{folder} is no checkpoint: its name is not step-00000100 or alike.")
@@ -57,16 +58,20 @@ def step_of(folder: Path) -> int:
 
 
 def checkpoints_in(parent: Path, prefix: str = "step-") -> list[Path]:
-    """Checkpoints by name, oldest first; whether they are good, `verify` tells."""
+    """Return the checkpoints by name, oldest first; use `verify` to check one."""
     found = [path for path in parent.glob(f"{prefix}*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: (step_of(path), path.name))
 
 
 def begin(parent: Path, step: int) -> Path | None:
-    """An empty temporary folder to write a checkpoint into, for `finish`.
+    """Create an empty temporary folder to write a checkpoint into, for `finish`.
+
+    Args:
+        parent: Folder of all checkpoints.
+        step: Number of optimizer steps done.
 
     Returns:
-        None when the step is there already and good. One that is bad is quarantined.
+        None if a valid checkpoint of the step exists already. A damaged one is quarantined.
     """
     folder = folder_of(parent, step)
     if os.path.lexists(folder):
@@ -81,10 +86,11 @@ def begin(parent: Path, step: int) -> Path | None:
 
 
 def sync_files(folder: Path, names: Iterable[str]) -> Files:
-    """Bring files of `folder` to the disk, and say what is in them.
+    """Flush files of `folder` to disk, and return their sizes and hashes.
 
     Args:
-        names: paths relative to `folder`, with "/".
+        folder: Temporary folder of a checkpoint.
+        names: Paths relative to `folder`, with "/".
     """
     files: Files = {}
     for name in names:
@@ -94,14 +100,19 @@ def sync_files(folder: Path, names: Iterable[str]) -> Files:
 
 
 def finish(temporary: Path, step: int, files: Files) -> Path:
-    """Make a written and synced temporary folder the checkpoint of `step`.
+    """Turn a written and synced temporary folder into the checkpoint of `step`.
 
     Args:
-        files: what `sync_files` gave, of all who wrote.
+        temporary: Folder from `begin`.
+        step: Number of optimizer steps done.
+        files: Results of `sync_files` from all processes that wrote.
+
+    Returns:
+        Folder of the checkpoint.
 
     Raises:
-        CheckpointError: when other files are there than were said to be written, as when processes
-            do not see the same file system.
+        CheckpointError: If the folder holds other files than `files`, for example because the
+            processes do not share a file system.
     """
     present = set(file_names(temporary))
     if present != files.keys():
@@ -122,10 +133,19 @@ def finish(temporary: Path, step: int, files: Files) -> Path:
 
 
 def commit(parent: Path, step: int, write: Callable[[Path], None]) -> Path:
-    """Write a checkpoint of one process: `write` fills the folder that it is given.
+    """Write the checkpoint of one process: `write` fills the folder that it receives.
+
+    Args:
+        parent: Folder of all checkpoints.
+        step: Number of optimizer steps done.
+        write: Function that writes the files.
+
+    Returns:
+        Folder of the checkpoint.
 
     Raises:
-        OSError and whatever else `write` raises; nothing is left then of the new checkpoint.
+        OSError: If a file cannot be written. Other errors of `write` are passed on too. Nothing is
+            left of the new checkpoint then.
     """
     temporary = begin(parent, step)
     if temporary is None:
@@ -139,24 +159,27 @@ def commit(parent: Path, step: int, write: Callable[[Path], None]) -> Path:
 
 
 def give_up(temporary: Path) -> None:
-    """Free the space of a checkpoint that could not be finished, as far as that works now."""
+    """Free the space of an unfinished checkpoint, as far as possible."""
     with contextlib.suppress(OSError):
         _remove(temporary)
 
 
 def file_names(folder: Path) -> list[str]:
-    """All files below `folder`, relative, with "/", without the manifest."""
+    """Return all files below `folder`, relative, with "/", without the manifest."""
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
     return sorted(name for name in names if name != MANIFEST)
 
 
 def read_manifest(folder: Path) -> Files:
-    """What a checkpoint says is in it; the files themselves are not looked at.
+    """Read the manifest of a checkpoint, without looking at the files themselves.
+
+    Args:
+        folder: Folder of the checkpoint.
 
     Raises:
-        CheckpointError: when there is no manifest, or it is damaged, another step's, or names what
-            lies outside of the folder.
-        OSError: when the system cannot read it now.
+        CheckpointError: If the manifest is missing or damaged, belongs to another step, or names a
+            file outside of the folder.
+        OSError: If the system cannot read it now.
     """
     place = folder / MANIFEST
     try:
@@ -179,18 +202,19 @@ def read_manifest(folder: Path) -> Files:
 
 
 def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
-    """Compare every file with the manifest; extra files are not looked at, nor ever read.
+    """Compare every file with the manifest. Extra files are ignored, and never read.
 
     Args:
-        share: (index, count): only every count-th file is read, from the index-th on, so that
-            `count` processes verify all of them together.
+        folder: Folder of the checkpoint.
+        share: (index, count): Read only every count-th file, starting at index, so that `count`
+            processes verify all files together.
 
     Returns:
-        What is wrong in words, or None.
+        Description of the damage, or None.
 
     Raises:
-        CheckpointError: when the system cannot read what may well be good, as when a disk or a
-            network file system does not answer.
+        CheckpointError: If the system cannot read files that may be intact, for example because a
+            disk or a network file system does not respond.
     """
     try:
         for name, about in list(read_manifest(folder).items())[share[0] :: share[1]]:
@@ -203,8 +227,8 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
     except OSError as error:
         if error.errno not in _DAMAGE:
             raise CheckpointError(
-                f"{folder} cannot be read now ({_say(error)}), which says nothing about what is in "
-                "it: start again, or move it away to go on from the one before"
+                f"{folder} cannot be read now ({_say(error)}). Its files may be intact: start "
+                "again, or move it away to resume from the previous checkpoint"
             ) from error
         return _say(error)
     except (CheckpointError, ValueError) as error:
@@ -221,20 +245,22 @@ def newest_good(
     check: Callable[[Path], str | None] = verify,
     reject: Callable[[Path, str], Path] | None = None,
 ) -> Path | None:
-    """The newest checkpoint that is as it was written; bad ones on the way are quarantined.
+    """Return the newest valid checkpoint; quarantine damaged ones found on the way.
 
     Args:
-        report: told one line about each bad checkpoint.
-        at_most: newer steps than this are not looked at.
-        candidates, check, reject: what processes that look together agree on instead of their own
-            listing, `verify` and `quarantine`.
+        parent: Folder of all checkpoints.
+        report: Receives one line for each damaged checkpoint.
+        at_most: Ignore checkpoints of later steps.
+        candidates: Checkpoints to consider; all in `parent` unless given.
+        check: Verification; differs from `verify` if several processes verify together.
+        reject: Quarantine; differs from `quarantine` likewise.
 
     Returns:
-        None when there never was a checkpoint.
+        None if there never was a checkpoint.
 
     Raises:
-        CheckpointError: when there are, or were, checkpoints, and none is good: to begin anew is
-            for people to decide.
+        CheckpointError: If there are, or were, checkpoints, and none is valid. Only a person may
+            decide to start again from the beginning.
     """
     if candidates is None:
         candidates = [*checkpoints_in(parent), *checkpoints_in(parent, _BAD)]
@@ -249,16 +275,20 @@ def newest_good(
     if bad:
         raise CheckpointError(
             f"{parent} holds no good checkpoint: {', '.join(path.name for path in bad)} cannot be "
-            "used. Put back a copy, give another output folder, or delete the run to begin anew."
+            "used. Put back a copy, give another output folder, or delete the run to start again."
         )
     return None
 
 
 def quarantine(folder: Path, why: str) -> Path:
-    """Rename a bad checkpoint so that it is never read again; `why.txt` in it says what was wrong.
+    """Rename a damaged checkpoint so that it is never read again.
+
+    Args:
+        folder: Folder of the checkpoint.
+        why: Description of the damage, written to `why.txt` in the folder.
 
     Returns:
-        Its new place.
+        New path of the folder.
     """
     target, number = folder.with_name(f"{_BAD}{folder.name}"), 2
     while os.path.lexists(target):
@@ -276,11 +306,13 @@ def prune(
     """Delete old checkpoints, but never the newest.
 
     Args:
-        last: so many of the newest stay, at least one.
-        every: steps that this number divides stay too; 0 keeps none of them.
-        interval: only steps that this number divides count among `last`; others are of signals,
-            which must not push out what a rollback goes back to.
-        held: of these, the newest up to this step stays too, or the oldest if all are newer.
+        parent: Folder of all checkpoints.
+        last: Number of newest checkpoints to keep, at least one.
+        every: Also keep steps that are a multiple of this; 0 keeps none of them.
+        interval: Only steps that are a multiple of this count for `last`. Others come from signals,
+            and must not displace the target of a rollback.
+        held: Also keep the newest regular checkpoint up to this step, or the oldest regular one if
+            all are newer.
     """
     folders = checkpoints_in(parent)
     regular = [folder for folder in folders if step_of(folder) % interval == 0]
@@ -300,13 +332,13 @@ def abandon(parent: Path, after: int) -> None:
 
 
 def remove_litter(parent: Path) -> None:
-    """Remove what interrupted saves and deletions left; only for who holds the run's lock."""
+    """Remove remains of interrupted saves and deletions; the caller must hold the run lock."""
     for path in parent.glob(f"{_TEMPORARY}*"):
         _remove(path)
 
 
 def _delete(folder: Path) -> None:
-    """Under its own name a half-deleted checkpoint would be taken for a damaged one."""
+    """Delete a folder under a temporary name; half deleted, it would look damaged otherwise."""
     doomed = folder.with_name(f"{_TEMPORARY}deleted-{folder.name}")
     _remove(doomed)
     durable.rename(folder, doomed)
@@ -328,7 +360,7 @@ def _check_inside(name: str) -> None:
 
 
 def _check_plain(folder: Path, name: str) -> None:
-    """Refuse links: what is read must lie in the folder itself."""
+    """Refuse links: files must lie in the folder itself."""
     path = folder
     for part in ("", *PurePosixPath(name).parts):
         path = path / part
@@ -340,14 +372,14 @@ def _check_plain(folder: Path, name: str) -> None:
 
 
 def _say(error: BaseException) -> str:
-    """An error in words, without the numbers of the system."""
+    """Return the message of an error, without the system's error number."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or ''}: {error.strerror}".removeprefix(": ")
     return f"missing {error}" if isinstance(error, KeyError) else str(error)
 
 
 def read_json(path: Path) -> Mapping[str, Any]:
-    """A JSON mapping of a verified checkpoint; ValueError when it is none."""
+    """Read a JSON mapping of a verified checkpoint; raise ValueError for other content."""
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"{path.name} is no JSON mapping")

@@ -1,8 +1,10 @@
 """Files of a checkpoint, in two layouts.
 
-Whole (one process, DDP): model/, a plain Transformers folder, and optimizer.safetensors. Sharded
-(FSDP2): shards/, and model/ without weights. Both: random.safetensors, state.json. Each is read
-into any number of processes, sharded or not.
+- Whole (one process, DDP): model/, a plain Transformers folder, and optimizer.safetensors.
+- Sharded (FSDP2): shards/, and model/ without weights.
+
+Both have random.safetensors and state.json. Each can be read into any number of processes, sharded
+or not.
 """
 
 import json
@@ -27,10 +29,17 @@ _SHARDS = "shards"
 def write_files(
     folder: Path, step: int, state: State, group: dist.ProcessGroup | None, rank: int
 ) -> list[str]:
-    """Write this process's files of a checkpoint; collective where the state is sharded.
+    """Write this process's files of a checkpoint; collective if the state is sharded.
+
+    Args:
+        folder: Temporary folder of the checkpoint.
+        step: Number of optimizer steps done.
+        state: State to write.
+        group: Process group of the collectives.
+        rank: Rank of this process.
 
     Returns:
-        Their paths relative to `folder`.
+        Paths of the files, relative to `folder`.
     """
     if state.sharded:
         write_shards(folder / _SHARDS, state.tensors, group)
@@ -47,7 +56,7 @@ def write_files(
 
 
 def _write_shared(folder: Path, step: int, state: State) -> None:
-    """What one process writes for all."""
+    """Write the files that one process writes for all."""
     if not state.sharded:
         write_weights(folder / "model", _part(state.tensors, "model/"))
         optimizer = _part(state.tensors, "optimizer/")
@@ -58,12 +67,12 @@ def _write_shared(folder: Path, step: int, state: State) -> None:
     state.describe(folder / "model")
     save_file(state.random, folder / "random.safetensors")
     content = {"step": step, "param_groups": state.param_groups, "scalars": state.scalars}
-    # Infinities and NaN stay what they are: this file is for Python, which reads them.
+    # Infinities and NaN are kept: only Python reads this file, and its JSON reader accepts them.
     (folder / "state.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def write_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Write weights as Transformers does."""
+    """Write weights in the format of Transformers."""
     folder.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(weights, folder, max_shard_size="50GB", metadata={"format": "pt"})
 
@@ -77,7 +86,7 @@ def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tens
 
 
 def read_scalars(folder: Path) -> dict[str, Any]:
-    """`step`, `param_groups` and `scalars` of a verified checkpoint."""
+    """Read `step`, `param_groups` and `scalars` of a verified checkpoint."""
     content = read_json(folder / "state.json")
     if not isinstance(content["step"], int) or not isinstance(content["scalars"], dict):
         raise ValueError("state.json has no step and scalars")
@@ -85,15 +94,20 @@ def read_scalars(folder: Path) -> dict[str, Any]:
 
 
 def read_random(folder: Path) -> dict[str, torch.Tensor]:
-    """States of the generators, one row of bytes a process."""
+    """Read the states of the generators, one row of bytes per process."""
     return load_file(folder / "random.safetensors")
 
 
 def read_tensors(folder: Path, files: Files, targets: dict[str, torch.Tensor]) -> None:
-    """Fill `targets`, whole tensors or this process's shards of them, from either layout.
+    """Fill `targets` from a checkpoint of either layout.
+
+    Args:
+        folder: Folder of the checkpoint.
+        files: Manifest of the checkpoint.
+        targets: Whole tensors, or this process's shards of them, by name.
 
     Raises:
-        CheckpointError: when names or shapes are not those of the targets.
+        CheckpointError: If names or shapes differ from those of the targets.
     """
     if is_sharded(files):
         names = _shard_names(files)
@@ -121,7 +135,7 @@ def read_tensors(folder: Path, files: Files, targets: dict[str, torch.Tensor]) -
 def _fill(target: torch.Tensor, whole: torch.Tensor) -> None:
     if isinstance(target, DTensor):
         whole = whole.to(device=target.device, dtype=target.dtype)
-        # Without a source rank every process takes its shard of its own copy.
+        # Without a source rank, every process takes its shard from its local copy.
         whole = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
     target.copy_(whole)
 
@@ -135,7 +149,7 @@ def _shard_names(files: Files) -> set[str]:
 
 
 def read_weights(folder: Path, files: Files) -> dict[str, torch.Tensor]:
-    """The model's whole weights of a sharded checkpoint, in CPU memory."""
+    """Read the whole model weights of a sharded checkpoint into CPU memory."""
     weights = empty_tensors(folder / _SHARDS, _shard_names(files), "model/")
     read_shards(folder / _SHARDS, _shard_names(files), weights)
     return _part(weights, "model/")

@@ -1,4 +1,4 @@
-"""Loading: the newest good checkpoint into any number of processes, and its model alone."""
+"""Loading of the newest valid checkpoint into any number of processes, and model export."""
 
 import shutil
 import warnings
@@ -34,7 +34,7 @@ from .together import count_of, from_main, rank_of, together
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first; whether they are good, loading them tells."""
+    """Return the checkpoints of a run, oldest first, without verifying them."""
     return checkpoints_in(run / "checkpoints")
 
 
@@ -46,25 +46,29 @@ def load_newest(
     at_most: int | None = None,
     report: Report = warnings.warn,
 ) -> dict[str, Any] | None:
-    """Put the newest good checkpoint into model, optimizer and generators; collective.
+    """Load the newest valid checkpoint into model, optimizer and generators; collective.
 
-    Bad ones on the way are quarantined. What an interrupted save left is removed, so the caller
-    holds the run's lock.
+    Damaged checkpoints found on the way are quarantined. Remains of an interrupted save are
+    removed, so the caller must hold the run lock.
 
     Args:
-        at_most: newer steps than this are not looked at.
-        report: told one line about each bad checkpoint, on every process.
+        run: Folder of the run.
+        model: Wrapped model to fill.
+        optimizer: Optimizer to fill.
+        accelerator: Accelerator of the run.
+        at_most: Ignore checkpoints of later steps.
+        report: Receives one line for each damaged checkpoint, on every process.
 
     Returns:
-        The scalars that were saved with it, and its "step"; None when there never was a checkpoint.
+        The scalars saved with the checkpoint, and its "step"; None if there never was a checkpoint.
 
     Raises:
-        CheckpointError: when there are checkpoints and none is good, or the newest good one is of
-            another model or optimizer.
+        CheckpointError: If there are checkpoints but none is valid, or the newest valid one belongs
+            to another model or optimizer.
     """
     parent = run / "checkpoints"
     from_main(lambda: remove_litter(parent), f"{parent} cannot be cleaned")
-    # One process lists for all: file systems of several machines may not agree at once.
+    # One process lists for all: file systems of different machines may not agree at once.
     folders = from_main(
         lambda: [*checkpoints_in(parent), *checkpoints_in(parent, "bad-")],
         f"{parent} cannot be read",
@@ -85,25 +89,31 @@ def load_newest(
 def load_checkpoint(
     folder: Path, model: Any, optimizer: torch.optim.Optimizer, accelerator: Accelerator
 ) -> dict[str, Any]:
-    """Put one checkpoint into model, optimizer and generators; collective.
+    """Load one checkpoint into model, optimizer and generators; collective.
+
+    Args:
+        folder: Folder of the checkpoint.
+        model: Wrapped model to fill.
+        optimizer: Optimizer to fill.
+        accelerator: Accelerator of the run.
 
     Returns:
-        The scalars that were saved with it, and its "step".
+        The scalars saved with the checkpoint, and its "step".
 
     Raises:
-        CheckpointError: when it is damaged, or of another model or optimizer.
+        CheckpointError: If it is damaged, or belongs to another model or optimizer.
     """
     problem = _verify_together(folder)
     if problem is not None:
         raise CheckpointError(
-            f"{folder}: the checkpoint cannot be read ({problem}). Delete this folder to go on "
-            "from the one before it, or give training a new output folder."
+            f"{folder}: the checkpoint cannot be read ({problem}). Delete this folder to resume "
+            "from the previous one, or give training a new output folder."
         )
     return _load(folder, model, optimizer, accelerator)
 
 
 def _verify_together(folder: Path) -> str | None:
-    """Each process reads its share of the files."""
+    """Verify a checkpoint together: each process reads its share of the files."""
     share = (rank_of(), count_of())
     problems = together(lambda: verify(folder, share), f"{folder} cannot be read")
     return next((problem for problem in problems if problem is not None), None)
@@ -121,7 +131,7 @@ def _load(
         read_tensors(folder, files, targets)
         return content, random
 
-    # Each process reads for itself; none goes on where another could not.
+    # Each process reads for itself; all stop if one of them fails.
     answer: list[Any] = []
     together(lambda: answer.extend(read()), what)
     content, random = answer
@@ -131,10 +141,14 @@ def _load(
 
 
 def find_checkpoint(run: Path, step: int) -> Path:
-    """The good checkpoint of a step.
+    """Return the valid checkpoint of a step.
+
+    Args:
+        run: Folder of the run.
+        step: Number of optimizer steps.
 
     Raises:
-        CheckpointError: when there is none; it names those that are there.
+        CheckpointError: If there is none; names the existing ones.
     """
     folder = folder_of(run / "checkpoints", step)
     if not folder.exists():
@@ -149,10 +163,17 @@ def find_checkpoint(run: Path, step: int) -> Path:
 def export_model(checkpoint: Path, target: Path) -> Path:
     """Write a checkpoint's model as a plain Transformers folder, from either layout.
 
-    One process without a process group; the weights must fit into its memory.
+    Runs in one process without a process group; the weights must fit into its memory.
+
+    Args:
+        checkpoint: Folder of the checkpoint.
+        target: Folder to write.
+
+    Returns:
+        `target`.
 
     Raises:
-        CheckpointError: when the checkpoint is damaged.
+        CheckpointError: If the checkpoint is damaged.
     """
     problem = verify(checkpoint)
     if problem is not None:

@@ -1,4 +1,4 @@
-"""Saving: at once, or in the background while training goes on."""
+"""Saving of checkpoints: synchronously, or in the background while training continues."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from .together import from_main, rank_of, together
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints stay.
+    """Rule for which checkpoints are kept.
 
     Args:
-        last: so many of the newest.
-        every: and all whose step this number divides; 0 keeps no others.
-        interval: steps between the regular ones, which alone count among `last`.
+        last: Number of newest checkpoints to keep.
+        every: Also keep every checkpoint whose step is a multiple of this; 0 keeps no others.
+        interval: Steps between regular checkpoints. Only these count for `last`.
     """
 
     last: int = 2
@@ -31,12 +31,15 @@ class Keep:
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run; all processes make one, and call it together.
+    """Writes the checkpoints of a run. All processes create one, and call it together.
 
     Args:
-        tokenizer: written beside the weights, so that a checkpoint's model/ is a whole model.
-        asynchronous: copies the state to CPU memory and writes it in the background, a checkpoint
-            at a time. What fails there is raised by the next `save` or `wait`.
+        run: Folder of the run.
+        accelerator: Accelerator of the run.
+        keep: Rule for which checkpoints are kept.
+        tokenizer: Written beside the weights, so that a checkpoint's model/ is complete.
+        asynchronous: Copy the state to CPU memory and write it in the background, one checkpoint at
+            a time. A failure there is raised by the next `save` or `wait`.
     """
 
     def __init__(
@@ -47,7 +50,7 @@ class CheckpointWriter:
         self._keep, self._tokenizer = keep, tokenizer
         self._pending: Future[Path] | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
-        # Training talks over the default group meanwhile: sharing it aborted processes.
+        # Training uses the default group at the same time; sharing it aborted processes.
         own = asynchronous and dist.is_initialized()
         self._group: Any = dist.new_group(backend="gloo") if own else None
 
@@ -58,15 +61,18 @@ class CheckpointWriter:
         """Write the state after `step` optimizer steps; collective.
 
         Args:
-            scalars: JSON-able, given back by `load_newest`.
-            held: the newest regular checkpoint up to this step stays, for a rollback.
+            step: Number of optimizer steps done.
+            model: Wrapped model.
+            optimizer: Optimizer of the model.
+            scalars: JSON-serializable values, returned by `load_newest`.
+            held: The newest regular checkpoint up to this step is kept for a rollback.
 
         Returns:
-            The checkpoint's folder, which exists under this name only when it is complete.
+            The checkpoint's folder. It has this name only once it is complete.
 
         Raises:
-            CheckpointError: on all processes, when this checkpoint (or, in the background, the one
-                before it) could not be written; those that were there before are untouched.
+            CheckpointError: On all processes, if this checkpoint (or the previous one, in the
+                background) could not be written. Earlier checkpoints stay untouched.
         """
         self.wait()
         state = take_state(model, optimizer, self._accelerator, scalars, self._tokenizer)
@@ -79,17 +85,17 @@ class CheckpointWriter:
         return folder_of(self._parent, step)
 
     def wait(self) -> None:
-        """Until the checkpoint in the background is on the disk; call it at the end of a run.
+        """Wait until the background checkpoint is on disk; call it at the end of a run.
 
         Raises:
-            CheckpointError: when it could not be written.
+            CheckpointError: If it could not be written.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """Let go of thread and group, when what is being written is; without raising."""
+        """Release thread and process group after pending work, without raising."""
         if self._thread is not None:
             self._thread.shutdown()
         if self._group is not None and dist.is_initialized():
@@ -101,7 +107,7 @@ def save_checkpoint(
     run: Path, step: int, model: Any, optimizer: torch.optim.Optimizer, accelerator: Accelerator,
     scalars: dict[str, Any], keep: Keep, tokenizer: Any = None,
 ) -> Path:  # fmt: skip
-    """Write one checkpoint now; see `CheckpointWriter.save`."""
+    """Write one checkpoint synchronously; see `CheckpointWriter.save`."""
     writer = CheckpointWriter(run, accelerator, keep, tokenizer=tokenizer)
     return writer.save(step, model, optimizer, scalars)
 
@@ -129,7 +135,7 @@ def _write(
         raise
     from_main(
         lambda: prune(parent, keep.last, keep.every, keep.interval, held),
-        "old checkpoints stay",
+        "old checkpoints could not be deleted",
         group,
     )
     return folder

@@ -1,8 +1,9 @@
-"""Shards by `torch.distributed.checkpoint`, read without trusting them.
+"""Shards written with `torch.distributed.checkpoint`, and read without trusting them.
 
-torch writes `.metadata` as a pickle and reads it with `pickle.load`, which runs whatever the file
-says; tensors it reads by `torch.load(weights_only=True)`, other values without. Here only tensors
-are written, and `.metadata` is read by an unpickler that knows the dozen classes it needs.
+torch writes `.metadata` as a pickle and reads it with `pickle.load`, which runs any code in the
+file. It reads tensors with `torch.load(weights_only=True)`, but other values without that. Here
+only tensors are written, and `.metadata` is read with an unpickler that allows only the classes in
+`_ALLOWED`.
 """
 
 import io
@@ -46,11 +47,11 @@ _ALLOWED = {
 
 class _Writer(FileSystemWriter):
     def storage_meta(self) -> StorageMeta | None:
-        return None  # it would hold the path of this machine, as a class to be unpickled
+        return None  # it would contain a local path, as a class to be unpickled
 
 
 def _member(enumeration: Any, name: str) -> Any:
-    """For `getattr`, by which Python 3.11.0 to 3.11.3 pickles members of enumerations."""
+    """Replace `getattr`, with which Python 3.11.0 to 3.11.3 pickles members of enumerations."""
     if not (isinstance(enumeration, type) and issubclass(enumeration, Enum)):
         raise pickle.UnpicklingError(f"getattr of {enumeration!r} is not allowed in it")
     return enumeration[name]
@@ -66,7 +67,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Reader(FileSystemReader):
-    """Reads files of `folder` that are named in `files`, and no others."""
+    """Reader that accepts only the files of `folder` that are named in `files`."""
 
     def __init__(self, folder: Path, files: set[str]) -> None:
         super().__init__(folder)
@@ -79,23 +80,24 @@ class _Reader(FileSystemReader):
 
 
 def read_metadata(folder: Path, files: set[str]) -> Metadata:
-    """`.metadata` of a folder of shards.
+    """Read `.metadata` of a folder of shards.
 
     Args:
-        files: names in `folder` that may be read.
+        folder: Folder of the shards.
+        files: Names in `folder` that may be read.
 
     Raises:
-        CheckpointError: when it holds anything but tensors in these files.
+        CheckpointError: If it holds anything but tensors in these files.
     """
     place = folder / METADATA
     try:
         metadata = _Unpickler(io.BytesIO(place.read_bytes())).load()
-    except Exception as error:  # a pickle of others fails as it likes
+    except Exception as error:  # unpickling untrusted bytes can raise anything
         raise CheckpointError(f"{place} cannot be read: {error}") from error
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise CheckpointError(f"{place} cannot be read: it holds no metadata of tensors")
     for name, about in metadata.state_dict_metadata.items():
-        # torch.load would run what other values say.
+        # torch.load would run code from other values.
         if not isinstance(about, TensorStorageMetadata):
             raise CheckpointError(f"{place} cannot be read: {name} is no tensor")
     for info in metadata.storage_data.values():
@@ -105,7 +107,7 @@ def read_metadata(folder: Path, files: set[str]) -> Metadata:
 
 
 def shapes_in(folder: Path, files: set[str]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the whole tensors that the shards make up, by name."""
+    """Return the shapes of the whole tensors in the shards, by name."""
     tensors = read_metadata(folder, files).state_dict_metadata
     return {
         name: tuple(about.size)
@@ -117,26 +119,31 @@ def shapes_in(folder: Path, files: set[str]) -> dict[str, tuple[int, ...]]:
 def write_shards(
     folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None
 ) -> None:
-    """Write this process's shards; collective. No process ever holds a whole."""
+    """Write this process's shards; collective. No process ever holds a whole tensor."""
     save(tensors, storage_writer=_Writer(folder, overwrite=False), process_group=group)
 
 
 def read_shards(folder: Path, files: set[str], tensors: dict[str, torch.Tensor]) -> None:
-    """Fill `tensors`, whole ones or any shards of them, in place; every process for itself.
+    """Fill `tensors` in place; every process reads for itself.
+
+    Args:
+        folder: Folder of the shards.
+        files: Names in `folder` that may be read.
+        tensors: Whole tensors, or any shards of them, by name.
 
     Raises:
-        CheckpointError: when they are not there in these shapes, or a file is no file of tensors.
+        CheckpointError: If a tensor is missing or has another shape, or a file is damaged.
     """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             load(dict(tensors), storage_reader=_Reader(folder, files), no_dist=True)
-    except (Exception, CheckpointException) as error:  # the second is no Exception
+    except (Exception, CheckpointException) as error:  # CheckpointException is no Exception
         raise CheckpointError(f"{folder} cannot be read: {words_of(error)}") from error
 
 
 def empty_tensors(folder: Path, files: set[str], prefix: str) -> dict[str, torch.Tensor]:
-    """Unfilled whole tensors for all names that begin with `prefix`, for `read_shards`."""
+    """Return unfilled whole tensors for all names with this prefix, for `read_shards`."""
     return {
         name: torch.empty(about.size, dtype=about.properties.dtype)
         for name, about in read_metadata(folder, files).state_dict_metadata.items()

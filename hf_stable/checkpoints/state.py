@@ -1,4 +1,4 @@
-"""What of a run's processes a checkpoint holds, in memory: tensors by name, sharded or not."""
+"""State of a run's processes in memory, for a checkpoint: tensors by name, sharded or not."""
 
 import copy
 from collections.abc import Callable
@@ -17,16 +17,17 @@ from hf_stable.parallel import unwrap_model
 
 @dataclass(frozen=True)
 class State:
-    """The state after an optimizer step.
+    """State after an optimizer step.
 
     Args:
-        tensors: by "model/NAME" or "optimizer/NAME/KIND", where NAME is a parameter's or buffer's
-            and KIND the optimizer's word; DTensors are this process's shards of a whole. A tied
-            weight is there once, under its source's name, as Transformers saves it.
-        param_groups: of the optimizer, with names for parameters.
-        random: states of every process's generators, one row of bytes a process.
-        scalars: the loop's own, JSON-able.
-        describe: writes config and tokenizer into a folder.
+        tensors: Tensors by "model/NAME" or "optimizer/NAME/KIND". NAME is the name of a parameter
+            or buffer, and KIND a key of the optimizer's state. DTensors are this process's shards
+            of a whole. A tied weight appears once, under the name of its source, as Transformers
+            saves it.
+        param_groups: Parameter groups of the optimizer, with names instead of parameters.
+        random: Random states of every process's generators, one row of bytes per process.
+        scalars: JSON-serializable values of the training loop.
+        describe: Function that writes config and tokenizer into a folder.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -40,7 +41,7 @@ class State:
         return any(isinstance(tensor, DTensor) for tensor in self.tensors.values())
 
     def staged(self) -> "State":
-        """A copy in CPU memory that training does not change."""
+        """Return a copy in CPU memory, which training does not change."""
         tensors = {name: each.to("cpu", copy=True) for name, each in self.tensors.items()}
         return replace(self, tensors=tensors, param_groups=copy.deepcopy(self.param_groups))
 
@@ -49,7 +50,7 @@ def take_state(
     model: Any, optimizer: torch.optim.Optimizer, accelerator: Accelerator,
     scalars: dict[str, Any], tokenizer: Any = None,
 ) -> State:  # fmt: skip
-    """The state of a run now; collective. Its tensors are the run's own, not copies."""
+    """Return the current state of a run; collective. Its tensors are not copies."""
     tensors, groups = tensors_of(model, optimizer)
     inner = unwrap_model(model)
     config, generation = copy.deepcopy(inner.config), copy.deepcopy(inner.generation_config)
@@ -68,7 +69,7 @@ def take_state(
 def tensors_of(
     model: Any, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """The tensors of `State`, and the optimizer's groups; an unused optimizer gets its zeros."""
+    """Return tensors and groups for `State`; an unused optimizer is filled with its zeros."""
     if not optimizer.state:
         _begin(optimizer)
     weights, state = cast(tuple[dict[str, Any], dict[str, Any]], get_state_dict(model, optimizer))
@@ -84,8 +85,11 @@ def tensors_of(
 
 
 def _begin(optimizer: torch.optim.Optimizer) -> None:
-    """Give AdamW the state that it begins with. torch would take a step of learning rate 0 for it,
-    which Adam's bias correction and sigma-Reparam count."""
+    """Give AdamW its initial state.
+
+    torch would take a step of learning rate 0 for it, which Adam's bias correction and
+    sigma-Reparam count.
+    """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             device = parameter.device if group["fused"] else "cpu"
@@ -102,9 +106,9 @@ def put_tensors(
     tensors: dict[str, torch.Tensor],
     groups: list[dict[str, Any]],
 ) -> None:
-    """Put back what `tensors_of` gave, or what has its names, shapes and shards.
+    """Restore tensors from `tensors_of`, or others with the same names, shapes and shards.
 
-    Learning rates, decay and betas stay the optimizer's own: they are the recipe's to change.
+    Learning rates, weight decay and betas of the optimizer are kept: the recipe may change them.
     """
     weights: dict[str, Any] = {}
     own = [
@@ -130,10 +134,12 @@ def check_names(
     """Refuse tensors of another model or optimizer.
 
     Args:
-        found: shapes of what lies in `place`.
+        place: Folder of the checkpoint, for the error message.
+        found: Shapes of the tensors in `place`, by name.
+        expected: Tensors of the run, by name.
 
     Raises:
-        CheckpointError: with the first differences.
+        CheckpointError: If they differ; names the first differences.
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     differences = [
@@ -143,14 +149,14 @@ def check_names(
     ]
     if differences:
         raise CheckpointError(
-            f"{place} is of another model or optimizer; {len(differences)} tensors differ:\n"
+            f"{place} belongs to another model or optimizer; {len(differences)} tensors differ:\n"
             + "\n".join(differences[:10])
-            + "\nTake back the change of the recipe, or give another output folder."
+            + "\nUndo the change of the recipe, or give another output folder."
         )
 
 
 def _random_states(accelerator: Accelerator) -> dict[str, torch.Tensor]:
-    """Dropout draws from them."""
+    """Gather the generators' states of all processes, from which dropout draws."""
     states = {"cpu": torch.get_rng_state()}
     if accelerator.device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state()
@@ -162,11 +168,11 @@ def _random_states(accelerator: Accelerator) -> dict[str, torch.Tensor]:
 
 
 def put_random_states(states: dict[str, torch.Tensor], accelerator: Accelerator) -> None:
-    """Another number of processes has no states of its own to go on from, and keeps its seeds."""
+    """Restore the generators' states; keep the seeds if the number of processes has changed."""
     if len(states["cpu"]) != accelerator.num_processes:
         return
-    # A clone, since torch reads a generator's state as aligned words, and a row of a file is not:
-    # a second process ended with SIGSEGV.
+    # A clone, because torch reads a generator's state as aligned words, and a row of a file is not
+    # aligned: a second process ended with SIGSEGV.
     row = accelerator.process_index
     torch.set_rng_state(states["cpu"][row].clone())
     if "cuda" in states and accelerator.device.type == "cuda":

@@ -1,4 +1,4 @@
-"""What processes do together succeeds on all of them or fails on all of them."""
+"""Collective actions that succeed on all processes or fail on all of them."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,17 +12,17 @@ Result = TypeVar("Result")
 
 
 def rank_of(group: dist.ProcessGroup | None = None) -> int:
-    """0 where there is one process."""
+    """Return the rank of this process; 0 without a process group."""
     return dist.get_rank(group) if dist.is_initialized() else 0
 
 
 def count_of(group: dist.ProcessGroup | None = None) -> int:
-    """1 where there is one process."""
+    """Return the number of processes; 1 without a process group."""
     return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
 def words_of(error: BaseException) -> str:
-    """What went wrong, where torch's own message is a traceback of all processes."""
+    """Return the error's message; torch's own message is a traceback of all processes."""
     if isinstance(error, CheckpointException):
         error = next(cause for cause, _ in error.failures.values())
     return str(error) or type(error).__name__
@@ -31,15 +31,23 @@ def words_of(error: BaseException) -> str:
 def together(
     action: Callable[[], Result], what: str, group: dist.ProcessGroup | None = None
 ) -> list[Result]:
-    """Run `action` on every process, and gather what it returned; collective.
+    """Run `action` on every process, and gather the results; collective.
+
+    Args:
+        action: Function to run.
+        what: Description of the failure, for the error message.
+        group: Process group; the default group unless given.
+
+    Returns:
+        Results of all processes, by rank.
 
     Raises:
-        CheckpointError: on every process, when it raised on one; `what` says what did not work.
+        CheckpointError: On every process, if `action` raised on any of them.
     """
     mine: tuple[Any, str | None, Exception | None] = (None, None, None)
     try:
         mine = (action(), None, None)
-    except (Exception, CheckpointException) as error:  # the second is no Exception
+    except (Exception, CheckpointException) as error:  # CheckpointException is no Exception
         mine = (None, words_of(error), error if isinstance(error, Exception) else None)
     answers: list[Any] = [mine[:2]]
     if dist.is_initialized():
@@ -54,6 +62,6 @@ def together(
 
 
 def from_main(action: Callable[[], Result], what: str, group: Any = None) -> Result:
-    """What `action` gives on the first process, which alone runs it; collective."""
+    """Run `action` on the first process only, and return its result on all; collective."""
     main = rank_of(group) == 0
     return together(lambda: action() if main else None, what, group)[0]  # pyright: ignore

@@ -12,11 +12,11 @@ from hf_stable.cli.commands import COMMANDS
 from hf_stable.cli.parsers import parse
 from hf_stable.errors import DivergedError, UserError
 
-# MKL otherwise sums in another order when memory is aligned otherwise, so that a resumed run could
-# differ in the last bits. It reads the variable at its first product; processes inherit it.
+# Without it, the order of MKL's sums depends on memory alignment, so that a resumed run could
+# differ in the last bits. MKL reads the variable at its first product; processes inherit it.
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
-# The system names no file when a disk is full.
+# The system names no file for these errors.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -24,13 +24,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code (listed in `--help`); errors go to stderr.
 
     Args:
-        arguments: of the process unless given; then its streams are made safe to print to.
+        arguments: Arguments of the command; those of the process unless given. Only in the latter
+            case are the process's streams prepared.
+
+    Returns:
+        Exit code.
     """
     if arguments is None:
         streams.prepare()
         garbage.defer()
         arguments = sys.argv[1:]
-    if not sys.stderr.isatty():  # a log gets plain lines, also from the libraries
+    if not sys.stderr.isatty():  # a log gets plain lines from the libraries too
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
@@ -52,5 +56,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_work_left():
             sys.stdout.flush()
             os._exit(130)
-        return 130  # EXIT_INTERRUPTED, whose module would make help slower
+        return 130  # EXIT_INTERRUPTED, whose module would slow down help
     return status or 0

@@ -25,14 +25,14 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are `UserError`s in words for users."""
+    """Argument parser whose errors are `UserError`s in plain words."""
 
     def __init__(self, **settings: Any) -> None:
-        # An abbreviation would freeze all letters of an option.
+        # With abbreviations, adding an option could break existing command lines.
         super().__init__(formatter_class=Formatter, allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        """Raise UserError with what argparse found wrong."""
+        """Raise UserError for a problem that argparse found."""
         words = self.prog.split()
         if message.startswith(_REQUIRED):
             names = message.removeprefix(_REQUIRED).split(", ")
@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; {self.prog} --help shows what it takes")
 
     def refuse(self, unknown: Sequence[str]) -> NoReturn:
-        """Raise UserError for arguments that the command does not know, with the nearest name."""
+        """Raise UserError for arguments unknown to the command, with the nearest name."""
         name, command = unknown[0].partition("=")[0], self.prog.split()[-1]
         if not name.startswith("-"):
             self.error(f"{command} takes no further argument {unknown[0]!r}")
@@ -60,9 +60,13 @@ def _with_article(name: str) -> str:
 def check_command(arguments: Sequence[str], known: Sequence[str]) -> None:
     """Check the first argument, and that all arguments are text.
 
+    Args:
+        arguments: Arguments of the process.
+        known: Names of all commands.
+
     Raises:
-        UserError: it is no command, or bytes that are not UTF-8 (which Python hands on as
-            surrogates) are among the arguments.
+        UserError: If the first is not a command, or an argument has bytes that are not UTF-8 (which
+            Python represents as surrogates).
     """
     for number, argument in enumerate(arguments, start=1):
         try:
@@ -100,7 +104,7 @@ def _number(
 
 
 def _whole(text: str) -> int:
-    """An integer, also as `1e9`."""
+    """Parse an integer, also one written as `1e9`."""
     try:
         return int(text)
     except ValueError:
@@ -111,7 +115,7 @@ def _whole(text: str) -> int:
 
 positive_int = _number(_whole, lambda value: value > 0, "a whole number of at least 1")
 non_negative_int = _number(_whole, lambda value: value >= 0, "a whole number of at least 0")
-# 64 bits, as a recipe's.
+# 64 bits, as in a recipe.
 seed = _number(_whole, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
 positive_float = _number(float, lambda value: value > 0, "a number greater than 0")
 non_negative_float = _number(float, lambda value: value >= 0, "a number of at least 0")
@@ -119,7 +123,7 @@ share = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
 def path(text: str) -> str:
-    """A file or folder, or a name of something on the Hub, with `~` for the home directory."""
+    """Parse a path, or the name of something on the Hub, with `~` for the home directory."""
     try:
         return expand_home(text)
     except UserError as error:
@@ -127,12 +131,12 @@ def path(text: str) -> str:
 
 
 def output_file(text: str) -> str:
-    """A file to write; refused before the command starts where it cannot be written."""
+    """Parse a file to write; refuse it before the command starts if it cannot be written."""
     return _checked(text, check_file_to_write)
 
 
 def output_folder(text: str) -> str:
-    """A folder to write; refused before the command starts where it cannot be written."""
+    """Parse a folder to write; refuse it before the command starts if it cannot be written."""
     return _checked(text, check_folder_to_write)
 
 

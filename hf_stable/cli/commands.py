@@ -1,4 +1,4 @@
-"""What each subcommand does. Heavy imports stand inside, so that help is instant."""
+"""Implementation of each subcommand. Heavy imports stay inside functions, for instant help."""
 
 # ruff: noqa: PLC0415
 
@@ -19,7 +19,7 @@ from hf_stable.cli.statement import statement_of
 from hf_stable.errors import UserError
 from hf_stable.wording import counted, significant
 
-# What `generate` adds at most where nobody asks for more.
+# Most tokens that `generate` adds by default.
 _NEW_TOKENS = 100
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ def _recipe_of(arguments: Namespace) -> "Recipe":
     from hf_stable.recipes import load_recipe
 
     overrides = [override for group in arguments.set or [] for override in group]
-    if vars(arguments).get("output") is not None:  # of `train`
+    if vars(arguments).get("output") is not None:  # only `train` has it
         overrides.append(f"output={json.dumps(arguments.output)}")
-    # Without the model, which takes seconds to import, where the recipe is only printed.
+    # Printing a recipe skips building its model, whose import takes seconds.
     return load_recipe(arguments.recipe, overrides, builds_model=not arguments.print_config)
 
 
@@ -127,7 +127,7 @@ def _plan(arguments: Namespace) -> None:
         plan(recipe, gpus, arguments.gpu_memory, arguments.gpus_per_node, device)
         for gpus in arguments.gpus
     ]
-    # A log gets whole lines, as Markdown.
+    # Output to a file or pipe gets whole lines, as Markdown.
     console = Console() if sys.stdout.isatty() else Console(width=200, soft_wrap=True)
     print_plans(plans, arguments.price_per_gpu_hour, console)
 
@@ -165,7 +165,7 @@ def _tokenizer(arguments: Namespace) -> None:
 
 
 def _evaluated(arguments: Namespace, report: "ReadReport") -> "list[Source]":
-    """The sources of --data; of those with splits, the test split unless another is named."""
+    """Return the sources of --data; the test split of data with splits, unless one is named."""
     from hf_stable.data import has_splits
 
     split = arguments.split
@@ -193,7 +193,7 @@ def _evaluate(arguments: Namespace) -> None:
     elif run is not None:
         sources = expand(sources_of(from_dict(run["recipe"]))[1], report)
     else:
-        raise UserError(f"{folder} is no run, so what to evaluate it on is needed: give --data")
+        raise UserError(f"{folder} is not a run, so it has no text to evaluate on: give --data")
     refuse_unusable(sources)
     if run is not None and (line := training_text_line(sources, run["data"])):
         print(line, file=sys.stderr)
@@ -229,7 +229,7 @@ def _evaluate(arguments: Namespace) -> None:
 
 
 def _evaluation_file(arguments: Namespace, is_run: bool) -> Path | None:
-    """Return the file of an evaluation: one of all of a run's own text belongs to the run."""
+    """Return the file for the result, if any: a full evaluation on a run's text goes into it."""
     if arguments.output is not None:
         return Path(arguments.output)
     is_whole = arguments.data is None and arguments.limit_documents is None
@@ -263,14 +263,14 @@ def _generate(arguments: Namespace) -> None:
 
 
 def _new_tokens(asked: int | None, prompt: int, longest: int | None) -> int:
-    """Return the tokens to add: what was asked for, else up to 100 for which positions are left."""
+    """Return the number of tokens to add: as requested, else up to 100 that still fit."""
     room = math.inf if longest is None else longest - prompt
     if asked is None and room >= 1:
         return int(min(_NEW_TOKENS, room))
     if room < 1 or (asked is not None and asked > room):
         more = "" if asked is None else f" and --max-new-tokens {asked}"
         raise UserError(
-            f"the prompt's {prompt} tokens{more} go beyond the model's {longest} positions; "
+            f"the prompt's {prompt} tokens{more} exceed the model's {longest} positions; "
             "shorten one of them"
         )
     return asked or _NEW_TOKENS
@@ -355,7 +355,7 @@ def _sample_text(arguments: Namespace) -> None:
 
     text = write_sample_text(Path(arguments.output))
     print(f"{text.title}: {text.chapters:,} chapters, {text.bytes:,} bytes in {arguments.output}")
-    print(f"from {text.origin}; licence: {text.licence}; sha256 {text.sha256}")
+    print(f"from {text.origin}; license: {text.licence}; sha256 {text.sha256}")
 
 
 COMMANDS: dict[str, Callable[[Namespace], int | None]] = {

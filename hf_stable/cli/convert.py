@@ -1,4 +1,4 @@
-"""`hf-stable convert`: its options, and what it does."""
+"""`hf-stable convert`: options and implementation."""
 
 # ruff: noqa: PLC0415
 
@@ -12,7 +12,7 @@ DESCRIPTION = "Write another family's checkpoint as a StableGPT with the same lo
 
 
 def add_options(parser: Parser) -> None:
-    """Give an empty parser the options of the subcommand."""
+    """Add the subcommand's options to an empty parser."""
     parser.add_argument(
         "source",
         type=path,
@@ -26,12 +26,12 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of the weights to write; the source's unless given",
+        help="data type of the weights to write; the source's unless given",
     )
 
 
 def run(arguments: Namespace) -> None:
-    """Convert, and say how near the result is."""
+    """Convert a checkpoint, and report the difference in its logits."""
     from hf_stable.convert import convert
 
     done = convert(

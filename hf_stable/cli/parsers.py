@@ -25,8 +25,8 @@ from hf_stable.cli.statement import add_statement_options
 _DESCRIPTION = """\
 Stable language model pre-training on the HuggingFace stack.
 
-A recipe is a YAML file that says everything about a run: model, text, optimizer, length.
-Many ship with the package and are taken by name: `hf-stable recipes list`.
+A recipe is a YAML file that describes a whole run: model, text, optimizer, length.
+Many ship with the package and are selected by name: `hf-stable recipes list`.
 A first run, minutes on a laptop:
 
   hf-stable sample-text --output runs/quickstart-text.jsonl
@@ -36,20 +36,20 @@ A first run, minutes on a laptop:
 """
 
 _EPILOG = """\
-hf-stable SUBCOMMAND --help tells more.
+For the options of a subcommand: hf-stable SUBCOMMAND --help.
 
 exit codes:
   0    done
   1    unexpected failure, with a traceback: please report it
   2    bad input: the message says what to change
   3    training diverged
-  75   preempted by SIGTERM or SIGUSR1: a checkpoint is there, the same command resumes
-  76   hang: a process did not move for training.hang_timeout seconds
-  130  interrupted by Ctrl-C; a training run has a checkpoint, the same command resumes
+  75   preempted by SIGTERM or SIGUSR1, with a checkpoint: the same command resumes
+  76   hang: a process made no progress for training.hang_timeout seconds
+  130  interrupted by Ctrl-C; training wrote a checkpoint, the same command resumes
 """
 
 _RECIPES = """\
-Several recipes are layered, later ones win, so that a size and a technique combine:
+Several recipes can be layered; later ones win. So a size and a technique combine:
 
   hf-stable {command} base/10m techniques/qk_norm \\
       --set optimizer.learning_rate=1e-2 training.steps=600{options}
@@ -81,14 +81,14 @@ def _recipe_parser(subcommands: Any, command: str, description: str, options: st
         nargs="+",
         type=path,
         metavar="RECIPE",
-        help="recipe file, or the name of a shipped one",
+        help="recipe file, or the name of a recipe that ships with the package",
     )
     parser.add_argument(
         "--set",
         nargs="+",
         action="append",
         metavar="KEY=VALUE",
-        help="change a key of the recipe, e.g. model.qk_norm=head; after the recipes",
+        help="change a key of the recipe, e.g. model.qk_norm=head; wins over all recipes",
     )
     parser.add_argument(
         "--print-config", action="store_true", help="print the whole resolved recipe and stop"
@@ -100,21 +100,21 @@ def _add_text_options(parser: Parser) -> None:
     parser.add_argument(
         "--column",
         default="text",
-        help="column of JSON, parquet, Arrow or a dataset that holds the text; a.b is b inside a",
+        help="column that holds the text, in JSON, parquet, Arrow or a dataset; a.b is b inside a",
     )
     parser.add_argument(
         "--sample-by",
         choices=("document", "line", "paragraph"),
         default="document",
-        help="what one document of a text file is: document (the file), line or paragraph",
+        help="unit of a text file that is one document: document (whole file), line or paragraph",
     )
     parser.add_argument(
         "--max-bad-share",
         type=share,
         default=0.5,
         metavar="X",
-        help="share of a file's documents that may be unusable and left out; with more it is "
-        "refused",
+        help="largest share of unusable documents in a file, which are left out; a file with "
+        "more is refused",
     )
 
 
@@ -124,21 +124,21 @@ def _add_revision(parser: Parser) -> None:
 
 def _train_parser(subcommands: Any) -> None:
     parser = _recipe_parser(
-        subcommands, "train", "Train a model as a recipe says; goes on where it was stopped."
+        subcommands, "train", "Train a model from a recipe. The same command resumes a stopped run."
     )
     parser.add_argument(
         "--output",
         type=output_folder,
         metavar="DIR",
-        help="folder of the run, instead of the recipe's",
+        help="folder of the run, instead of the recipe's output",
     )
     parser.add_argument(
         "--resume",
         choices=("auto", "longer", "changed", "never"),
         default="auto",
-        help="auto: resume from the newest checkpoint in the folder, if recipe and data are those "
-        "of its run; longer: also with more training.steps (or tokens), for which the learning "
-        "rate is planned again; changed: with any difference; never: refuse a used folder",
+        help="auto: resume from the newest checkpoint in the folder, if its run has the same "
+        "recipe and data; longer: also allow more training.steps (or tokens) and plan the learning "
+        "rate again; changed: allow any difference; never: refuse a used folder",
     )
 
 
@@ -147,7 +147,7 @@ def _check_parser(subcommands: Any) -> None:
         subcommands, "check", "Validate a recipe: sizes, steps, memory, without training."
     )
     parser.add_argument(
-        "--gpus", type=positive_int, default=1, metavar="N", help="number of GPUs, one a process"
+        "--gpus", type=positive_int, default=1, metavar="N", help="number of GPUs, one per process"
     )
 
 
@@ -155,23 +155,23 @@ def _plan_parser(subcommands: Any) -> None:
     parser = _recipe_parser(
         subcommands,
         "plan",
-        "Memory, speed, days and cost of a recipe on so many GPUs, computed without one.",
+        "Compute memory, speed, days and cost of a recipe on GPUs, without needing one.",
         " --gpus 8",
     )
     parser.add_argument(
         "--gpus", type=positive_int, nargs="+", required=True, metavar="N", help="numbers of GPUs"
     )
     parser.add_argument(
-        "--gpu", choices=("h200", "h100"), default="h200", help="whose memory and rates to take"
+        "--gpu", choices=("h200", "h100"), default="h200", help="GPU whose memory and rates to use"
     )
     parser.add_argument(
-        "--gpu-memory", type=positive_float, metavar="GB", help="of one GPU, where it has another"
+        "--gpu-memory", type=positive_float, metavar="GB", help="memory of one GPU, if it differs"
     )
     parser.add_argument(
         "--gpus-per-node", type=positive_int, default=8, metavar="N", help="GPUs of one machine"
     )
     parser.add_argument(
-        "--price-per-gpu-hour", type=positive_float, metavar="PRICE", help="adds what the run costs"
+        "--price-per-gpu-hour", type=positive_float, metavar="PRICE", help="add the cost of the run"
     )
 
 
@@ -195,7 +195,7 @@ def _tokenizer_parser(subcommands: Any) -> None:
         help="bpe: byte-level BPE; sentencepiece: unigram with byte fallback",
     )
     parser.add_argument(
-        "--vocab-size", type=positive_int, required=True, metavar="N", help="tokens, e.g. 8192"
+        "--vocab-size", type=positive_int, required=True, metavar="N", help="vocabulary, e.g. 8192"
     )
     parser.add_argument(
         "--output", type=output_folder, required=True, metavar="DIR", help="folder to write"
@@ -207,52 +207,54 @@ def _evaluate_parser(subcommands: Any) -> None:
     parser = _parser(
         subcommands,
         "evaluate",
-        "Perplexity of any causal language model, with 95-percent intervals.",
+        "Measure the perplexity of any causal language model, with 95-percent intervals.",
     )
     parser.add_argument(
         "model",
         type=path,
         metavar="MODEL",
-        help="model folder or Hub id, ours or not, or a run's folder",
+        help="model folder or Hub id of any causal model, or a run's folder",
     )
     parser.add_argument(
         "--data",
         nargs="+",
         type=path,
         metavar="TEXT",
-        help="files, folders, globs or datasets; a run's folder has validation text of its own",
+        help="files, folders, globs or datasets; for a run, its validation text unless given",
     )
     _add_text_options(parser)
     _add_revision(parser)
     parser.add_argument("--name", help="configuration of a dataset, e.g. wikitext-2-raw-v1")
     parser.add_argument("--split", help="split of a dataset; test unless given")
-    parser.add_argument("--max-length", type=positive_int, metavar="N", help="tokens of one window")
+    parser.add_argument(
+        "--max-length", type=positive_int, metavar="N", help="length of a window in tokens"
+    )
     parser.add_argument(
         "--stride",
         type=positive_int,
         metavar="N",
-        help="tokens that each window scores anew; smaller is slower and gives more context",
+        help="newly scored tokens per window; smaller is slower and gives more context",
     )
     parser.add_argument(
-        "--batch-size", type=positive_int, default=8, metavar="N", help="windows at once"
+        "--batch-size", type=positive_int, default=8, metavar="N", help="windows per batch"
     )
     parser.add_argument(
         "--limit-documents", type=positive_int, metavar="N", help="read only the first N"
     )
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that the model folder holds"
+        "--trust-remote-code", action="store_true", help="run code from the model folder"
     )
     parser.add_argument(
         "--output",
         type=output_file,
         metavar="FILE",
-        help="write the numbers as JSON to this file; those of a run's own text go to "
-        "RUN/evaluation.json unless given, for its card",
+        help="JSON file for the result; for a run's validation text RUN/evaluation.json unless "
+        "given, which the model card uses",
     )
 
 
 def _generate_parser(subcommands: Any) -> None:
-    parser = _parser(subcommands, "generate", "Let a model continue a text.")
+    parser = _parser(subcommands, "generate", "Continue a text with a model.")
     parser.add_argument("model", type=path, metavar="MODEL", help="model folder or Hub id")
     _add_revision(parser)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
@@ -260,20 +262,24 @@ def _generate_parser(subcommands: Any) -> None:
         "--max-new-tokens",
         type=positive_int,
         metavar="N",
-        help="tokens to add; unless given 100, or as many as there are positions left",
+        help="number of tokens to add; unless given 100, or fewer if the positions run out",
     )
     parser.add_argument(
         "--temperature", type=non_negative_float, default=0.8, metavar="T", help="0 is greedy"
     )
     parser.add_argument(
-        "--top-k", type=non_negative_int, default=50, metavar="K", help="likeliest tokens; 0 is all"
+        "--top-k",
+        type=non_negative_int,
+        default=50,
+        metavar="K",
+        help="sample from the K most likely tokens; 0 is all",
     )
-    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of sampling")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of sampling")
 
 
 def _card_parser(subcommands: Any) -> None:
     parser = _parser(
-        subcommands, "card", "Write a run's model card and training curve, from its records alone."
+        subcommands, "card", "Write a run's model card and training curve from its records."
     )
     parser.add_argument("run", type=path, metavar="RUN", help="folder of a run")
     parser.add_argument(
@@ -284,7 +290,7 @@ def _card_parser(subcommands: Any) -> None:
         nargs="+",
         type=path,
         metavar="FILE",
-        help="what `hf-stable evaluate RUN --output` wrote; RUN/evaluation*.json unless given",
+        help="results of `hf-stable evaluate RUN --output`; RUN/evaluation*.json unless given",
     )
     add_statement_options(parser)
 
@@ -293,7 +299,7 @@ def _watch_parser(subcommands: Any) -> None:
     parser = _parser(
         subcommands,
         "watch",
-        "Look at runs, also while they train: loss, the layers nearest to trouble, and alarms.",
+        "Show runs, also while they train: loss, the layers nearest to trouble, and alarms.",
     )
     parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="folder of a run")
     parser.add_argument(
@@ -301,16 +307,16 @@ def _watch_parser(subcommands: Any) -> None:
         type=positive_float,
         default=2.0,
         metavar="SECONDS",
-        help="how often to look again, until every run has ended",
+        help="interval between updates, until every run has ended",
     )
     parser.add_argument(
-        "--once", action="store_true", help="look once; so it does where output is no terminal"
+        "--once", action="store_true", help="show once; the default if output is no terminal"
     )
     parser.add_argument(
         "--html",
         type=output_file,
         metavar="FILE",
-        help="write one page with all figures instead, and stop",
+        help="write one HTML page with all figures instead, and stop",
     )
 
 
@@ -318,11 +324,11 @@ def _diagnose_parser(subcommands: Any) -> None:
     parser = _parser(
         subcommands,
         "diagnose",
-        "What came before a run's loss moved: first alarm, its layer, lead, and what answers it.",
+        "Find what preceded a loss spike: first alarm, its layer, lead time, and a remedy.",
     )
     parser.add_argument("run", type=path, metavar="RUN", help="folder of a run")
     parser.add_argument(
-        "--json", type=output_file, metavar="FILE", help="write the findings as JSON too"
+        "--json", type=output_file, metavar="FILE", help="also write the findings as JSON"
     )
 
 
@@ -348,7 +354,7 @@ def _recipes_parser(subcommands: Any) -> None:
         "action",
         choices=("list", "show", "copy"),
         metavar="ACTION",
-        help="list: all with a line each; show: print one; copy: copy one or a folder, to edit it",
+        help="list: one line per recipe; show: print one; copy: copy a recipe or folder to edit",
     )
     parser.add_argument(
         "name", nargs="?", metavar="NAME", help="for show and copy: name, e.g. base/10m or slurm"
@@ -365,16 +371,16 @@ def _sweep_parser(subcommands: Any) -> None:
     parser = _parser(
         subcommands,
         "sweep",
-        "Train all runs of a plan; goes on where it was stopped, however it was.",
+        "Train all runs of a plan. The same command resumes a stopped sweep.",
     )
     parser.add_argument(
         "plan", type=path, metavar="PLAN", help="plan file, or name, e.g. sweeps/table3_cpu"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the runs, their FLOPs and time, and stop"
+        "--dry-run", action="store_true", help="print the runs with their FLOPs and time, and stop"
     )
     parser.add_argument(
-        "--workers", type=positive_int, default=1, metavar="N", help="runs at once, or Slurm jobs"
+        "--workers", type=positive_int, default=1, metavar="N", help="concurrent runs or Slurm jobs"
     )
     parser.add_argument(
         "--slurm",
@@ -386,7 +392,7 @@ def _sweep_parser(subcommands: Any) -> None:
         "--set", nargs="+", action="append", metavar="KEY=VALUE", help="change a key of every run"
     )
     parser.add_argument(
-        "--output", type=output_folder, metavar="DIR", help="folder, instead of the plan's"
+        "--output", type=output_folder, metavar="DIR", help="folder, instead of the plan's output"
     )
 
 
@@ -394,19 +400,19 @@ def _report_parser(subcommands: Any) -> None:
     parser = _parser(
         subcommands,
         "report",
-        "Report on studies, from their records alone: report.md and report.html.",
+        "Report on studies from their records: report.md and report.html.",
     )
     parser.add_argument("studies", nargs="+", type=path, metavar="STUDY", help="folder of a study")
     parser.add_argument(
         "--output",
         type=output_folder,
         metavar="DIR",
-        help="where the report goes; into the first study unless given",
+        help="folder of the report; the first study unless given",
     )
 
 
 def build_parser(version: str) -> Parser:
-    """Return the whole command line."""
+    """Build the parser of the whole command line."""
     parser = Parser(prog=PROGRAM, description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {version}")
     subcommands = parser.add_subparsers(
@@ -432,10 +438,14 @@ def build_parser(version: str) -> Parser:
 
 
 def parse(version: str, arguments: Sequence[str]) -> Namespace:
-    """Return the options of a command line; `subcommand` is the command.
+    """Parse a command line; `subcommand` of the result is the name of the command.
+
+    Args:
+        version: Version to print for --version.
+        arguments: Arguments of the process.
 
     Raises:
-        UserError: names the argument and the remedy.
+        UserError: If an argument is wrong; names it and the remedy.
     """
     parser = build_parser(version)
     commands: Any = next(  # parsers by name

@@ -1,4 +1,4 @@
-"""How `hf-stable plan` shows plans: one line a way, then what fills a GPU in the best one."""
+"""Output of `hf-stable plan`: one line per layout, then the memory of the best one."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,12 @@ from hf_stable.planning import USABLE, Plan, Way
 
 
 def print_plans(plans: Sequence[Plan], price: float | None, console: Console) -> None:
-    """Print a table over all plans of one recipe.
+    """Print a table of all plans of one recipe.
 
     Args:
-        price: of one GPU for one hour, in any currency; None leaves cost out.
+        plans: Plans of the recipe, one per number of GPUs.
+        price: Price of one GPU for one hour, in any currency; None leaves out the cost.
+        console: Console to print to.
     """
     first, recipe = plans[0], plans[0].recipe
     tokens = recipe.num_steps * recipe.tokens_per_step

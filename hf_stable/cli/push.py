@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hf_stable.hub import Destination, Difference, ExportCheck
 
 EXPORT = "Write a run's model as a folder that loads without hf_stable, ready to push."
-PUSH = "Put a model on the Hub: checked here, one commit there, verified, then tagged."
+PUSH = "Publish a model on the Hub: check it, push one commit, verify it, then tag it."
 
 
 def add_export_options(parser: Parser) -> None:
@@ -31,7 +31,7 @@ def add_export_options(parser: Parser) -> None:
         "--step",
         type=positive_int,
         metavar="N",
-        help="take the checkpoint of this step; the finished model unless given",
+        help="export the checkpoint of this step; the finished model unless given",
     )
     parser.add_argument(
         "--output", type=output_folder, required=True, metavar="DIR", help="folder to write"
@@ -39,15 +39,15 @@ def add_export_options(parser: Parser) -> None:
     parser.add_argument(
         "--fold-sigma",
         action="store_true",
-        help="write sigma-Reparam as the plain weights that it equals; the card has the difference",
+        help="fold sigma-Reparam into equivalent plain weights; the card states the difference",
     )
     parser.add_argument(
         "--dtype",
         choices=("bfloat16",),
-        help="round the weights; the card has what it costs. As they were trained unless given",
+        help="round the weights; the card states the cost. Unrounded unless given",
     )
     parser.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="of one file of weights"
+        "--max-shard-size", default="5GB", metavar="SIZE", help="size of one file of weights"
     )
     add_statement_options(parser)
 
@@ -55,42 +55,42 @@ def add_export_options(parser: Parser) -> None:
 def add_push_options(parser: Parser) -> None:
     """Add the options of `hf-stable push`."""
     parser.epilog = (
-        "The token is that of `hf auth login`, or HF_TOKEN; it is never an option, which other "
-        "users of the machine could read."
+        "The token comes from `hf auth login` or HF_TOKEN. It is not an option, because other "
+        "users of the machine could read it."
     )
     parser.add_argument(
         "source",
         type=path,
         metavar="SOURCE",
-        help="what `hf-stable export` wrote, or a run's folder",
+        help="folder from `hf-stable export`, or a run's folder",
     )
     parser.add_argument(
         "--output", required=True, metavar="OWNER/NAME", help="repository on the Hub"
     )
     parser.add_argument("--private", action="store_true", help="make it a private repository")
     parser.add_argument(
-        "--revision", default="main", metavar="BRANCH", help="branch, made if it is not there"
+        "--revision", default="main", metavar="BRANCH", help="branch, created if missing"
     )
-    parser.add_argument("--tag", help="name for the commit, given when it is verified")
-    parser.add_argument("--commit-message", metavar="TEXT", help="one is made unless given")
+    parser.add_argument("--tag", help="tag for the commit, set once it is verified")
+    parser.add_argument("--commit-message", metavar="TEXT", help="generated unless given")
     parser.add_argument(
-        "--create-pr", action="store_true", help="propose a pull request instead of writing to main"
+        "--create-pr", action="store_true", help="open a pull request instead of writing to main"
     )
     parser.add_argument(
-        "--unevaluated", action="store_true", help="push a card without measured perplexities too"
+        "--unevaluated", action="store_true", help="allow a card without measured perplexities"
     )
     parser.add_argument(
         "--overwrite-card",
         action="store_true",
-        help="replace a card that differs on the Hub, where the model is there already",
+        help="replace the card of a model that is on the Hub already and has another card",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="list what would go, with SHA-256; write nothing"
+        "--dry-run", action="store_true", help="list the files with SHA-256; write nothing"
     )
 
 
 def export_command(arguments: Namespace) -> None:
-    """Export, check, and say how to load."""
+    """Export a model, check it, and print how to load it."""
     from hf_stable.hub import Weights, check_export, export
 
     checked: list[ExportCheck] = []
@@ -113,7 +113,7 @@ def export_command(arguments: Namespace) -> None:
 
 
 def push_command(arguments: Namespace) -> None:
-    """Export where that is still to be done, check, push, and say how to load."""
+    """Export a run if needed, check, push, and print how to load the model."""
     from hf_stable import hub
 
     message = arguments.commit_message
@@ -150,7 +150,7 @@ def push_command(arguments: Namespace) -> None:
 
 @contextlib.contextmanager
 def _exported(source: Path, unevaluated: bool) -> Iterator[Path]:
-    """The folder itself where it is an export, else one made of it, which is gone afterwards."""
+    """Yield the folder itself if it is an export, else a temporary export of it."""
     from hf_stable.card.evaluations import find_evaluations
     from hf_stable.checksums import SUMS
     from hf_stable.hub import export
@@ -167,7 +167,7 @@ def _exported(source: Path, unevaluated: bool) -> Iterator[Path]:
         made = Path(scratch) / source.resolve().name
         try:
             yield export(source, made)
-        except UserError as error:  # of a folder that the user has never seen
+        except UserError as error:  # name the user's folder, not the temporary one
             text = str(error).replace(str(made), f"{source} (exported)")
             raise type(error)(text) from error
 
@@ -175,7 +175,7 @@ def _exported(source: Path, unevaluated: bool) -> Iterator[Path]:
 def _preview(
     checked: "ExportCheck", to: "Destination", api: "HfApi"
 ) -> "tuple[Difference, str | None]":
-    """What would go, and why what the Hub has is not known, if it is not."""
+    """Return the files that would be pushed, and why the Hub's state is unknown, if it is."""
     from hf_stable import hub
 
     try:
@@ -193,4 +193,4 @@ def _print_difference(difference: "Difference", unreachable: str | None, repo: s
     total = counted(sum(each.bytes for each in difference.changes), "byte")
     print(f"{counted(len(difference.changes), 'file')}, {total}, to {repo}; nothing was written")
     if unreachable is not None:
-        print(f"what is new there is not known: {unreachable}")
+        print(f"the state of the repository is unknown: {unreachable}")

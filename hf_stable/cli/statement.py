@@ -1,4 +1,4 @@
-"""What a publisher states beside the records: options that `card` and `export` share."""
+"""Options for facts that are in no record, such as the license; shared by `card` and `export`."""
 
 # ruff: noqa: PLC0415
 
@@ -16,20 +16,20 @@ def add_statement_options(parser: Parser) -> None:
     parser.add_argument(
         "--license",
         metavar="ID",
-        help="of the weights, of the Hub's identifiers; stated in the card",
+        help="license of the weights, as one of the Hub's identifiers; shown in the card",
     )
-    parser.add_argument("--license-name", metavar="NAME", help="of a licence that is other")
-    parser.add_argument("--license-link", metavar="URL", help="where that licence's text is")
+    parser.add_argument("--license-name", metavar="NAME", help="name of a license not on the list")
+    parser.add_argument("--license-link", metavar="URL", help="link to the text of that license")
     parser.add_argument(
         "--watts",
         type=positive_float,
         metavar="W",
-        help="power of each process's device, which no record holds, to estimate energy with",
+        help="power of one process's device, which is not recorded; used to estimate energy",
     )
 
 
 def statement_of(arguments: Namespace) -> "Statement":
-    """The card's statement that the options make."""
+    """Build the card's statement from the options."""
     from hf_stable.card import Statement
 
     return Statement(

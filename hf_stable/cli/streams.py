@@ -1,4 +1,4 @@
-"""Standard output and error of a command: printing never ends it."""
+"""Standard output and error of a command, made so that printing never ends the command."""
 
 import io
 import sys
@@ -7,10 +7,10 @@ from typing import Any, TextIO
 
 
 def prepare() -> None:
-    """Make the process's streams safe to print to, and warnings one plain line.
+    """Make the process's streams safe to print to, and each warning one plain line.
 
-    Characters that the encoding does not have are replaced. What is printed after a reader has
-    gone, such as `head`, is dropped, and the command completes its work.
+    Characters that the encoding lacks are replaced. Output after the reader (such as `head`) has
+    exited is dropped, and the command completes its work.
     """
     sys.stdout = _safe(sys.stdout, "replace")
     sys.stderr = _safe(sys.stderr, "backslashreplace")
@@ -37,7 +37,7 @@ def _safe(stream: TextIO, errors: str) -> TextIO:
 
 
 class _Pipe(io.FileIO):
-    """A file that drops what is written after its reader has gone, or after it has failed once."""
+    """File that drops output after its reader has exited, or after it has failed once."""
 
     is_lost = False
 
@@ -47,7 +47,7 @@ class _Pipe(io.FileIO):
                 return super().write(data)
             except OSError as error:
                 self.is_lost = True
-                if not isinstance(error, BrokenPipeError):  # a full disk loses the output
+                if not isinstance(error, BrokenPipeError):  # on a full disk, output is lost
                     raise
         return memoryview(data).nbytes
 

@@ -1,4 +1,4 @@
-"""Checkpoints of other families as StableGPTs, where the block of ours is exactly theirs.
+"""Conversion of other families' checkpoints to StableGPT, if our block computes exactly theirs.
 
 `families.py` is the table; `converting.py` reads, maps, compares in float64 and only then writes.
 """

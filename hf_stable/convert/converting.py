@@ -1,4 +1,4 @@
-"""One conversion from start to end: refuse early, compare always, write last and at once."""
+"""A conversion from start to end: refuse early, always compare, and write last, in one step."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,8 +24,8 @@ from .rules import EVERYWHERE, Mapped, map_fields
 from .tensors import map_tensors
 from .unread import UNREAD
 
-# Largest difference of a logit over the largest logit. Rounding of float64 is 1.1e-16; norms and
-# softmax of many blocks add some digits to it.
+# Largest difference of a logit over the largest logit. float64 rounds by 1.1e-16; norms and softmax
+# of many blocks add some digits.
 TOLERANCE = 1e-10
 _LENGTH = 64
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -34,16 +34,20 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion did; `conversion.json` of the folder holds it.
+    """Result of a conversion, which `conversion.json` in the folder records.
 
     Args:
-        source: Hub id, or the name of the folder. revision: the Hub's commit; None for a folder.
-        weights_sha256: of the source's weight files by name.
-        fields: of StableGPTConfig, as they came from the source's.
-        notes: fields of the source that change nothing, with their values and the reasons.
-        difference: largest difference of a logit over the largest logit, in float64, on
-            `tokens` random tokens at the first and the last positions.
-        saved_difference: the same with the weights as they were written, in `dtype`.
+        source: Hub id, or name of the folder.
+        revision: The Hub's commit; None for a folder.
+        weights_sha256: SHA-256 of the source's weight files, by name.
+        model_type: Family of the source.
+        fields: Fields of StableGPTConfig derived from the source's config.
+        notes: Fields of the source that change nothing, with their values and the reasons.
+        tokens: Number of compared tokens.
+        difference: Largest difference of a logit over the largest logit, in float64, on random
+            tokens at the first and the last positions.
+        dtype: Data type of the written weights.
+        saved_difference: The same difference with the weights as written.
     """
 
     source: str
@@ -67,19 +71,22 @@ def convert(
 ) -> Conversion:
     """Write a checkpoint of another family as a StableGPT with the same logits and tokenizer.
 
-    Both are compared on the CPU, one after the other: 8 bytes of memory a parameter, and those of
-    the largest tensor.
+    Both models are compared on the CPU, one after the other. This needs 8 bytes of memory per
+    parameter, plus those of the largest tensor.
 
     Args:
-        source: folder or Hub id of a causal language model of Transformers.
-        output: folder to write; it appears when everything is in it.
-        revision: branch, tag or commit of a Hub id.
-        dtype: of the weights to write; None is the source's.
+        source: Folder or Hub id of a causal language model of Transformers.
+        output: Folder to write; it appears once it is complete.
+        revision: Branch, tag or commit of a Hub id.
+        dtype: Data type of the weights to write; None is the source's.
+
+    Returns:
+        Summary of the conversion.
 
     Raises:
-        CheckpointError: with every field of the source that ours cannot express; when the logits
-            differ in float64 by more than TOLERANCE; when the output exists, the source cannot
-            be loaded or its tokenizer has ids that it has no row for.
+        CheckpointError: If a field of the source cannot be expressed (names all of them), the
+            logits differ in float64 by more than TOLERANCE, the output exists, the source cannot be
+            loaded, or its tokenizer has ids without an embedding row.
     """
     source, output = str(source), Path(output).resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -96,7 +103,7 @@ def convert(
         raise CheckpointError(
             f"{source}: its logits and ours differ by {difference:.1e} of the largest in float64 "
             f"(at most {TOLERANCE:.0e} is rounding): it computes something that its config does "
-            "not tell; nothing was written"
+            "not describe; nothing was written"
         )
     _round(source, model, target)
     conversion = Conversion(
@@ -117,7 +124,7 @@ def convert(
 
 
 def _plan(source: str, revision: str | None) -> tuple[Family, Mapped, StableGPTConfig]:
-    """The family, what became of each field, and our config, from the source's config alone."""
+    """Return the family, the mapped fields, and our config, from the source's config alone."""
     found = load_config(source, revision=revision)
     kind = str(found.model_type)
     if kind not in FAMILIES:
@@ -146,7 +153,7 @@ def _plan(source: str, revision: str | None) -> tuple[Family, Mapped, StableGPTC
 
 
 def _sample(config: StableGPTConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random ids, and positions that begin with the first and end with the last, (2, Q) each."""
+    """Return random ids, and positions at the beginning and at the end, (2, Q) each."""
     length = min(_LENGTH, config.max_position_embeddings)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (2, length), generator=generator)
@@ -171,9 +178,9 @@ def _logits_of_source(
 def _build(
     source: str, family: Family, config: StableGPTConfig, loaded: Any
 ) -> StableGPTForCausalLM:
-    """Our model in float64 with the tensors of the loaded one, which has none afterwards."""
+    """Build our model in float64 from the tensors of the loaded one, which loses them."""
     tensors = dict(loaded.state_dict())
-    torch.nn.Module.to(loaded, "meta")  # so that each is freed when it has become ours
+    torch.nn.Module.to(loaded, "meta")  # frees each tensor once it has been mapped
     with no_init_weights():
         model: Any = StableGPTForCausalLM._from_config(config, dtype=torch.float64)
     try:
@@ -193,7 +200,7 @@ def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @torch.no_grad()
 def _round(source: str, model: StableGPTForCausalLM, dtype: torch.dtype) -> None:
-    """Round the weights to `dtype`, and keep them in float64."""
+    """Round the weights to `dtype`, but store them in float64."""
     for name, parameter in model.named_parameters():
         rounded = parameter.to(dtype)
         if not rounded.isfinite().all():
@@ -204,14 +211,14 @@ def _round(source: str, model: StableGPTForCausalLM, dtype: torch.dtype) -> None
 
 
 def _commit(source: str, revision: str | None) -> str | None:
-    """The commit that a Hub id stood for; None for a folder."""
+    """Return the commit of a Hub id; None for a folder."""
     if Path(source).exists():
         return None
     return extract_commit_hash(cached_file(source, "config.json", revision=revision), None)
 
 
 def _digests(source: str, revision: str | None) -> dict[str, str]:
-    """SHA-256 of the source's weight files, by name."""
+    """Return the SHA-256 of the source's weight files, by name."""
     folder = Path(source)
     if not folder.exists():
         folder = Path(str(cached_file(source, "config.json", revision=revision))).parent
@@ -225,8 +232,8 @@ def _write(
     tokenizer: PreTrainedTokenizerBase,
     conversion: Conversion,
 ) -> None:
-    """Write beside the folder, read again, and rename: it is whole or not there."""
-    # An empty folder is replaced; what somebody has put there meanwhile is not.
+    """Write beside the folder, read back, and rename, so that it is complete or absent."""
+    # An empty folder is replaced, but not one that was filled in the meantime.
     with durable.whole_folder(output, replace=False) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -234,4 +241,4 @@ def _write(
         again = StableGPTForCausalLM.from_pretrained(temporary, dtype="auto")
         for name, tensor in model.state_dict().items():
             if not torch.equal(again.state_dict()[name], tensor):
-                raise CheckpointError(f"{temporary / name}: reads otherwise than it was written")
+                raise CheckpointError(f"{temporary / name}: differs when read back after writing")

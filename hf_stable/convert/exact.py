@@ -1,7 +1,7 @@
-"""Any causal LM wholly in float64, so that two of them can be compared beyond the rounding of fp32.
+"""Evaluation of any causal LM in float64, to compare two models beyond the rounding of fp32.
 
 `model.double()` is not enough: Transformers' families compute norms, softmax and rotary angles in
-fp32 whatever the weights are, and keep frequencies in fp32.
+fp32 whatever the weights' dtype, and keep frequencies in fp32.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 class _WideningMode(TorchFunctionMode):
-    """fp32, wherever a function is asked for it by name, becomes float64."""
+    """Mode that replaces fp32 by float64 wherever a function is asked for it by name."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.float:
@@ -29,7 +29,7 @@ class _WideningMode(TorchFunctionMode):
 
 @contextmanager
 def in_float64() -> Iterator[None]:
-    """Inside, what asks for fp32 gets float64, and float64 is the default dtype."""
+    """Context in which requests for fp32 give float64, and float64 is the default dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -40,7 +40,7 @@ def in_float64() -> Iterator[None]:
 
 
 def _renew_buffers(model: Any) -> None:
-    """Compute again what models compute in fp32 when they are built."""
+    """Recompute the buffers that models compute in fp32 when they are built."""
     for module in model.modules():
         if "inv_freq" in module._buffers:
             compute = module.compute_default_rope_parameters
@@ -48,18 +48,20 @@ def _renew_buffers(model: Any) -> None:
                 compute = ROPE_INIT_FUNCTIONS[module.rope_type]
             module.inv_freq, module.attention_scaling = compute(module.config)
             module.original_inv_freq = module.inv_freq.clone()
-        if "embed_scale" in module._buffers:  # Gemma's
+        if "embed_scale" in module._buffers:  # of Gemma
             module.embed_scale = torch.tensor(module.scalar_embed_scale)
 
 
 @torch.no_grad()
 def exact_logits(model: Any, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Logits of a float64 model on the CPU with every number on the way in float64.
+    """Compute logits of a float64 model on the CPU, with all intermediate results in float64.
 
-    Its rotary frequencies are in float64 from then on.
+    The model's rotary frequencies stay in float64 afterwards.
 
     Args:
-        ids, positions: (B, Q) int64.
+        model: Causal language model in float64.
+        ids: (B, Q) int64.
+        positions: (B, Q) int64.
 
     Returns:
         (B, Q, V) float64.
@@ -67,7 +69,7 @@ def exact_logits(model: Any, ids: torch.Tensor, positions: torch.Tensor) -> torc
     model.set_attn_implementation("eager")
     with in_float64():
         _renew_buffers(model)
-        mask = torch.ones_like(ids)  # without one, positions that start late look like packing
+        mask = torch.ones_like(ids)  # without it, positions that do not start at 0 mean packing
         return model(
             input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
         ).logits

@@ -1,6 +1,6 @@
-"""The table of families: how each one's config and tensors become ours, and which cannot.
+"""Table of families: mappings of config and tensors, and reasons why others cannot be converted.
 
-Names of modules are ours on the left; several on the right are joined along their rows.
+Our module names are on the left. Several modules on the right are concatenated along their rows.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,12 +31,12 @@ class Family:
     """One `model_type` of Transformers.
 
     Args:
-        rules: of the config's fields, beyond those of every config.
-        fields: of ours that the family always has so.
-        outside: modules outside the blocks, ours to theirs.
-        blocks: prefix of their blocks.
-        block: modules of a block, ours to theirs.
-        reorder: by our module, what is done to its rows; told the number of heads.
+        rules: Rules of the config's fields, beyond those of every config.
+        fields: Our fields that are fixed for the family.
+        outside: Modules outside the blocks, ours to theirs.
+        blocks: Prefix of their blocks.
+        block: Modules of a block, ours to theirs.
+        reorder: Functions that reorder the rows of our modules; they receive the number of heads.
     """
 
     rules: Mapping[str, Rule]
@@ -82,7 +82,7 @@ _WINDOW_RULES = {"sliding_window": window, "layer_types": window}
 _QWEN_RULES = {
     **_RMS_RULES,
     **_WINDOW_RULES,
-    # They say which layers have windows, as layer_types does.
+    # They define the layers with windows, as layer_types does.
     **neutral("use_sliding_window", "max_window_layers"),
 }
 _GEMMA_RULES = {
@@ -104,7 +104,7 @@ def _llama_like(
 
 
 def _by_kind(rows: Tensor, heads: int) -> Tensor:
-    """From query, key and value of each head in turn to all queries, all keys, all values."""
+    """Reorder rows from query, key and value per head to all queries, all keys, all values."""
     return rows.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
 
 
@@ -118,7 +118,7 @@ _NEOX = Family(
         "hidden_dropout": only(0, why=_DROPOUT),
         "rope_theta": rope_alias,
         "partial_rotary_factor": rope_alias,
-        # Transformers' class declares it, and its causal model does not read it.
+        # Declared by Transformers' class, but not read by its causal model.
         **neutral("classifier_dropout", "is_decoder"),
     },
     fields={"norm_bias": True, "linear_bias": "all"},
@@ -201,7 +201,7 @@ _LEARNED = "it learns its positions, and ours rotates queries and keys (RoPE)"
 _EXPERTS = "it has experts, and ours has one MLP a block"
 _PAIRS = "it rotates neighbouring channels of a head, and ours halves of it"
 _NO_ATTENTION = "it is no Transformer with attention in every block"
-# Well-known families whose block ours cannot express.
+# Well-known families whose block a StableGPT cannot express.
 WHY_NOT = {
     **dict.fromkeys(("gpt2", "opt", "gpt_neo", "gpt_bigcode"), _LEARNED),
     **dict.fromkeys(("bloom", "mpt"), "its positions are biases of the scores (ALiBi)"),

@@ -1,6 +1,6 @@
-"""From another family's config to ours: each field is mapped, known to change nothing, or refused.
+"""Mapping of another family's config: each field is mapped, known to change nothing, or refused.
 
-Law of this file: no field of the source is passed over, known or not.
+Invariant of this file: no field of the source is ignored, known or not.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,45 +13,46 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Note:
-    """A field that changes nothing, and why."""
+    """A field that changes nothing, with the reason."""
 
     why: str
 
 
 Rule = Callable[[str, Config], dict[str, Any] | Note | str]
-"""Told the name of a field and the whole config: our fields, a note, or why it cannot be converted.
+"""Function of a field's name and the whole config. It returns our fields, a note, or the reason why
+the config cannot be converted.
 """
 
 
 def to(field: str) -> Rule:
-    """Our field of another name, or of the same one, with the same value."""
+    """Map a field to our `field` with the same value."""
     return lambda name, config: {field: config[name]}
 
 
 def same(*names: str) -> dict[str, Rule]:
-    """Fields that ours has by the same name and meaning."""
+    """Map fields to ours of the same name and meaning."""
     return {name: to(name) for name in names}
 
 
 def neutral(*names: str) -> dict[str, Rule]:
-    """Fields that change no output."""
+    """Accept fields that change no output."""
     return {name: lambda name, config: {} for name in names}
 
 
 def noted(*names: str, why: str) -> dict[str, Rule]:
-    """Fields that no model reads, whatever their value."""
+    """Accept fields that no model reads, whatever their value, with a note."""
     return {name: lambda name, config: Note(why) for name in names}
 
 
 def off(*names: str, values: tuple[Any, ...], why: str) -> dict[str, Rule]:
-    """Fields that Transformers' class does not read, and that mean nothing at one of these values.
+    """Accept fields that Transformers' class ignores, if they have one of these neutral values.
 
-    None is the same as no field.
+    None is treated like a missing field.
     """
     known = " or ".join(map(repr, values))
     refused = (
-        f"Transformers passes over it, so convert takes only {known}: remove it from a copy if its "
-        "model computes nothing else"
+        f"Transformers ignores it, so convert accepts only {known}: remove it from a copy if the "
+        "model does not need it"
     )
 
     def rule(name: str, config: Config) -> Note | str:
@@ -61,7 +62,7 @@ def off(*names: str, values: tuple[Any, ...], why: str) -> dict[str, Rule]:
 
 
 def alias(other: str) -> Rule:
-    """Another name of a field that is read, with the same value."""
+    """Accept another name of a field that is read, if it has the same value."""
 
     def rule(name: str, config: Config) -> Note | str:
         if config[name] in (None, config[other]):
@@ -72,7 +73,7 @@ def alias(other: str) -> Rule:
 
 
 def rope_alias(name: str, config: Config) -> Note | str:
-    """A rotary parameter that versions before 5 wrote beside its older name."""
+    """Accept a rotary parameter that versions before 5 wrote beside its older name."""
     read = (config["rope_parameters"] or {}).get(name)
     if config[name] in (None, read):
         return Note(f"another name of rope_parameters.{name}, with the same value")
@@ -80,15 +81,15 @@ def rope_alias(name: str, config: Config) -> Note | str:
 
 
 def only(*values: Any, why: str) -> Rule:
-    """A field that changes nothing at one of these values, and that ours cannot do at another."""
+    """Accept a field at values that change nothing; ours does not support any other."""
     return lambda name, config: {} if config[name] in values else why
 
 
 def rope(partial: bool) -> Rule:
-    """Transformers' own form, which ours takes.
+    """Map rotary parameters, whose format is Transformers'.
 
     Args:
-        partial: whether the family knows `partial_rotary_factor`; the others pass over it.
+        partial: True if the family reads `partial_rotary_factor`; other families ignore it.
     """
 
     def rule(name: str, config: Config) -> dict[str, Any] | str:
@@ -101,7 +102,7 @@ def rope(partial: bool) -> Rule:
 
 
 def window(name: str, config: Config) -> dict[str, Any] | str:
-    """A sliding window, which ours does not have: fine where no layer uses it, or none is full."""
+    """Accept a sliding window if no layer uses it or no text is longer; ours has none."""
     kinds = config.get("layer_types")
     if kinds is not None and set(kinds) == {"full_attention"}:
         return {}
@@ -114,7 +115,7 @@ def window(name: str, config: Config) -> dict[str, Any] | str:
 
 
 def biases(name: str, config: Config) -> dict[str, Any] | str:
-    """`attention_bias` and `mlp_bias`, which ours has all of or none of."""
+    """Map `attention_bias` and `mlp_bias`; a StableGPT has all of these biases or none."""
     both = config["attention_bias"], config["mlp_bias"]
     if both[0] != both[1]:
         return "biases of one branch alone: ours are of queries, keys and values, or of every map"
@@ -122,17 +123,17 @@ def biases(name: str, config: Config) -> dict[str, Any] | str:
 
 
 def query_scale(name: str, config: Config) -> dict[str, Any] | str:
-    """Gemma 2's scale, 1 / sqrt(this) instead of 1 / sqrt(head_dim)."""
+    """Map Gemma 2's scale, 1 / sqrt(this) instead of 1 / sqrt(head_dim)."""
     return {"attention_multiplier": (config["head_dim"] / config[name]) ** 0.5}
 
 
 def padding(name: str, config: Config) -> dict[str, Any] | str:
-    """LLaMA's first checkpoints say that they have none by -1."""
+    """Map a padding id; LLaMA's first checkpoints write -1 for none."""
     value = config[name]
     return {name: None if isinstance(value, int) and value < 0 else value}
 
 
-# What every config of Transformers has.
+# Rules for the fields of every Transformers config.
 EVERYWHERE: dict[str, Rule] = {
     **neutral(
         *("architectures", "dtype", "model_type", "transformers_version", "_name_or_path"),
@@ -142,15 +143,15 @@ EVERYWHERE: dict[str, Rule] = {
     "chunk_size_feed_forward": only(0, why="the MLP is computed in pieces"),
     **dict.fromkeys(
         ("attention_probs_dropout_prob", "hidden_dropout_prob"),
-        only(0, why="Transformers passes over this dropout: remove it from a copy"),
+        only(0, why="Transformers ignores this dropout: remove it from a copy"),
     ),
     "is_encoder_decoder": only(False, why="ours has no encoder"),
     "auto_map": only(
         None,
-        why="the checkpoint brings code of its own, which may not compute what Transformers'"
-        " class of this type does: remove auto_map from a copy if it does",
+        why="the checkpoint brings code that may not compute the same as Transformers' class of"
+        " this type: remove auto_map from a copy if it does",
     ),
-    "quantization_config": only(None, why="the weights are quantised: convert the original"),
+    "quantization_config": only(None, why="the weights are quantized: convert the original"),
     **same(
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
         *("num_attention_heads", "max_position_embeddings", "initializer_range", "use_cache"),
@@ -162,12 +163,12 @@ EVERYWHERE: dict[str, Rule] = {
 
 @dataclass
 class Mapped:
-    """Fields of a source, by what became of them.
+    """Fields of a source, by the result of their rules.
 
     Args:
-        fields: ours.
-        notes: of fields that change nothing: their values, and why.
-        reasons: a line for every field that stands in the way.
+        fields: Fields of our config.
+        notes: Fields that change nothing: their values, and the reasons.
+        reasons: One line for every field that prevents the conversion.
     """
 
     fields: dict[str, Any] = field(default_factory=dict)
@@ -176,15 +177,15 @@ class Mapped:
 
 
 def map_fields(rules: Mapping[str, Rule], config: Config) -> Mapped:
-    """Map every field of the source by its rule; one that has a value but no rule is a reason."""
+    """Map every field of the source by its rule; a value without a rule prevents conversion."""
     mapped = Mapped()
     for name, value in config.items():
         if name in rules:
             answer = rules[name](name, config)
-        elif value is None or name.startswith("_"):  # private to Transformers' own code
+        elif value is None or name.startswith("_"):  # private to Transformers
             continue
         else:
-            answer = "convert knows no such field here: remove it from config.json if it is not one"
+            answer = "unknown to convert: remove it from config.json if the model does not read it"
         if isinstance(answer, str):
             mapped.reasons.append(f"{name}={value!r}: {answer}")
         elif isinstance(answer, Note):

@@ -1,4 +1,4 @@
-"""From another family's tensors to ours, without a tensor left over on either side."""
+"""Mapping of another family's tensors to ours, with no tensor left over on either side."""
 
 from torch import Tensor, cat
 
@@ -9,7 +9,7 @@ from .families import Family
 
 
 def _places(family: Family, name: str) -> tuple[tuple[str, ...], str]:
-    """Where a parameter of ours comes from, and the module that says how it is reordered."""
+    """Return the sources of one of our parameters, and the module that defines its reordering."""
     module, _, kind = name.rpartition(".")
     if module in family.outside:
         return (f"{family.outside[module]}.{kind}",), module
@@ -21,14 +21,15 @@ def _places(family: Family, name: str) -> tuple[tuple[str, ...], str]:
 def map_tensors(
     family: Family, model: StableGPTForCausalLM, tensors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Our state dict of another family's, which is emptied on the way.
+    """Build our state dict from another family's, which is emptied in the process.
 
     Args:
-        model: ours, for its names and number of heads.
-        tensors: the source's state dict, tied weights under both names.
+        family: Family of the source.
+        model: Our model, for its names and number of heads.
+        tensors: State dict of the source, with tied weights under both names.
 
     Raises:
-        CheckpointError: when a tensor of the source is used by nothing.
+        CheckpointError: If a tensor of the source remains unused.
     """
     found: dict[str, Tensor] = {}
     for name in model.state_dict():
@@ -40,6 +41,6 @@ def map_tensors(
         found[name] = joined
     if tensors:
         raise CheckpointError(
-            f"the source has tensors that ours has no place for: {', '.join(sorted(tensors))}"
+            f"the source has tensors that a StableGPT does not: {', '.join(sorted(tensors))}"
         )
     return found

@@ -1,7 +1,7 @@
 """Fields of published configs that change nothing, with the reason: they are noted, not refused.
 
-Read in configs of all the families of convert, as their authors and as tools have written them.
-Transformers keeps such fields without reading them.
+Found in configs of all supported families, as written by their authors and by tools. Transformers
+keeps such fields without reading them.
 """
 
 from .rules import Rule, noted, off

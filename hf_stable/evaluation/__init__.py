@@ -1,5 +1,4 @@
-"""Perplexity of any causal language model on any text, with intervals; and loading a model with
-clear errors."""
+"""Perplexity of any causal language model on any text, with intervals, and model loading."""
 
 from .loading import load_config, load_model, model_place
 from .result import Estimate, PerplexityResult

@@ -1,4 +1,4 @@
-"""Models of the Hub that come with SHA256SUMS: downloaded as one commit, and verified."""
+"""Download of Hub models that come with SHA256SUMS: as one commit, and verified."""
 
 from pathlib import Path
 
@@ -18,15 +18,20 @@ from hf_stable.errors import CheckpointError
 
 
 def download_verified(repo: str, revision: str | None) -> Path | None:
-    """The folder of a model that `hf-stable push` published, every file as it was exported.
+    """Download a model that `hf-stable push` published, and verify every file.
+
+    Args:
+        repo: Repository on the Hub.
+        revision: Branch, tag or commit; None is the default branch.
 
     Returns:
-        None for a repository without a SHA256SUMS of ours, or when the Hub cannot be reached.
+        Folder of the model; None if the repository has no SHA256SUMS from an export, or the Hub
+        cannot be reached.
 
     Raises:
-        CheckpointError: no such repository or revision; the Hub does not say whether there is a
-            SHA256SUMS; the download broke off; a file is not what was exported,
-            and is then removed from the cache.
+        CheckpointError: If there is no such repository or revision, it is unknown whether there is
+            a SHA256SUMS, the download failed, or a file differs from the export. Such a file is
+            removed from the cache.
     """
     sums = _sums_of(repo, revision)
     if sums is None:
@@ -35,14 +40,14 @@ def download_verified(repo: str, revision: str | None) -> Path | None:
     if listed is None:
         return None
     try:
-        # Of the commit that the sums are of, whatever is pushed meanwhile.
+        # Use the commit of the sums, whatever is pushed in the meantime.
         folder = Path(
             snapshot_download(repo, revision=sums.parent.name, allow_patterns=[*listed, SUMS])
         )
-    # Besides OSError, whatever the HTTP library raises when a connection breaks.
+    # The HTTP library raises more than OSError when a connection breaks.
     except Exception as error:
         raise CheckpointError(
-            f"{repo}: the download broke off ({_short(error)}); the same command goes on with it"
+            f"{repo}: the download failed ({_short(error)}); the same command resumes it"
         ) from error
     _forget_bad(folder, listed)
     verify_sums(folder)
@@ -50,9 +55,9 @@ def download_verified(repo: str, revision: str | None) -> Path | None:
 
 
 def _sums_of(repo: str, revision: str | None) -> Path | None:
-    """SHA256SUMS in the cache; None only where it is known not to be, or where nothing is reached.
+    """Return SHA256SUMS in the cache; None only if it does not exist or nothing can be reached.
 
-    Any other answer is an error: the weights that would load without it are not verified.
+    Any other answer is an error: weights that load without the file would not be verified.
     """
     try:
         return Path(hf_hub_download(repo, SUMS, revision=revision))
@@ -61,13 +66,13 @@ def _sums_of(repo: str, revision: str | None) -> Path | None:
             f"{repo} has no revision {revision!r}: name one of its branches, tags or commits"
         ) from error
     except LocalEntryNotFoundError as error:
-        # Offline, the cache may hold a model without sums; an answer of the Hub is another thing.
+        # Offline, the cache may hold a model without sums. An answer from the Hub is different.
         if isinstance(error.__cause__, HfHubHTTPError | FileMetadataError):
             raise _unverifiable(repo, error.__cause__) from error
         return None
     except (EntryNotFoundError, HFValidationError):
         return None
-    # Besides HfHubHTTPError and OSError, whatever the HTTP library raises.
+    # The HTTP library raises more than HfHubHTTPError and OSError.
     except Exception as error:
         raise _unverifiable(repo, error) from error
 
@@ -79,21 +84,21 @@ def _unverifiable(repo: str, error: BaseException) -> CheckpointError:
     elif isinstance(error, HfHubHTTPError):
         answer = f"HTTP {error.response.status_code}"
     return CheckpointError(
-        f"{repo}: whether it has {SUMS} cannot be told ({answer}), so nothing of it was loaded: "
+        f"{repo}: it is unknown whether it has {SUMS} ({answer}), so nothing of it was loaded: "
         "check the name and the token, or try again later"
     )
 
 
 def _forget_bad(folder: Path, listed: dict[str, str]) -> None:
-    """Remove damaged downloads, which the cache would hand out again, and say which."""
+    """Remove a damaged download, which the cache would return again, and raise its name."""
     for name, expected in listed.items():
         file = folder / name
         if file.is_file() and sha256_of(file) != expected:
             file.resolve().unlink()
             file.unlink(missing_ok=True)
             raise CheckpointError(
-                f"{file.name} from the Hub is not what was exported: its SHA-256 is not the one in "
-                f"{SUMS}. It is out of the cache again; the same command downloads it anew. Where "
+                f"{file.name} from the Hub differs from the export: its SHA-256 is not the one in "
+                f"{SUMS}. It was removed from the cache; the same command downloads it again. If "
                 "that does not help, it was changed on the Hub: do not use it."
             )
 

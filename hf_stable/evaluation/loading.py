@@ -1,6 +1,6 @@
-"""Load any causal language model and its tokenizer, or say in one sentence why that cannot be done.
+"""Loading of any causal language model and its tokenizer, with one-sentence errors.
 
-A StableGPT needs no trust_remote_code: to import this package registers its classes.
+A StableGPT needs no trust_remote_code: importing this package registers its classes.
 """
 
 import json
@@ -30,8 +30,8 @@ from hf_stable.model import StableGPTConfig
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-# What from_pretrained raises for damaged files, shapes that differ from those of config.json, code
-# that needs absent packages, and types of model that are no causal language model.
+# Errors of from_pretrained for damaged files, shapes that differ from config.json, code that needs
+# missing packages, and model types that are not causal language models.
 _UNLOADABLE = (
     OSError,
     ValueError,
@@ -41,7 +41,7 @@ _UNLOADABLE = (
     UnpicklingError,
     SafetensorError,
 )
-# In a config.json, but about the file rather than about the model.
+# Fields of config.json about the file rather than the model.
 _BOOKKEEPING = {"model_type", "auto_map", "_name_or_path", "_commit_hash"}
 
 
@@ -54,18 +54,28 @@ def load_model(
     device: str | None = None,
     refuse_unknown: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM in eval mode, on the accelerator where there is one, with its tokenizer.
+    """Load a causal language model in eval mode, with its tokenizer.
 
-    `path` is a folder, or the id of a model on the Hub, of which `revision` is a branch, tag or
-    commit. `dtype` None keeps the checkpoint's. Code of the checkpoint itself runs only with
-    `trust_remote_code`. Where an export's SHA256SUMS is in the folder or repository, all files are
-    verified; somebody else's is not read. `device` is another place than the accelerator. Tensors
-    that the model has no place for are passed over, as Transformers does, unless `refuse_unknown`.
+    If the folder or repository has the SHA256SUMS of an export, all files are verified. Any other
+    SHA256SUMS is ignored.
 
-    Raises CheckpointError (a UserError) naming the folder or file: no such folder or revision, a
-    file that is not what was exported, no or broken config.json, a model type or fields that the
-    installed version does not know, no weights, truncated or missing shards, parameters that the
-    weights do not cover, no tokenizer or (of a StableGPT) one with ids beyond the model's.
+    Args:
+        path: Folder, or id of a model on the Hub.
+        revision: Branch, tag or commit of a model on the Hub.
+        trust_remote_code: Allow code of the checkpoint to run.
+        dtype: Data type of the weights; None keeps the checkpoint's.
+        device: Device; the accelerator, if there is one, unless given.
+        refuse_unknown: Refuse tensors that the model does not have. Transformers ignores them.
+
+    Returns:
+        Model and tokenizer.
+
+    Raises:
+        CheckpointError: If there is no such folder or revision, a file differs from the export,
+            config.json is missing or broken, the installed version does not know the model type or
+            a field, weights are missing or truncated, weights do not cover all parameters, or the
+            tokenizer is missing or (for a StableGPT) has ids beyond the model's. The error names
+            the folder or file.
     """
     source, remote = _find(str(path), revision, trust_remote_code)
     config = _load_config(source, remote)
@@ -84,30 +94,33 @@ def load_model(
 def load_config(
     path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
-    """The config of a folder or a model on the Hub; CheckpointError as of `load_model`."""
+    """Load the config of a folder or of a model on the Hub; raise CheckpointError if unusable."""
     return _load_config(*_find(str(path), revision, trust_remote_code))
 
 
 def model_place(place: str) -> str:
-    """The model's folder where `place` is a run's, else `place` itself, which may be on the Hub.
+    """Return the model's folder if `place` is a run, else `place`, which may be on the Hub.
+
+    Args:
+        place: Folder of a run or a model, or id of a model on the Hub.
 
     Raises:
-        CheckpointError: when the run has not finished.
+        CheckpointError: If the run has not finished.
     """
     folder = Path(place)
     if not (folder / "run.json").is_file() or (folder / "config.json").is_file():
         return place
     if not (folder / "model").is_dir():
         raise CheckpointError(
-            f"{folder} is a run that has not finished: the same train command continues it"
+            f"{folder} is a run that has not finished: the same train command resumes it"
         )
     return str(folder / "model")
 
 
 def _find(source: str, revision: str | None, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
-    """Where to read, verified if it can be, and what the Auto classes want to know besides.
+    """Return where to load from, verified if possible, and further arguments of the Auto classes.
 
-    It is a folder, or the id of a model on the Hub, which has revisions.
+    The place is a folder, or the id of a model on the Hub, which has revisions.
     """
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if not _is_local(source):
@@ -127,13 +140,18 @@ def _find(source: str, revision: str | None, trust_remote_code: bool) -> tuple[s
 def check_vocabulary(
     source: str, config: StableGPTConfig, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """See that a model has a row for every id of a tokenizer.
+    """Check that a model has an embedding row for every id of a tokenizer.
 
-    Another bos or eos than config.json's, as fine-tuned chat models have, is no other meaning of an
-    id: a warning.
+    A bos or eos that differs from config.json, as in fine-tuned chat models, does not change the
+    meaning of an id. It only gives a warning.
+
+    Args:
+        source: Place of the model, for messages.
+        config: Config of the model.
+        tokenizer: Tokenizer to check.
 
     Raises:
-        CheckpointError: naming the largest id when the model has no row for it.
+        CheckpointError: If the model has no row for an id; names the largest one.
     """
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
@@ -150,14 +168,14 @@ def check_vocabulary(
         if ours is not None and theirs is not None and theirs not in known:
             warnings.warn(
                 f"{source}: {name} is {ours} in config.json and {theirs} in the tokenizer; "
-                "generate takes generation_config.json's, else config.json's, and perplexity the "
-                "tokenizer's: make them one if that is not meant",
+                "generate uses generation_config.json, else config.json, and perplexity the "
+                "tokenizer: make them equal if that is not intended",
                 stacklevel=2,
             )
 
 
 def _is_local(source: str) -> bool:
-    """Whether it can only be a place on this machine: Hub ids are `name` or `owner/name`."""
+    """Return True if it can only be a local path: Hub ids are `name` or `owner/name`."""
     return Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
 
 
@@ -183,7 +201,7 @@ def _load_config(source: str, remote: dict[str, Any]) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(source, **remote)
     except ImportError as error:
         raise CheckpointError(f"{source}: its own code cannot be imported: {error}") from error
-    # Whatever else a config class raises is about what config.json says.
+    # Any other error of a config class is about the content of config.json.
     except Exception as error:
         raise CheckpointError(
             f"{source}/config.json: model_type {raw.get('model_type')!r} cannot be built "
@@ -203,7 +221,7 @@ def _config_unreadable(source: str, error: Exception) -> str:
     if (Path(source) / "config.json").is_file():
         return f"{source}/config.json: not readable as JSON ({_first_line(error)}); copy it again"
     return (
-        f"{source}: neither a folder here nor a model that can be had from the Hub "
+        f"{source}: neither a local folder nor an available model on the Hub "
         f"({_first_line(error)}); check the name and the connection"
     )
 
@@ -218,7 +236,7 @@ def _is_newer(version: str) -> bool:
 
 
 def _check_weights(folder: Path) -> None:
-    """See that all weight files are whole; a safetensors header says how long its file must be."""
+    """Check that all weight files are complete; a safetensors header has the expected length."""
     for name in _INDEXES:
         if (folder / name).is_file():
             files = _shards(folder / name)
@@ -261,8 +279,8 @@ def _check_safetensors(file: Path) -> None:
 def _load_tokenizer(source: str, remote: dict[str, Any]) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **remote)
-    # Transformers raises OSError, ValueError, TypeError or KeyError, by the kind of tokenizer that
-    # it expected.
+    # Transformers raises OSError, ValueError, TypeError or KeyError, depending on the kind of
+    # tokenizer that it expected.
     except Exception as error:
         raise CheckpointError(
             f"{source}: no usable tokenizer ({_first_line(error)}); put the model's tokenizer.json "
@@ -293,7 +311,7 @@ def _load_weights(
             f"{source}: cannot be loaded as a causal language model ({_first_line(error)})"
         ) from error
     model, info = loaded
-    # Transformers would fill these with random numbers and only warn.
+    # Transformers would initialize these randomly and only warn.
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise CheckpointError(

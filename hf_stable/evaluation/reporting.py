@@ -1,5 +1,4 @@
-"""Progress of an evaluation: a moving line on a terminal, a plain line every ten seconds
-elsewhere."""
+"""Progress of an evaluation: a live line on a terminal, else one plain line per ten seconds."""
 
 import math
 import sys
@@ -15,7 +14,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Reporter(AbstractContextManager["Reporter"]):
-    """Writes to stderr only, so that stdout stays the result's; silent unless `on`."""
+    """Writer to stderr only, which leaves stdout to the result; silent unless `on`."""
 
     def __init__(self, on: bool) -> None:
         console = Console(stderr=True)

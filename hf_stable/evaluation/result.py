@@ -1,5 +1,4 @@
-"""What an evaluation returns: values, intervals and everything that a reader needs to compare
-them."""
+"""Result of an evaluation: values, intervals, and all that is needed to compare them."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -13,7 +12,7 @@ from .intervals import MIN_DOCUMENTS, ratio_intervals
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its bootstrap interval; `low` and `high` are None where there is no interval."""
+    """A value with its bootstrap interval; `low` and `high` are None without an interval."""
 
     value: float
     low: float | None
@@ -22,13 +21,25 @@ class Estimate:
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """What `perplexity` found.
+    """Result of `perplexity`.
 
-    `nll_nats` is a sum over `tokens` scored tokens; `unscored_tokens` are first tokens without a
-    bos or eos before them; `empty_documents` had nothing to score and are in no other count.
-    `interval_note` says why there is no interval. `document_sums` (float64, documents x 4: NLL in
-    nats, tokens, words, bytes; in the order of the documents, empty ones left out) allows a paired
-    comparison of two models over the same documents.
+    Args:
+        per_token: Perplexity per token.
+        per_word: Perplexity per word.
+        bits_per_byte: Bits per byte of UTF-8.
+        nll_nats: Sum of the NLL over all scored tokens, in nats.
+        tokens: Number of scored tokens.
+        words: Number of words.
+        bytes: Number of bytes of UTF-8.
+        documents: Number of scored documents.
+        empty_documents: Number of documents with nothing to score; in no other count.
+        unscored_tokens: Number of first tokens without a bos or eos token before them.
+        max_length: Tokens of one window.
+        stride: Newly scored tokens per window.
+        confidence: Coverage of the intervals.
+        interval_note: Reason why there is no interval, or None.
+        document_sums: (documents, 4) float64: NLL in nats, tokens, words, bytes, in the order of
+            the scored documents. Allows a paired comparison of two models.
     """
 
     per_token: Estimate
@@ -48,13 +59,13 @@ class PerplexityResult:
     document_sums: np.ndarray = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, object]:
-        """All fields but `document_sums`, as plain Python values for JSON."""
+        """Return all fields except `document_sums`, as plain Python values for JSON."""
         values = asdict(self)
         del values["document_sums"]
         return values
 
     def table(self) -> str:
-        """The result as lines for a terminal."""
+        """Return the result as lines for a terminal."""
         lines = [
             _row("perplexity per token", self.per_token, self.confidence),
             _row("perplexity per word", self.per_word, self.confidence),
@@ -87,10 +98,17 @@ def _row(label: str, estimate: Estimate, confidence: float) -> str:
 def estimates(
     document_sums: np.ndarray, *, confidence: float, samples: int, rng: np.random.Generator
 ) -> tuple[list[Estimate], str | None]:
-    """Per token, per word, bits per byte, and a note when there is no interval.
+    """Estimate perplexity per token, per word, and bits per byte.
 
-    `document_sums`: float64 (documents, 4) of NLL, tokens, words, bytes; NLL finite, tokens and
-    bytes positive.
+    Args:
+        document_sums: (documents, 4) float64: NLL, tokens, words, bytes. NLL must be finite, tokens
+            and bytes positive.
+        confidence: Coverage of the intervals.
+        samples: Number of resamples.
+        rng: Source of the resamples.
+
+    Returns:
+        The three estimates, and a note if there is no interval.
     """
     totals = document_sums.sum(axis=0)
     bounds: list[tuple[float | None, float | None]] = [(None, None)] * 3
@@ -126,7 +144,7 @@ def _no_interval(num_documents: int, words: float) -> str | None:
 
 
 def _exp(nats: float) -> float:
-    # Text without spaces is one long word: more nats than exp() can take.
+    # Text without spaces is one long word, whose nats overflow exp().
     return math.exp(nats) if nats < 700 else math.inf
 
 

@@ -1,20 +1,20 @@
 r"""Perplexity of any causal language model: every token of every document is scored exactly once.
 
-The conventions, because perplexities of different conventions cannot be compared:
+Conventions, because perplexities of different conventions cannot be compared:
 
 - NLL is the sum of -log p(token | the document so far) in nats, by a log-softmax in at least fp32
   of the model's logits. The model's own loss is never read, so z-loss and other auxiliary terms
   cannot enter.
-- A document's first token is predicted from the tokenizer's bos (else eos) token, put before every
-  document. A tokenizer with neither leaves first tokens unscored, and the result counts them. The
-  end of a document is not scored.
-- Text that spells a special token, such as "<unk>" in WikiText, is scored as the text that it is.
+- A document's first token is predicted from the tokenizer's bos (else eos) token, which is put
+  before every document. If a tokenizer has neither, first tokens are unscored, and counted as such.
+  The end of a document is not scored.
+- Text that spells a special token, such as "<unk>" in WikiText, is scored as plain text.
 - per token: exp(NLL / scored tokens). Depends on the tokenizer.
 - per word: exp(NLL / words), words = whitespace-separated words + newline characters, because
-  WikiText (Merity et al. 2016, arXiv:1609.07843) counts one <eos> a line: WikiText-2 validation and
-  test then have its 217,646 and 245,569 tokens. lm-evaluation-harness divides by
-  len(re.split(r"\s+", page)), no line ends: a smaller number, a higher result.
-- bits per byte: NLL / ln 2 / bytes of UTF-8. The one to compare across tokenizers.
+  WikiText (Merity et al. 2016, arXiv:1609.07843) counts one <eos> per line: WikiText-2 validation
+  and test then have the published 217,646 and 245,569 tokens. lm-evaluation-harness divides by
+  len(re.split(r"\s+", page)), without line ends: a smaller count, a higher result.
+- bits per byte: NLL / ln 2 / bytes of UTF-8. Use this to compare across tokenizers.
 - Documents longer than a window: see `windows`. stride = max_length is lm-evaluation-harness's
   rolling log-likelihood.
 """
@@ -33,19 +33,21 @@ from hf_stable.errors import UserError
 from .reporting import Reporter
 from .result import PerplexityResult, estimates
 
-# The longest window that is taken unasked (tokens).
+# Longest default window in tokens.
 DEFAULT_MAX_LENGTH = 4096
-# Batches whose windows are sorted by length together: enough that a batch has hardly any padding.
+# Number of batches whose windows are sorted by length together, so that padding is rare.
 _BATCHES_PER_GROUP = 64
-# Elements of the fp32 copy of a few rows of logits (64 MiB).
+# Number of elements in the fp32 copy of a few rows of logits (64 MiB).
 _CHUNK_ELEMENTS = 2**24
-# Targets that no loss is taken of: padding, and what an earlier window scored.
+# Label of targets without a loss: padding, and targets scored by an earlier window.
 _UNSCORED = -100
 
 
 class _Window(NamedTuple):
-    """ids[:-1] are inputs, ids[1:] targets, of which the first `skip` were scored by an earlier
-    window."""
+    """Tokens of one window: ids[:-1] are inputs, ids[1:] targets.
+
+    An earlier window scored the first `skip` targets.
+    """
 
     document: int
     ids: np.ndarray
@@ -71,18 +73,32 @@ def perplexity(  # noqa: PLR0913 (keywords with defaults, each one question a us
     seed: int = 0,
     progress: bool = False,
 ) -> PerplexityResult:
-    """Perplexity per token and word and bits per byte of `documents`, on the device and in the
-    dtype of `model`.
+    """Compute perplexity per token and word, and bits per byte, of `documents`.
 
-    `max_length` None: the model's max_position_embeddings, at most 4096. `stride` None: max_length,
-    no overlap. `batch_size` bounds memory: logits of batch_size x max_length tokens at most;
-    shorter windows share a batch in greater number. Up to rounding the result does not depend on
-    it, nor on the tokenizer's padding side (nothing is padded by the tokenizer). Intervals come
-    from resampling documents. The model's train/eval mode is restored.
+    It runs on the device and in the dtype of `model`, whose train or eval mode is restored. Up to
+    rounding, the result depends neither on `batch_size` nor on the tokenizer's padding side
+    (padding does not use the tokenizer).
 
-    Raises UserError for arguments out of range, a max_length beyond the model's positions, token
-    ids outside its vocabulary, a document that is not text, nothing to score, or a model whose NLL
-    is not finite.
+    Args:
+        model: Any causal language model.
+        tokenizer: Tokenizer of the model.
+        documents: Texts to score.
+        max_length: Tokens of one window; None is the model's max_position_embeddings, at most 4096.
+        stride: Newly scored tokens per window; None is `max_length`, no overlap.
+        batch_size: Bounds memory: logits of at most batch_size x max_length tokens. More shorter
+            windows share a batch.
+        confidence: Coverage of the intervals.
+        bootstrap_samples: Number of resamples of the documents.
+        seed: Seed of the resamples.
+        progress: Report progress on stderr.
+
+    Returns:
+        Perplexities with their intervals.
+
+    Raises:
+        UserError: If an argument is out of range, `max_length` exceeds the model's positions, a
+            token id is outside its vocabulary, a document is not text, there is nothing to score,
+            or the NLL is not finite.
     """
     _check_bootstrap(confidence, bootstrap_samples)
     limits = _limits(model, max_length, stride, batch_size)
@@ -113,10 +129,17 @@ def perplexity(  # noqa: PLR0913 (keywords with defaults, each one question a us
 def windows(length: int, max_length: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """Cut a sequence so that each token but the first is the target of exactly one window.
 
-    Yields (begin, start, end): the model reads positions [begin, end), at most `max_length` of
-    them; positions [start, end) predict targets [start + 1, end + 1), `stride` of them in all
-    windows but the first and last. `begin` lies as far back as it can, so each target but the first
-    max_length has at least max_length - stride + 1 inputs.
+    `begin` is as early as possible, so each target after the first `max_length` has at least
+    max_length - stride + 1 inputs.
+
+    Args:
+        length: Number of tokens in the sequence.
+        max_length: Largest number of inputs of a window.
+        stride: Number of new targets of all windows except the first and last.
+
+    Yields:
+        (begin, start, end): The model reads positions [begin, end), and positions [start, end)
+        predict targets [start + 1, end + 1).
     """
     end = 0
     while end < length - 1:
@@ -156,7 +179,7 @@ class _Corpus:
                 f"document {number}: found {type(text).__name__}, expected text; "
                 "name the column that holds text"
             )
-        # As in training data, text that spells a special token is text.
+        # As in the training data, text that spells a special token is plain text.
         encoded = self._tokenizer(
             text, add_special_tokens=False, split_special_tokens=True, verbose=False
         )
@@ -169,7 +192,7 @@ class _Corpus:
         return ids
 
     def checked_sums(self) -> np.ndarray:
-        """Float64 (documents, 4). Raises UserError when nothing was scored or not finitely."""
+        """Return the sums, (documents, 4) float64; raise UserError if empty or not finite."""
         if not self.sums:
             raise UserError(
                 f"no tokens to score: {self.empty_documents} documents, all empty; "
@@ -209,7 +232,7 @@ def _score_all(
 
 
 def _batches(group: list[_Window], limits: _Limits) -> Iterator[list[_Window]]:
-    """Windows of similar length together, at most batch_size x max_length tokens with padding."""
+    """Group windows of similar length, at most batch_size x max_length tokens with padding."""
     budget = limits.batch_size * limits.max_length
     ordered = sorted(group, key=lambda window: len(window.ids), reverse=True)
     begin = 0
@@ -221,10 +244,10 @@ def _batches(group: list[_Window], limits: _Limits) -> Iterator[list[_Window]]:
 
 @torch.no_grad()
 def _score(model: PreTrainedModel, batch: list[_Window]) -> list[float]:
-    """NLL in nats of each window's unscored targets.
+    """Return the NLL in nats of each window's unscored targets.
 
-    Padding stands on the right, where no real token of a causal model can see it: no attention mask
-    is needed, and attention backends that take plain causal attention only can be used.
+    Padding is on the right, where no real token of a causal model attends to it. No attention mask
+    is needed, which allows attention backends that support plain causal attention only.
     """
     width = max(len(window.ids) for window in batch) - 1
     input_ids = torch.zeros(len(batch), width, dtype=torch.int64)
@@ -237,10 +260,13 @@ def _score(model: PreTrainedModel, batch: list[_Window]) -> list[float]:
 
 
 def _row_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum of -log p(target) of each row, float64 on the CPU, by a softmax in at least fp32.
+    """Sum -log p(target) of each row in float64 on the CPU, with a softmax in at least fp32.
 
-    Shapes: logits (rows, width, vocabulary), targets (rows, width) on the CPU. A few positions are
-    converted at a time, so that no second tensor of the logits' size exists.
+    Only a few positions are converted at a time, so there is no second tensor of the logits' size.
+
+    Args:
+        logits: (rows, width, vocabulary).
+        targets: (rows, width) on the CPU.
     """
     width, vocab_size = logits.shape[1:]
     flat_logits, flat_targets = logits.flatten(0, 1), targets.flatten()
@@ -285,7 +311,7 @@ def _limits(
 def _check_bootstrap(confidence: float, samples: int) -> None:
     if not 0 < confidence < 1:
         raise UserError(f"confidence: found {confidence}, expected between 0 and 1, such as 0.95")
-    # Fewer resamples than this leave hardly any beyond the interval's ends.
+    # Fewer resamples leave hardly any outside the interval.
     if samples * (1 - confidence) < 5:
         raise UserError(
             f"bootstrap_samples: found {samples}, too few for a confidence of {confidence}; "

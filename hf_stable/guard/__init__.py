@@ -1,7 +1,7 @@
-"""The guard judges every step before its update: what is wrong, and what to do about it.
+"""The guard: judges every step before its update, and decides what to do about it.
 
-Pure Python on three numbers a step, so that a decision is the same on every rank, after a resume,
-and in a replay of the log.
+Pure Python on three numbers per step. A decision is therefore the same on every rank, after a
+resume, and in a replay of the log.
 """
 
 from hf_stable.guard.detector import Alarm, Detector, Observation

@@ -1,9 +1,9 @@
-"""What is wrong with a step: not finite, a spike, a plateau, or a slow drift.
+"""Detection of a bad step: a number that is not finite, a spike, a plateau, or a slow drift.
 
-Every number is judged by how far it is above the median of the accepted ones before it, in units of
-how far such numbers usually are. Only accepted, finite numbers that raised no alarm are
-remembered, so neither a NaN nor a plateau can blind the rules. (The usual rule, six standard
-deviations over 128 steps as in OLMo's SkipStepOptimizer, goes blind for 129 steps after one NaN.)
+A number is judged by its distance above the median of the accepted numbers before it. The unit is
+the usual size of such distances. Only accepted, finite numbers that raised no alarm are remembered,
+so neither a NaN nor a plateau can blind the rules. (The common rule, six standard deviations over
+128 steps as in OLMo's SkipStepOptimizer, is blind for 129 steps after one NaN.)
 """
 
 import math
@@ -17,27 +17,27 @@ from hf_stable.recipes import GuardRecipe
 Signal = Literal["loss", "grad_norm", "update_norm"]
 Rule = Literal["non_finite", "spike", "plateau", "drift"]
 
-# Accepted numbers whose median is the level that the next one is compared with.
+# Number of accepted values whose median is the level that the next value is compared with.
 LEVEL_STEPS = 32
-# A plateau is a level: the median of so many losses, so that it is found at the third of them.
+# A plateau is judged by the median of this many losses, so it is detected at the third of them.
 PLATEAU_STEPS = 5
-# A normal number's size is below 2.24 deviations in 97.5 % of all cases, and below 1 / 1.4826 in
-# half. The larger of both estimates is taken: heavy tails move the first, a trend the second.
+# The size of a normal number is below 2.24 deviations in 97.5 % of all cases, and below 1 / 1.4826
+# in half. The larger of both estimates is used: heavy tails raise the first, a trend the second.
 _TAIL, _TAIL_DEVIATIONS, _MEDIAN_DEVIATIONS = 0.975, 2.2414, 1.4826
-# Less than this is harmless, however quiet the run: 0.02 nats of loss, three times a norm.
+# A smaller rise is harmless, however quiet the run: 0.02 nats of loss, a factor of 3 for a norm.
 _SMALLEST_RISE = {"loss": 0.02, "grad_norm": math.log(3), "update_norm": math.log(3)}
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What a step shows before its update.
+    """Numbers of a step before its update.
 
     Args:
-        step: the step that is to be taken, from 1, as in metrics.jsonl.
-        loss: mean training loss of its batch, nats a token.
-        grad_norm: global L2 norm of its gradient, before clipping.
-        update_norm: L2 norm of the last update that was made, over its learning rate, so that the
-            schedule does not show in it; None where the step before made none, or none is measured.
+        step: Number of the step, from 1, as in metrics.jsonl.
+        loss: Mean training loss of the batch in nats per token.
+        grad_norm: Global L2 norm of the gradient, before clipping.
+        update_norm: L2 norm of the last update divided by its learning rate, which removes the
+            effect of the schedule. None if the previous step made no update or none is measured.
     """
 
     step: int
@@ -47,7 +47,7 @@ class Observation:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "Observation":
-        """From a line of metrics.jsonl, where numbers that are not finite are written as names."""
+        """Build from a row of metrics.jsonl, in which non-finite numbers are written as names."""
         update = row.get("update_norm")
         return cls(
             int(row["step"]),
@@ -58,19 +58,22 @@ class Observation:
 
     @property
     def signals(self) -> dict[Signal, float]:
-        """The numbers that there are, by name."""
+        """Measured numbers by name."""
         found: dict[Signal, float] = {"loss": self.loss, "grad_norm": self.grad_norm}
         return found if self.update_norm is None else {**found, "update_norm": self.update_norm}
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """One rule was broken.
+    """A broken rule.
 
     Args:
-        value: the number itself. usual: its level; None where that is not known or not the point.
-        limit: where the rule begins, in the units of `value`.
-        onset: the first step of what raised it.
+        rule: Name of the rule.
+        signal: Name of the number that broke it.
+        value: The number itself.
+        usual: Usual level of the number; None if it is not known or does not matter.
+        limit: Limit of the rule, in the units of `value`; None like `usual`.
+        onset: First step of the trouble.
     """
 
     rule: Rule
@@ -82,21 +85,22 @@ class Alarm:
 
     @property
     def sustained(self) -> bool:
-        """Whether it is about a level, which skipping one batch cannot mend."""
+        """True if the alarm is about a level, which skipping one batch cannot repair."""
         return self.rule in ("plateau", "drift")
 
 
 def median(values: Sequence[float]) -> float:
-    """The middle of the sorted values, or the mean of the two in the middle."""
+    """Return the middle of the sorted values, or the mean of the two in the middle."""
     ordered, half = sorted(values), len(values) // 2
     return ordered[half] if len(values) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
 class _Track:
-    """One signal's memory: its last accepted values, and how far each was from its level then.
+    """Memory of one signal: its last accepted values, and the distance of each from its level.
 
-    The level is a median, less what such medians were lately too high by: a loss that falls fast
-    leaves its median behind, and would hide spikes in the distance. A rise is never followed.
+    The level is a median, minus the amount by which such medians were recently too high. A fast
+    falling loss leaves its plain median behind, and the distance would hide spikes. The level never
+    follows a rise.
     """
 
     def __init__(self, window: int, smallest_rise: float) -> None:
@@ -108,7 +112,7 @@ class _Track:
 
     @property
     def ready(self) -> bool:
-        """Whether enough is known to judge by."""
+        """True if there are enough values to judge by."""
         return len(self._errors) >= self._enough
 
     def level(self) -> float | None:
@@ -117,7 +121,7 @@ class _Track:
         return median(self._values) + min(0.0, median(self._lags))
 
     def broken(self, value: float, deviations: float) -> tuple[float, float] | None:
-        """Level and limit where a value is beyond so many deviations, and enough is known."""
+        """Return level and limit if a value is too many deviations high, else None."""
         level = self.level()
         if level is None or not self.ready or value - level <= self._smallest_rise:
             return None
@@ -152,10 +156,10 @@ class _Track:
 
 
 class Detector:
-    """Looks at every step, and remembers what was accepted.
+    """Examines every step, and remembers the accepted ones.
 
-    Norms are judged by their logarithm. Nothing but "not finite" is found in the first
-    2 * LEVEL_STEPS + window / 4 steps.
+    Norms are judged by their logarithm. In the first 2 * LEVEL_STEPS + window / 4 steps, only
+    numbers that are not finite raise an alarm.
     """
 
     def __init__(self, settings: GuardRecipe) -> None:
@@ -169,9 +173,9 @@ class Detector:
         self._steps_above = 0
 
     def look(self, seen: Observation) -> Alarm | None:
-        """The gravest rule that the step breaks; call `take` afterwards."""
+        """Return the most severe rule that the step breaks, or None; call `take` afterwards."""
         if seen.update_norm is not None and not math.isfinite(seen.update_norm):
-            # The gravest: weights that are not finite, since the step before.
+            # The most severe: the weights have not been finite since the previous step.
             return Alarm("non_finite", "update_norm", seen.update_norm, None, None, seen.step - 1)
         for signal, value in seen.signals.items():
             if not math.isfinite(value):
@@ -183,10 +187,16 @@ class Detector:
         return self._plateau(seen) or self._drift(seen) or self._spike(seen)
 
     def take(self, seen: Observation, alarm: Alarm | None, accepted: bool) -> None:
-        """Remember a step: a norm if its update was accepted, a loss if it raised no alarm too."""
+        """Remember a step: its norms if its update was accepted, its loss if no loss alarm either.
+
+        Args:
+            seen: Numbers of the step.
+            alarm: Result of `look`.
+            accepted: True if the update was made.
+        """
         if not (accepted and self._settings.actions):
             return
-        # A level of the norms may change for good, and is learnt; that of the loss must not rise.
+        # The level of the norms may change for good, and is learned. The loss must not rise.
         if alarm is None or alarm.signal != "loss":
             self._tracks["loss"].take(seen.loss)
             level = self._tracks["loss"].level() if self._tracks["loss"].ready else None
@@ -197,7 +207,7 @@ class Detector:
                 self._tracks[signal].take(math.log(value))
 
     def excess(self) -> float:
-        """How far the loss is above its best level, nats; 0 before there is one."""
+        """Return the rise of the loss above its best level in nats; 0 before there is a level."""
         if self._best is None:
             return 0.0
         return median(list(self._recent)[-PLATEAU_STEPS:]) - self._best
@@ -209,7 +219,7 @@ class Detector:
 
     def _plateau(self, seen: Observation) -> Alarm | None:
         last = median(list(self._recent)[-PLATEAU_STEPS:])
-        # The first losses after it are not of the plateau, though the median still is.
+        # The first losses after a plateau are lower, although the median is still high.
         lower = min(last, seen.loss)
         broken = self._tracks["loss"].broken(lower, self._settings.plateau)
         if broken is None:
@@ -235,13 +245,13 @@ class Detector:
             broken = self._tracks[signal].broken(math.log(value), self._settings.spike)
             if broken is not None:
                 usual, limit = (math.exp(each) for each in broken)
-                # The update that shows in this step was made in the one before.
+                # The update measured in this step was made in the previous one.
                 onset = seen.step - (signal == "update_norm")
                 return Alarm("spike", signal, value, usual, limit, onset)
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON values; Python writes and reads its floats exactly."""
+        """Return the state as JSON values; Python writes and reads its floats exactly."""
         return {
             "tracks": {signal: track.state_dict() for signal, track in self._tracks.items()},
             "recent": list(self._recent),
@@ -250,7 +260,7 @@ class Detector:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """What `state_dict` gave."""
+        """Restore a state from `state_dict`."""
         for signal, track in self._tracks.items():
             track.load_state_dict(state["tracks"][signal])
         self._recent.clear()

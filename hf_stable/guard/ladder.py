@@ -1,9 +1,9 @@
-"""What to do about a step: the ladder from skipping one update to giving the run up.
+"""Reaction to an alarm: a ladder of actions, from skipping one update to giving the run up.
 
-Skipping helps against a bad batch and costs little; a lower learning rate lets weights recover that
-have already moved; going back and leaving out the data undoes what did not (PaLM: about 100 steps
-before the spike, 200 to 500 batches). Only a loss that stays high, or numbers that are not finite,
-go past the second rung.
+Skipping helps against a bad batch and costs little. A lower learning rate lets weights recover that
+have already moved. A rollback that leaves out the data helps when that was not enough (PaLM: about
+100 steps before the spike, 200 to 500 batches). Only a loss that stays high, or numbers that are
+not finite, go beyond the second action.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,11 +16,11 @@ from hf_stable.recipes import GuardRecipe
 
 Action = Literal["accept", "skip", "rollback", "give_up"]
 
-# More refused updates in a row than this are no glitch: such a run learns nothing any more.
+# After more consecutive refused updates, a run cannot recover by itself.
 MAX_NON_FINITE_STEPS = 20
-# An alarm after so many steps without one is of new trouble, not of the last.
+# An alarm after this many steps without one counts as new trouble.
 _CALM_STEPS = 50
-# A loss that is this much nearer to its best than when lowering began may go on recovering.
+# A loss that has come back by this fraction since lowering began may continue to recover.
 _RECOVERING = 0.5
 _ADVICE = (
     "Lower optimizer.learning_rate, lengthen schedule.warmup, or add a technique, such as "
@@ -30,18 +30,23 @@ _ADVICE = (
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do about one step.
+    """Decision about one step.
 
     Args:
-        step: that is decided on, from 1.
-        action: "accept" makes the update; "skip" drops the gradient, though the step and its data
-            count as done; "rollback" and "give_up" drop it and end this course of the run.
-        learning_rate_factor: on top of the schedule's, for the update of this step.
-        reason: a sentence; "" where nothing is wrong.
-        rule, signal, value, usual, limit: of the alarm (see `Alarm`); None without one.
-        onset: first step of the trouble.
-        rollback_to: go back to the newest checkpoint of at most this step; 0 is the beginning.
-        skip_first, skip_last: leave out the data that these steps, and all between, would read.
+        step: Number of the step, from 1.
+        action: "accept" makes the update. "skip" drops the gradient, although the step and its data
+            count as done. "rollback" and "give_up" drop it and end this part of the run.
+        learning_rate_factor: Factor on top of the schedule, for the update of this step.
+        reason: A sentence; "" if nothing is wrong.
+        rule: Rule of the alarm (see `Alarm`); None without an alarm, like the next four.
+        signal: Signal of the alarm.
+        value: Value of the alarm.
+        usual: Usual level of the value.
+        limit: Limit of the rule.
+        onset: First step of the trouble.
+        rollback_to: Return to the newest checkpoint of at most this step; 0 is the beginning.
+        skip_first: First step whose data is left out.
+        skip_last: Last step whose data is left out.
     """
 
     step: int
@@ -60,11 +65,11 @@ class Decision:
 
     @property
     def quiet(self) -> bool:
-        """Whether nothing is to be said: no alarm, and the schedule's own learning rate."""
+        """True if there is nothing to report: no alarm, and the schedule's learning rate."""
         return not self.reason and self.learning_rate_factor == 1.0
 
     def row(self) -> dict[str, Any]:
-        """What a line of metrics.jsonl holds beside `event` and `step`."""
+        """Return the fields for a row of metrics.jsonl, besides `event` and `step`."""
         return {
             key: value
             for key, value in asdict(self).items()
@@ -73,7 +78,7 @@ class Decision:
 
 
 class Guard:
-    """Judges every step exactly once, in order; the same observations give the same decisions."""
+    """Judges every step exactly once, in order. Equal observations give equal decisions."""
 
     def __init__(self, settings: GuardRecipe) -> None:
         self._settings = settings
@@ -89,8 +94,14 @@ class Guard:
     def judge(self, seen: Observation) -> Decision:
         """Decide on one step.
 
+        Args:
+            seen: Numbers of the step.
+
+        Returns:
+            Decision on its update.
+
         Raises:
-            ValueError: a step that is not later than the one before.
+            ValueError: If the step is not later than the previous one.
         """
         if seen.step <= self._step:
             raise ValueError(f"step {seen.step} was judged already: the last was {self._step}")
@@ -108,22 +119,22 @@ class Guard:
 
     @property
     def rollback_to(self) -> int | None:
-        """The step that a rollback would go back to, as long as there is trouble."""
+        """Step that a rollback would return to while there is trouble, else None."""
         is_calm = self._step - self._last_alarm > _CALM_STEPS
         if is_calm or "rollback" not in self._settings.actions:
             return None
         return self._first_undone() - 1
 
     def after_rollback(self, rollbacks: Sequence[Rollback]) -> None:
-        """Tell a guard whose state is older what was tried since; call it after every load.
+        """Pass the rollbacks made since the loaded state; call it after every load.
 
         Args:
-            rollbacks: all of the run's, as `read_rollbacks` gives them.
+            rollbacks: All rollbacks of the run, as returned by `read_rollbacks`.
         """
         self._rollbacks = tuple(rollbacks)
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON values. Rollbacks are not in it: rollbacks.json is the truth about them."""
+        """Return the state as JSON values, without rollbacks: rollbacks.json is authoritative."""
         return {
             "detector": self._detector.state_dict(),
             "step": self._step,
@@ -138,7 +149,7 @@ class Guard:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """What `state_dict` gave; follow it with `after_rollback`."""
+        """Restore a state from `state_dict`; call `after_rollback` next."""
         self._detector.load_state_dict(state["detector"])
         self._step = state["step"]
         self._onset, self._last_alarm = state["onset"], state["last_alarm"]
@@ -155,9 +166,9 @@ class Guard:
         self._non_finite_in_a_row *= alarm.rule == "non_finite"
 
     def _climb(self, step: int, alarm: Alarm) -> Decision:
-        """The first rung that is left."""
+        """Take the first remaining action."""
         if step < self._lowered_until:
-            return self._decide(step, alarm, "accept", "going on, to recover")
+            return self._decide(step, alarm, "accept", "training continues, to recover")
         if self._may_skip(alarm):
             return self._skip(step, alarm)
         if self._may_lower(step):
@@ -170,25 +181,28 @@ class Guard:
 
     def _refuse(self, step: int, alarm: Alarm) -> Decision:
         self._non_finite_in_a_row += 1
-        # Weights that are not finite never are again, whatever is skipped.
-        mends = alarm.signal != "update_norm"
-        # Without actions nothing is counted but steps in a row.
+        # Weights that are not finite stay so, whatever is skipped.
+        helps = alarm.signal != "update_norm"
+        # Without actions, only consecutive steps are counted.
         few = self._non_finite_in_a_row < MAX_NON_FINITE_STEPS
-        if mends and few and self._skips_are_left():
+        if helps and few and self._skips_are_left():
             return self._skip(step, alarm)
         return self._undo(step, alarm)
 
     def _may_skip(self, alarm: Alarm) -> bool:
-        # A drift is of the weights, and the update that a norm tells of has been made.
-        mends = alarm.rule != "drift" and alarm.signal != "update_norm"
+        # A drift is in the weights, and the update that a norm reports was already made.
+        helps = alarm.rule != "drift" and alarm.signal != "update_norm"
         within = self._skips_in_a_row < self._settings.max_skips
-        return "skip" in self._settings.actions and mends and within and self._skips_are_left()
+        return "skip" in self._settings.actions and helps and within and self._skips_are_left()
 
     def _skips_are_left(self) -> bool:
         return len(self._skips) < self._settings.max_skips_in_memory
 
     def _may_lower(self, step: int) -> bool:
-        """Whether to go on in spite of alarms, slower or, with nothing else left, as ever."""
+        """Return True if training may continue in spite of alarms.
+
+        The learning rate is lowered, or kept if neither lowering nor a rollback is allowed.
+        """
         actions = self._settings.actions
         recent = self._lowered_at is not None and step - self._lowered_at < self._settings.memory
         return not recent and ("lower" in actions or "rollback" not in actions)
@@ -197,7 +211,7 @@ class Guard:
         self._skips_in_a_row += 1
         if self._settings.actions:
             self._skips.append(step)
-        return self._decide(step, alarm, "skip", "update skipped; the weights are as before")
+        return self._decide(step, alarm, "skip", "update skipped; the weights are unchanged")
 
     def _lower(self, step: int, alarm: Alarm) -> Decision:
         if self._lowered_at is None or step >= self._lowered_at + self._settings.memory:
@@ -228,15 +242,15 @@ class Guard:
         return max(1, self._onset - self._settings.rollback_steps)
 
     def _tried(self, onset: int) -> list[Rollback]:
-        """Rollbacks that the run has not got far beyond."""
+        """Return the recent rollbacks, beyond which the run has not trained far."""
         return [each for each in self._rollbacks if each.at_step > onset - self._settings.memory]
 
     def _factor(self, step: int) -> float:
-        """Factor of the learning rate: lowered, then returning linearly to 1."""
+        """Return the learning-rate factor: lowered, then returning linearly to 1."""
         if "lower" not in self._settings.actions:
             return 1.0
         ends = [] if self._lowered_at is None else [self._lowered_until]
-        # Trouble that came back with other data is not of the data alone.
+        # Trouble that returns with other data does not come from the data alone.
         if self._rollbacks and len(self._tried(self._rollbacks[-1].at_step)) > 1:
             ends.append(self._rollbacks[-1].at_step + self._settings.lower_steps)
         lowest, length = self._settings.lower_factor, self._settings.lower_steps
@@ -258,7 +272,7 @@ class Guard:
         )
 
     def _diagnosis(self, tried: list[Rollback]) -> str:
-        """What was tried, and what to do."""
+        """Describe the actions tried, and give advice."""
         if not self._settings.actions:
             return f"no finite loss and gradient in {self._non_finite_in_a_row} steps. {_ADVICE}"
         steps = f"{len(self._skips)} updates skipped in the last {self._settings.memory} steps"
@@ -269,15 +283,22 @@ class Guard:
         back = f", rolled back from step {places}" if tried else ""
         advice = _ADVICE
         if not tried:
-            advice += " Or let guard.actions have rollback, which leaves out the data at fault."
+            advice += " Or add rollback to guard.actions, which leaves out the data at fault."
         return f"trouble since step {self._onset}; tried: {steps}{lowered}{back}. {advice}"
 
 
 def replay(observations: Iterable[Observation], settings: GuardRecipe) -> list[Decision]:
-    """The decisions of a run again, from its log alone: one for each observation.
+    """Repeat the decisions of a run from its log alone.
 
-    A step number that goes back is a rollback where the last decision was one, and otherwise a
-    resume: the guard is as it was after the step before.
+    A step number that goes back is a rollback if the last decision was one, and otherwise a resume.
+    A resumed guard has the state after the step before.
+
+    Args:
+        observations: Observations of the run, in the order of its log.
+        settings: Guard section of the recipe.
+
+    Returns:
+        One decision for each observation.
     """
     guard = Guard(settings)
     course: list[Observation | tuple[Rollback, ...]] = []
@@ -298,7 +319,7 @@ def replay(observations: Iterable[Observation], settings: GuardRecipe) -> list[D
 def _until(
     course: list[Observation | tuple[Rollback, ...]], step: int
 ) -> list[Observation | tuple[Rollback, ...]]:
-    """What of a course came before this step was first judged."""
+    """Return the part of a course before this step was first judged."""
     for index, each in enumerate(course):
         if isinstance(each, Observation) and each.step >= step:
             return course[:index]
@@ -316,7 +337,7 @@ def _again(course: list[Observation | tuple[Rollback, ...]], settings: GuardReci
 
 
 def _rollback(decision: Decision, to_step: int) -> Rollback:
-    # Where the samples lie does not matter to a guard.
+    # The positions of the samples do not matter to a guard.
     return Rollback(decision.step, to_step, (0, 1), decision.reason, 0)
 
 

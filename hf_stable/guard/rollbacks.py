@@ -1,7 +1,7 @@
-"""`rollbacks.json`: every time a run was set back, and which data it leaves out since.
+"""`rollbacks.json`: all rollbacks of a run, and the data that each one leaves out.
 
-A checkpoint that a run is set back to is older than the rollback and knows nothing of it. This file
-is the truth for both; it is written before the older state is loaded.
+The checkpoint of a rollback is older than the rollback and does not record it. This file is
+therefore authoritative; it is written before the older state is loaded.
 """
 
 import json
@@ -18,13 +18,15 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Rollback:
-    """One rollback. Checkpoints later than `to_step` belong to what was given up.
+    """One rollback. Checkpoints later than `to_step` belong to the abandoned part of the run.
 
     Args:
-        at_step: the step at which it was decided, from 1. to_step: the checkpoint gone back to.
-        skipped: [start, stop) absolute sample positions that training leaves out since.
-        reason: of the guard's decision.
-        metrics_bytes: size of metrics.jsonl then; these lines stay, though their steps come again.
+        at_step: Step at which it was decided, from 1.
+        to_step: Step of the checkpoint that the run returned to.
+        skipped: Range [start, stop) of absolute sample positions that training leaves out.
+        reason: Reason of the guard's decision.
+        metrics_bytes: Size of metrics.jsonl at that time. These lines stay in the file, although
+            their steps are repeated.
     """
 
     at_step: int
@@ -44,11 +46,14 @@ class Rollback:
 
 
 def read_rollbacks(run: Path) -> list[Rollback]:
-    """A run's rollbacks in the order they happened; none where there is no file.
+    """Return a run's rollbacks in the order they happened; an empty list if there is no file.
+
+    Args:
+        run: Folder of the run.
 
     Raises:
-        CheckpointError: a file that is not as `append_rollback` writes it. Going on without it
-            would train on data that were found to break the run.
+        CheckpointError: If the file is not in the format of `append_rollback`. Without it, the run
+            would train on data that was found to break it.
     """
     file = run / FILE
     try:
@@ -69,10 +74,14 @@ def read_rollbacks(run: Path) -> list[Rollback]:
 
 
 def append_rollback(run: Path, rollback: Rollback) -> list[Rollback]:
-    """Write one more, atomically and onto the disk; returns all.
+    """Write one more rollback, atomically and durably; return all.
+
+    Args:
+        run: Folder of the run.
+        rollback: Rollback to add.
 
     Raises:
-        CheckpointError: as `read_rollbacks`.
+        CheckpointError: If the existing file cannot be read, see `read_rollbacks`.
     """
     rollbacks = [*read_rollbacks(run), rollback]
     rows = [asdict(each) for each in rollbacks]

@@ -1,7 +1,7 @@
-"""From a run to the Hub: export a folder, check it in a process of its own, push it.
+"""Path of a run to the Hub: export a folder, check it in a separate process, push it.
 
-`files` says what may be in such a folder, `scanning` what must not stand in its text; `rounding`
-measures what a change of the weights costs; `remote` is what the Hub holds and how it refuses.
+`files` defines the files of such a folder, and `scanning` what its text must not contain.
+`rounding` measures the effect of changed weights. `remote` reads the Hub and explains its refusals.
 """
 
 from .checking import ExportCheck, check_export, check_exports

@@ -1,4 +1,4 @@
-"""What is checked of an exported folder: its bytes, and that it loads without hf_stable."""
+"""Checks of an exported folder: its bytes, and loading without hf_stable."""
 
 import inspect
 import os
@@ -21,8 +21,8 @@ from hf_stable.model import StableGPTForCausalLM
 
 from .files import files_of
 
-# Runs where hf_stable cannot be imported, as on a user's machine: a None in sys.modules makes any
-# import of it fail.
+# Runs in a process that cannot import hf_stable, as on a user's machine: with None in sys.modules,
+# every import of it fails.
 _CLEAN_PROCESS = """
 import sys
 sys.modules["hf_stable"] = None
@@ -42,18 +42,19 @@ for number, folder in enumerate(folders):
 """
 
 
-# Its source is put into the clean process too, so that both do the same.
+# The source of this function is also inserted into the clean process, so that both do the same.
 @torch.no_grad()
 def answers_of(model: Any, start: Any, count: int, settings: Any) -> dict[str, torch.Tensor]:
-    """Return `logits` (1, T, V), and `tokens` (1, N) that are sampled with a fixed seed.
+    """Return `logits` (1, T, V), and `tokens` (1, N) sampled with a fixed seed.
 
     Args:
-        model: A causal language model, whose tensors are moved to memory that torch aligns.
-        start: token to begin with. count: of tokens, as far as the positions go.
-        settings: the class of generation configs. The model's own, which may want a tokenizer or
-            sample in no way at all, says nothing about whether the model loads.
+        model: A causal language model. Its tensors are copied into aligned memory.
+        start: Token to begin with.
+        count: Number of tokens, limited by the positions.
+        settings: Class of generation configs. The model's generation config may need a tokenizer
+            or disable sampling, and says nothing about whether the model loads.
     """
-    # Weights that are mapped from a file lie anywhere, and a BLAS may round differently by that.
+    # Weights mapped from a file may be unaligned, and a BLAS may then round differently.
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
     longest = model.config.max_position_embeddings
@@ -70,11 +71,12 @@ def answers_of(model: Any, start: Any, count: int, settings: Any) -> dict[str, t
 
 @dataclass(frozen=True)
 class ExportCheck:
-    """An exported folder that was checked.
+    """Result of checking an exported folder.
 
     Args:
-        folder: as given. text: what a process without hf_stable sampled from it.
-        files: SHA-256 of every file, the card's included, by relative name.
+        folder: Folder as given.
+        text: Text sampled from it by a process without hf_stable.
+        files: SHA-256 of every file, including the card's, by relative name.
     """
 
     folder: Path
@@ -86,22 +88,26 @@ def check_export(folder: str | Path, *, new_tokens: int = 100) -> ExportCheck:
     """Verify an exported folder, load it in a process that cannot import hf_stable, and compare.
 
     Args:
-        new_tokens: how many tokens that process samples, with its seed fixed.
+        folder: Exported folder.
+        new_tokens: Number of tokens that each process samples with a fixed seed.
+
+    Returns:
+        Result of the check.
 
     Raises:
-        CheckpointError: when a file is not what was exported, when it does not load there, or its
-            logits or sampled tokens are not equal to ours, bit by bit.
+        CheckpointError: If a file differs from the export, the folder does not load there, or its
+            logits or sampled tokens are not bit-equal to ours.
     """
     return check_exports([folder], new_tokens=new_tokens)[0]
 
 
 def check_exports(folders: Sequence[str | Path], *, new_tokens: int = 100) -> list[ExportCheck]:
-    """`check_export` of several folders in one process, which names the first bad one."""
+    """Check several folders like `check_export`, in one process; raise for the first bad one."""
     places = [Path(folder) for folder in folders]
     for place in places:
         if not (place / SUMS).is_file():
             raise CheckpointError(
-                f"{place} holds no {SUMS}: it is no export of this version, export it again"
+                f"{place} holds no {SUMS}: it is not an export of this version, export it again"
             )
         verify_sums(place)
     with tempfile.TemporaryDirectory() as scratch:
@@ -113,9 +119,9 @@ def check_exports(folders: Sequence[str | Path], *, new_tokens: int = 100) -> li
 
 
 def _ask(places: list[Path], scratch: Path, new_tokens: int) -> None:
-    """Have the clean process write NUMBER.safetensors for each folder."""
+    """Run the clean process, which writes NUMBER.safetensors for each folder."""
     arguments = [str(scratch), str(torch.get_num_threads()), str(new_tokens)]
-    # A module cache of its own: the one in the home folder may hold an older export's code.
+    # A separate module cache: the one in the home folder may hold code of an older export.
     environment = {**os.environ, "HF_MODULES_CACHE": str(scratch), "HF_HUB_OFFLINE": "1"}
     child = subprocess.run(
         [

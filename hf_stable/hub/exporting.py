@@ -1,8 +1,8 @@
-"""Export: a folder that loads with nothing but Transformers.
+"""Export of a folder that loads with Transformers alone.
 
-It holds safetensors, config with `auto_map`, the flat model code, generation config, tokenizer,
-model card with its picture, LICENSE, the run's records and SHA256SUMS; nothing that could run on
-loading but the code that is named. Equal sources give equal bytes.
+The folder holds safetensors, config with `auto_map`, the flat model code, generation config,
+tokenizer, model card with its picture, LICENSE, the run's records and SHA256SUMS. Loading it can
+run no code except the named model code. Equal sources give equal bytes.
 """
 
 import contextlib
@@ -37,19 +37,19 @@ from hf_stable.registration import AUTO_CLASSES
 from .files import CARD, files_of, strangers
 from .rounding import Rounding, measure, measuring_tokens
 
-# Where the tokenizer was loaded from is nobody's business.
+# The place from which the tokenizer was loaded is private.
 _PLACES = {"is_local", "local_files_only", "name_or_path"}
 _SIZE = re.compile(r"[1-9]\d*(?:[KMGT]i?)?B", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """How to write them.
+    """Options for writing the weights.
 
     Args:
-        fold_sigma: sigma-Reparam as the plain weights that it equals; kept as trained otherwise.
-        dtype: "bfloat16" rounds them; None keeps the checkpoint's.
-        max_shard_size: of one file, such as "5GB"; a tensor is never cut.
+        fold_sigma: Fold sigma-Reparam into equivalent plain weights, instead of keeping it.
+        dtype: "bfloat16" rounds the weights; None keeps the checkpoint's.
+        max_shard_size: Largest size of one file, such as "5GB"; a tensor is never split.
     """
 
     fold_sigma: bool = False
@@ -75,22 +75,24 @@ def export(
     """Write a Hub-ready folder from a run or a saved StableGPT.
 
     Args:
-        source: a run's folder, or a folder with a saved StableGPT and its tokenizer.
-        output: the folder to write, which appears when it is complete; it takes the place of an
-            earlier export.
-        step: of the run's checkpoint to take, instead of its finished model.
-        weights: None keeps them as trained.
-        statement: what the card says beside the records.
-        check: called with the complete folder before it takes its place, such as `check_export`;
-            what it raises leaves `output` as it was.
+        source: Folder of a run, or of a saved StableGPT with its tokenizer.
+        output: Folder to write. It appears once it is complete, and replaces an earlier export.
+        step: Step of the checkpoint to export, instead of the run's finished model.
+        weights: Options for the weights; None keeps them as trained.
+        statement: Facts for the card that no record holds.
+        check: Called with the complete folder before it replaces `output`, such as
+            `check_export`. If it raises, `output` is unchanged.
+
+    Returns:
+        `output`.
 
     Raises:
-        CheckpointError: when `source` holds no StableGPT, or no good checkpoint of that step.
-        UserError: when `output` holds what is not an export's, or an option would have no effect.
+        CheckpointError: If `source` holds no StableGPT, or no valid checkpoint of that step.
+        UserError: If `output` holds files that are not an export's, or an option has no effect.
     """
     source, output = Path(source), Path(output)
     weights = weights or Weights()
-    # What a run's records say is true of its end, not of a checkpoint on the way.
+    # A run's records describe its end, not an earlier checkpoint.
     is_run = step is None and (source / "run.json").is_file()
     with _model_folder(source, step) as folder, _fresh(output, folder) as fresh:
         _write_model(folder, fresh, weights)
@@ -115,7 +117,7 @@ def export(
 
 @contextlib.contextmanager
 def _model_folder(source: Path, step: int | None) -> Iterator[Path]:
-    """A run's last weights or those of a step, or the folder itself where it is a model's."""
+    """Yield a run's final weights or those of a step, or the folder itself if it is a model's."""
     if step is not None:
         with tempfile.TemporaryDirectory() as scratch:
             yield export_model(find_checkpoint(source, step), Path(scratch))
@@ -135,16 +137,16 @@ def _finished_model(source: Path) -> Path:
 
 @contextlib.contextmanager
 def _fresh(output: Path, source: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `output` when it is complete."""
+    """Yield a new folder that replaces `output` when it is complete."""
     place = output.resolve()
     if place == source.resolve():
-        raise UserError(f"{output} is the model that is to be exported: name another folder")
+        raise UserError(f"{output} is the folder of the exported model: name another folder")
     if place.exists() and not place.is_dir():
         raise UserError(f"{output} is a file: name a folder")
     if found := strangers(place):
         raise UserError(
-            f"{output} holds {', '.join(found[:3])}{' and more' if found[3:] else ''}, which no "
-            "export writes and this one would remove: name a new folder"
+            f"{output} holds {', '.join(found[:3])}{' and more' if found[3:] else ''}, which is "
+            "not part of an export and would be removed: name a new folder"
         )
     with durable.whole_folder(place) as fresh:
         yield fresh
@@ -152,14 +154,14 @@ def _fresh(output: Path, source: Path) -> Iterator[Path]:
 
 
 def _open_to_readers(folder: Path) -> None:
-    """Make files of weights, which safetensors writes for their owner alone, as other files."""
+    """Give weight files, which safetensors writes for their owner only, the usual permissions."""
     os.umask(mask := os.umask(0))
     for path in files_of(folder).values():
         path.chmod(0o666 & ~mask)
 
 
 def _write_model(folder: Path, fresh: Path, weights: Weights) -> None:
-    """Weights, config and tokenizer; and what was changed, with what it costs."""
+    """Write weights, config and tokenizer, and notes on changed weights with their cost."""
     loaded, tokenizer = load_model(folder)
     if not isinstance(loaded, StableGPTForCausalLM):
         raise CheckpointError(
@@ -191,7 +193,7 @@ def _measuring_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> torch.T
 
 
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """(T, V), on the CPU."""
+    """Return logits (T, V) on the CPU."""
     with torch.no_grad():
         return model(ids.to(model.device)).logits[0].cpu()
 
@@ -204,7 +206,7 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, fresh: Path) -> None:
 
 
 def _write_notes(fresh: Path, weights: Weights, trained: str, rounding: Rounding) -> None:
-    """records/export.json, from which every card of this folder is told."""
+    """Write records/export.json, from which the card of this folder is made."""
     changes = []
     if weights.fold_sigma:
         changes.append(
@@ -219,7 +221,7 @@ def _write_notes(fresh: Path, weights: Weights, trained: str, rounding: Rounding
 
 
 def _write_code(fresh: Path) -> None:
-    """The flat model code, config.json's `auto_map` that names it, and LICENSE."""
+    """Write the flat model code, LICENSE, and `auto_map` in config.json, which names the code."""
     code = Path(model_package.__file__).parent
     for file in sorted(code.glob("*_stable_gpt.py")):
         shutil.copyfile(file, fresh / file.name)
@@ -234,7 +236,7 @@ def _write_code(fresh: Path) -> None:
 
 
 def license_file() -> Path:
-    """The package's own LICENSE file, wherever the package was installed from."""
+    """Return the package's LICENSE file, for any kind of installation."""
     checkout = Path(model_package.__file__).parents[2]
     places = [checkout / "LICENSE"] if (checkout / "pyproject.toml").is_file() else []
     for file in metadata.files("hf_stable") or []:
@@ -246,11 +248,11 @@ def license_file() -> Path:
 
 
 def _write_records(run: Path, output: Path) -> None:
-    """The run's JSON records, and metrics.jsonl compressed: without secrets and machine's paths."""
+    """Write the run's JSON records and compressed metrics.jsonl, without secrets and paths."""
     output.mkdir(parents=True, exist_ok=True)
     for file in sorted(run.glob("*.json")):
         write_json(output / file.name, clean(json.loads(file.read_text(encoding="utf-8"))))
     rows = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in clean(rows))
-    # Without a time, so that equal records give equal bytes.
+    # No timestamp, so that equal records give equal bytes.
     (output / "metrics.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))

@@ -1,4 +1,4 @@
-"""The files that a model's folder may hold; whatever else lies there is not the model's."""
+"""Files that a model's folder may hold; any other file does not belong to the model."""
 
 import re
 from pathlib import Path
@@ -27,22 +27,22 @@ _FORMS = re.compile(
     r"model-\d{5}-of-\d{5}\.safetensors|[a-z_]+_stable_gpt\.py"
     r"|records/[A-Za-z0-9][\w.-]*\.json|additional_chat_templates/[A-Za-z0-9_][\w.-]*\.jinja"
 )
-# By which a repository is told to hold a model.
+# A repository with such a file holds a model.
 _WEIGHTS = re.compile(r".*\.(?:safetensors|bin|gguf|pt|pth|h5|onnx)|config\.json")
 
 
 def belongs(name: str) -> bool:
-    """Whether a relative name is one of an export's."""
+    """Return True if a relative name is that of a file in an export."""
     return name in _NAMES or _FORMS.fullmatch(name) is not None
 
 
 def is_of_a_model(name: str) -> bool:
-    """Whether a repository with such a file holds a model, whoever made it."""
+    """Return True if a repository with such a file holds a model, whoever made it."""
     return _WEIGHTS.fullmatch(name) is not None
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    """All that is in a folder but folders, by relative name, in order; links are not followed."""
+    """Return all files of a folder by relative name, in order; links are not followed."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() or not path.is_dir():
@@ -51,7 +51,7 @@ def files_of(folder: Path) -> dict[str, Path]:
 
 
 def strangers(folder: Path) -> list[str]:
-    """What lies in a folder and is not a model's: other names, and links wherever they lead."""
+    """Return the files that do not belong to a model: other names, and links to anywhere."""
     return [
         name for name, path in files_of(folder).items() if not belongs(name) or path.is_symlink()
     ]

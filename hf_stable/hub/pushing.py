@@ -1,7 +1,7 @@
-"""Push: an exported and checked folder as one commit on the Hub, verified there before it counts.
+"""Push of an exported and checked folder to the Hub, as one commit that is verified there.
 
-Large files go first and are addressed by their content, so that a push that was broken off goes on
-where it was; readers see nothing of it before its one commit.
+Large files are uploaded first and addressed by their content, so an interrupted push resumes.
+Readers see nothing before the commit.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from .remote import (
 from .scanning import check_card, refuse_leaks, refuse_strangers
 
 _MAIN = "main"
-# What git takes for no name of a branch or tag (git-check-ref-format).
+# Names that git refuses for a branch or tag (git-check-ref-format).
 _NO_REF = re.compile(
     r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|(?:^|/)\.|\.lock(?:/|$)|^[-/]|[/.]$|^@?$"
 )
@@ -39,20 +39,21 @@ _NO_REF = re.compile(
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a push goes.
+    """Destination of a push.
 
     Args:
-        repo: OWNER/NAME on the Hub, made if it is not there.
-        private: make it private; refused where it is there and public.
-        branch: made from main if it is not there.
-        tag: name for the commit, given when it is verified.
-        message: of the commit. create_pr: propose it instead of writing to main.
-        unevaluated: a card without measured perplexities is meant.
-        overwrite_card: replace the Hub's card, which may have been edited there, although the Hub
-            has this very model already.
+        repo: OWNER/NAME on the Hub, created if missing.
+        private: Create a private repository; refused if a public one exists.
+        branch: Branch, created from main if missing.
+        tag: Tag for the commit, set once it is verified.
+        message: Message of the commit.
+        create_pr: Open a pull request instead of writing to main.
+        unevaluated: Accept a card without measured perplexities.
+        overwrite_card: Replace the Hub's card, which may have been edited there, even if the Hub
+            has the same model.
 
     Raises:
-        UserError: what cannot be a name, or options that exclude each other.
+        UserError: If a name is invalid, or options exclude each other.
     """
 
     repo: str
@@ -89,12 +90,13 @@ class Destination:
 
 @dataclass(frozen=True)
 class Published:
-    """What is on the Hub now, verified.
+    """Verified content of the Hub after a push.
 
     Args:
-        commit: its id. url: of the commit or pull request.
-        is_new: False when the Hub had it already and no commit was made.
-        kept: the card's files that differ on the Hub and were left as they are there.
+        commit: Id of the commit.
+        url: Address of the commit or pull request.
+        is_new: False if the Hub had the content already and no commit was made.
+        kept: Files of the card that differ on the Hub and were left unchanged.
     """
 
     commit: str
@@ -104,13 +106,13 @@ class Published:
 
 
 def connect(*, anonymously: bool = False) -> HfApi:
-    """The Hub with the user's token, from HF_TOKEN or the file that `hf auth login` writes.
+    """Connect to the Hub with the user's token, from HF_TOKEN or `hf auth login`.
 
     Args:
-        anonymously: where there is no token, read what anybody may read.
+        anonymously: Without a token, allow reading public content.
 
     Raises:
-        HubError: when there is none, or what cannot be one.
+        HubError: If there is no token, or an invalid one.
     """
     token = get_token()
     if token is None and not anonymously:
@@ -127,11 +129,16 @@ def connect(*, anonymously: bool = False) -> HfApi:
 
 
 def preview(checked: ExportCheck, to: Destination, api: HfApi) -> Difference:
-    """What a push would do; only reads.
+    """Determine the effect of a push, without writing.
+
+    Args:
+        checked: Result of the check of the folder.
+        to: Destination of the push.
+        api: Client of the Hub.
 
     Raises:
-        UserError: what a push would refuse.
-        HubError: the Hub cannot be reached or refuses; the repository holds another model.
+        UserError: If a push would refuse the folder.
+        HubError: If the Hub cannot be reached or refuses, or the repository holds another model.
     """
     _refuse(checked, to)
     with _quiet(), explained(to.repo, "looking at the repository"):
@@ -159,12 +166,20 @@ def _difference(
 
 
 def push(checked: ExportCheck, to: Destination, api: HfApi) -> Published:
-    """Bring a checked folder to the Hub; a second time it finds all there and makes no commit.
+    """Push a checked folder to the Hub. A second push of the same content makes no commit.
+
+    Args:
+        checked: Result of the check of the folder.
+        to: Destination of the push.
+        api: Client of the Hub.
+
+    Returns:
+        Content of the Hub after the push.
 
     Raises:
-        UserError: the folder holds what must not be published.
-        HubError: what the Hub refused, or holds after the commit other than it should. Then
-            nothing is tagged, and the same push may be tried again.
+        UserError: If the folder holds content that must not be published.
+        HubError: If the Hub refuses, or holds other content than expected after the commit. Then
+            nothing is tagged, and the push can be repeated.
     """
     _refuse(checked, to)
     with _quiet():
@@ -194,7 +209,7 @@ def _refuse(checked: ExportCheck, to: Destination) -> None:
 
 
 def _prepare(to: Destination, api: HfApi) -> None:
-    """The repository and the branch, made where they are missing."""
+    """Create the repository and the branch if missing."""
     with explained(to.repo, "making the repository"):
         api.create_repo(to.repo, private=to.private or None, exist_ok=True)
     try:
@@ -203,19 +218,19 @@ def _prepare(to: Destination, api: HfApi) -> None:
     except HubError as error:
         if isinstance(error.__cause__, RepositoryNotFoundError):
             raise HubError(
-                f"{to.repo} is taken, and not by what the token may see: choose another name, or "
-                "take a token with rights to it"
+                f"{to.repo} is taken by a repository that the token cannot read: choose another "
+                "name, or use a token with access to it"
             ) from error
         raise
     if to.private and not info.private:
-        raise HubError(f"{to.repo} is there already and public: make it private, or push without")
+        raise HubError(f"{to.repo} exists and is public: make it private, or push without it")
     if to.branch != _MAIN:
         with explained(to.repo, f"making branch {to.branch}"):
             api.create_branch(to.repo, branch=to.branch, exist_ok=True)
 
 
 def _check_tag(to: Destination, api: HfApi, commit: str | None) -> None:
-    """Refuse a tag that names another commit, before anything is uploaded for it."""
+    """Refuse a tag that names another commit, before uploading anything."""
     if to.tag is None:
         return
     tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(to.repo).tags}
@@ -226,7 +241,7 @@ def _check_tag(to: Destination, api: HfApi, commit: str | None) -> None:
 
 
 def _proposed(checked: ExportCheck, to: Destination, api: HfApi) -> Published | None:
-    """The open pull request that proposes these very files, if there is one."""
+    """Return an open pull request that proposes the same files, if there is one."""
     opened = api.get_repo_discussions(
         to.repo, discussion_type="pull_request", discussion_status="open"
     )
@@ -242,7 +257,7 @@ def _proposed(checked: ExportCheck, to: Destination, api: HfApi) -> Published | 
 def _commit(
     checked: ExportCheck, to: Destination, api: HfApi, difference: Difference, head: str
 ) -> Published:
-    """One commit of all that is new, changed or gone, on the head that it was compared with."""
+    """Commit all new, changed and removed files, on top of the compared head."""
     operations = [
         *(CommitOperationAdd(name, str(checked.folder / name)) for name in difference.moved),
         *(CommitOperationDelete(name, is_folder=False) for name in difference.removed),
@@ -262,7 +277,7 @@ def _commit(
 def _verify(
     checked: ExportCheck, to: Destination, api: HfApi, difference: Difference, done: Published
 ) -> None:
-    """See that the commit holds every file with the hash that was checked here, and no old one."""
+    """Check that the commit holds every file with the checked hash, and no removed file."""
     with explained(to.repo, f"reading commit {done.commit[:8]} back"):
         tree = tree_of(api, to.repo, done.commit)
     left = compare(checked.folder, checked.files, tree, overwrite_card=True)
@@ -277,7 +292,7 @@ def _verify(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """huggingface_hub warns at each retry, with addresses that are signed."""
+    """Silence huggingface_hub, which warns at each retry with signed addresses."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

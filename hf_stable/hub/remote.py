@@ -1,4 +1,4 @@
-"""What the Hub holds beside what a folder holds, and the Hub's refusals in one sentence each."""
+"""Comparison of a folder with the Hub's content, and explanations of the Hub's refusals."""
 
 import contextlib
 import hashlib
@@ -29,14 +29,19 @@ State = Literal["new", "changed", "same", "kept", "unknown"]
 
 
 class UnreachableError(HubError):
-    """No answer from the Hub."""
+    """The Hub did not answer."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A file that goes. `bytes` is its size; `state` is against what the Hub has.
+    """A file of a push.
 
-    "kept" is a card or its picture that differs on the Hub and stays as it is there.
+    Args:
+        name: Relative name.
+        bytes: Size of the file.
+        sha256: SHA-256 of the file.
+        state: State relative to the Hub. "kept" is a card or its picture that differs on the Hub
+            and is left unchanged there.
     """
 
     name: str
@@ -47,11 +52,11 @@ class Change:
 
 @dataclass(frozen=True)
 class Difference:
-    """What a push does.
+    """Effect of a push.
 
     Args:
-        changes: all files of the folder, by name.
-        removed: files of an earlier export on the Hub, which a push takes away.
+        changes: All files of the folder, by name.
+        removed: Files of an earlier export on the Hub, which the push deletes.
     """
 
     changes: tuple[Change, ...]
@@ -59,7 +64,7 @@ class Difference:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the Hub has it already."""
+        """True if the Hub has the same content already."""
         return not self.removed and not self.moved
 
     @property
@@ -69,7 +74,7 @@ class Difference:
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """Names of the card's files that stay as they are on the Hub."""
+        """Names of the card's files that are left unchanged on the Hub."""
         return tuple(each.name for each in self.changes if each.state == "kept")
 
 
@@ -81,13 +86,15 @@ def compare(
     earlier: Collection[str] = (),
     overwrite_card: bool = False,
 ) -> Difference:
-    """The folder against a revision on the Hub.
+    """Compare a folder with a revision on the Hub.
 
     Args:
+        folder: Exported folder.
         files: SHA-256 by relative name.
-        tree: of the revision; None where it is not known.
-        earlier: what an earlier push put there.
-        overwrite_card: also where the Hub has this very model, whose card people go on writing.
+        tree: Files of the revision; None if it is not known.
+        earlier: Names of files from an earlier push.
+        overwrite_card: Replace the card even if the Hub has the same model, whose card people may
+            have edited.
     """
     there = tree or {}
     is_same_model = SUMS in there and _state(folder / SUMS, files[SUMS], there[SUMS]) == "same"
@@ -113,22 +120,28 @@ def _state(file: Path, sha256: str, there: RepoFile | None) -> State:
     if there.size != file.stat().st_size:
         return "changed"
     content = file.read_bytes()
-    # Git's name of a file.
+    # Git's hash of a file.
     blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
     return "same" if there.blob_id == blob else "changed"
 
 
 def tree_of(api: HfApi, repo: str, revision: str) -> dict[str, RepoFile]:
-    """The files of a revision by name."""
+    """Return the files of a revision by name."""
     entries = api.list_repo_tree(repo, recursive=True, revision=revision)
     return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
 
 def pushed_earlier(api: HfApi, repo: str, revision: str, tree: dict[str, RepoFile]) -> set[str]:
-    """The names that the revision's own SHA256SUMS lists, and the picture.
+    """Return the names in the revision's SHA256SUMS, and the picture.
+
+    Args:
+        api: Client of the Hub.
+        repo: Name of the repository.
+        revision: Branch or commit.
+        tree: Files of the revision.
 
     Raises:
-        HubError: it is none of ours.
+        HubError: If SHA256SUMS was not written by this package.
     """
     if SUMS not in tree:
         return set()
@@ -136,14 +149,14 @@ def pushed_earlier(api: HfApi, repo: str, revision: str, tree: dict[str, RepoFil
         listed = read_sums(Path(api.hf_hub_download(repo, SUMS, revision=revision)))
     except CheckpointError as error:
         raise HubError(
-            f"{repo} is taken: its {SUMS} is none that hf-stable wrote. Choose another name, or "
+            f"{repo} is taken: hf-stable did not write its {SUMS}. Choose another name, or "
             "remove it there first."
         ) from error
     return {*listed, PICTURE}
 
 
 def refuse_other_model(repo: str, tree: dict[str, RepoFile]) -> None:
-    """Raise HubError when the repository holds a model that no push of ours put there."""
+    """Raise HubError if the repository holds a model that this package did not push."""
     other = [name for name in sorted(tree) if is_of_a_model(name)]
     if other and SUMS not in tree:
         raise HubError(
@@ -154,16 +167,21 @@ def refuse_other_model(repo: str, tree: dict[str, RepoFile]) -> None:
 
 @contextlib.contextmanager
 def explained(repo: str, doing: str) -> Iterator[None]:
-    """Turn whatever huggingface_hub raises meanwhile into one sentence.
+    """Turn every error of huggingface_hub in the block into one sentence.
+
+    Args:
+        repo: Name of the repository.
+        doing: Description of the action.
 
     Raises:
-        HubError: what was being done, what the Hub said, and what to do; never with a secret.
+        HubError: For any such error; names the action, the Hub's answer and the remedy, without
+            secrets.
     """
     try:
         yield
     except HubError:
         raise
-    # Uploads raise RuntimeError from what went wrong; answers in another form are the last two.
+    # Uploads wrap errors in RuntimeError. Answers of an unexpected form give the last two.
     except (HTTPError, OSError, RuntimeError, ValueError, KeyError) as error:
         wraps = type(error) in {RuntimeError, LocalEntryNotFoundError}
         inner = error.__cause__ if wraps and error.__cause__ else error
@@ -172,7 +190,7 @@ def explained(repo: str, doing: str) -> Iterator[None]:
         raise kind(f"{repo}: {doing} failed: {_reason(repo, inner)}") from error
 
 
-_AGAIN = "the same command tries again, and sends nothing twice that is there already"
+_AGAIN = "the same command tries again, and skips what is already there"
 
 
 def _reason(repo: str, error: BaseException) -> str:
@@ -201,7 +219,7 @@ def _answer(repo: str, error: HfHubHTTPError) -> str:
     if isinstance(error, RepositoryNotFoundError):
         return "no such repository, or none that the token may see"
     if status >= 500:
-        return f"the Hub has an error of its own, HTTP {status}{said}; {_AGAIN}"
+        return f"the Hub has an internal error, HTTP {status}{said}; {_AGAIN}"
     return f"the Hub answered HTTP {status}{said}"
 
 

@@ -1,4 +1,4 @@
-"""What a change of the weights did to the outputs, measured on text that every export holds."""
+"""Effect of a change of the weights on the outputs, measured on text that every export has."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,17 +7,18 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 _LONGEST = 512
-# Positions compared at once: float64 logits of a vocabulary of 256,000 are 2 MB each.
+# Positions compared at once: float64 logits over a vocabulary of 256,000 need 2 MB each.
 _ROWS = 64
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """Distance of two models' outputs on the same tokens.
+    """Distance between two models' outputs on the same tokens.
 
     Args:
-        tokens: how many were read.
-        largest: difference of two logits. root_mean_square: of all differences.
+        tokens: Number of tokens.
+        largest: Largest difference of two logits.
+        root_mean_square: Root mean square of all differences.
         divergence: KL(before || after) of the next token, mean over positions, in nats.
     """
 
@@ -27,7 +28,7 @@ class Rounding:
     divergence: float
 
     def sentence(self) -> str:
-        """For a reader of the card."""
+        """Describe the distance in a sentence for the card."""
         return (
             f"On the first {self.tokens:,} tokens of LICENSE its logits differ from those of the "
             f"trained weights by at most {self.largest:.3g} (root mean square "
@@ -36,7 +37,7 @@ class Rounding:
 
 
 def measuring_tokens(tokenizer: PreTrainedTokenizerBase, text: str, longest: int) -> torch.Tensor:
-    """The text's first tokens, at most 512 and `longest`; (1, T) int64."""
+    """Return the text's first tokens, at most 512 and `longest`, as (1, T) int64."""
     ids: Any = tokenizer(text, add_special_tokens=False).input_ids
     return torch.tensor([ids[: min(longest, _LONGEST)]])
 

@@ -1,4 +1,4 @@
-"""What must not be in a folder that is pushed: other files, secrets, places of one machine."""
+"""Search for content that must not be pushed: other files, secrets, and local paths."""
 
 import gzip
 import json
@@ -16,20 +16,20 @@ from .files import CARD, VOCABULARIES, files_of, strangers
 
 
 def refuse_strangers(folder: Path) -> None:
-    """Raise UserError for the first files that are not the model's, and for links."""
+    """Raise UserError for the first files that do not belong to the model, and for links."""
     if found := strangers(folder):
         raise UserError(
-            f"{folder} holds {', '.join(found[:3])}{' and more' if found[3:] else ''}, not the "
-            "model's: remove it from the folder, nothing was pushed"
+            f"{folder} has files that are not part of the model: {', '.join(found[:3])}"
+            f"{' and more' if found[3:] else ''}; remove them from the folder (nothing was pushed)"
         )
 
 
 def refuse_leaks(folder: Path) -> None:
-    """Raise UserError for the first secret, or absolute path of a machine, naming file and line."""
+    """Raise UserError for the first secret or absolute local path, naming file and line."""
     secrets = secrets_here()
     for path in files_of(folder).values():
         text = _text_of(path)
-        # A picture's bytes are no sentences, so that only the forms of secrets are looked for.
+        # A picture's bytes are not text, so only the forms of secrets are searched for.
         meant = ("a secret",) if path.suffix == ".png" else ("a secret", "a path on this machine")
         for number, line in enumerate(text.splitlines(), start=1):
             if found := [kind for kind in leaks(line, secrets) if kind in meant]:
@@ -42,7 +42,7 @@ def refuse_leaks(folder: Path) -> None:
 
 
 def _text_of(path: Path) -> str:
-    """What can be read in a file. A vocabulary is left out: it is pieces of the training text."""
+    """Return the readable text of a file, without vocabularies: they come from training text."""
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             return json.dumps(file.metadata() or {}) + "\n".join(file.keys())
@@ -56,13 +56,14 @@ def _text_of(path: Path) -> str:
 
 
 def check_card(folder: Path, *, unevaluated: bool) -> None:
-    """See that the Hub will take the card, and that it says how good the model is.
+    """Check that the Hub will accept the card, and that the card has measured metrics.
 
     Args:
-        unevaluated: a card without measured perplexities is meant.
+        folder: Exported folder.
+        unevaluated: Accept a card without measured perplexities.
 
     Raises:
-        UserError: naming what the card lacks.
+        UserError: If the card lacks something; names it.
     """
     file = folder / CARD
     if not file.is_file():
@@ -77,5 +78,5 @@ def check_card(folder: Path, *, unevaluated: bool) -> None:
     if "model-index" not in header and not unevaluated:
         raise UserError(
             f"{file} has no measured metrics (model-index): `hf-stable evaluate RUN` measures "
-            "them, then export again; --unevaluated pushes it so"
+            "them, then export again; --unevaluated pushes the card without metrics"
         )

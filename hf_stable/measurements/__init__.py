@@ -1,1 +1,1 @@
-"""Folders that `evaluate.load` finds; each is one measurement of its own."""
+"""Folders that `evaluate.load` finds, one per measurement."""

@@ -1,4 +1,4 @@
-"""Recipes: YAML, layered, unknown keys refused. `load_recipe` reads one, `dump` writes it whole."""
+"""Recipes: layered YAML that refuses unknown keys. `load_recipe` reads one, `dump` writes one."""
 
 from hf_stable.recipes.layers import load_recipe
 from hf_stable.recipes.printing import resolved

@@ -1,4 +1,4 @@
-"""From files to a recipe. Every layer keeps its name, so that an error names the file at fault."""
+"""Loading of recipes from layers. Every layer keeps its name, so errors name the right file."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from hf_stable.recipes.suggestions import nearest, nearest_key, nearest_model_ke
 
 
 class Layer(NamedTuple):
-    """Part of a recipe, and the file or `--set` that it comes from."""
+    """Part of a recipe, and the file or `--set` option that it comes from."""
 
     source: str
     content: dict[str, Any]
@@ -32,15 +32,19 @@ def load_recipe(
     """Read a recipe.
 
     Args:
-        path: a recipe, or several, of which later ones win: paths of files, or names of shipped
-            ones such as `base/10m`. What a file `extends` (names, or paths relative to its own
-            folder) lies below the file itself. Mappings are merged, everything else is replaced.
-        overrides: `key.path=value` with the value in YAML; they win over the files.
-        builds_model: test the model section by building its config, which imports torch; else only
-            the names of its fields are tested.
+        path: One recipe, or several of which later ones win: paths of files, or names of shipped
+            recipes such as `base/10m`. Recipes that a file `extends` (names, or paths relative to
+            its folder) are the layers below it. Mappings are merged, other values are replaced.
+        overrides: Options `key.path=value` with the value in YAML; they win over the files.
+        builds_model: True checks the model section by building its config, which imports torch.
+            False checks only the names of its fields.
+
+    Returns:
+        The complete recipe.
 
     Raises:
-        RecipeError: names the file or override, the key, what was found, and what to do.
+        RecipeError: If it is invalid; names the file or override, the key, the value found, and the
+            remedy.
     """
     paths = [path] if isinstance(path, (str, Path)) else path
     layers = [layer for each in paths for layer in _read(shipped.resolve(each), ())]
@@ -60,7 +64,7 @@ def load_recipe(
 
 
 def _read(path: Path, chain: tuple[Path, ...]) -> list[Layer]:
-    """The layers of a file, lowest first: those that it extends, then its own."""
+    """Read the layers of a file, lowest first: the recipes that it extends, then the file."""
     source = shipped.show(path)
     if path.resolve() in [each.resolve() for each in chain]:
         names = " -> ".join(shipped.show(each) for each in (*chain, path))
@@ -117,10 +121,10 @@ def _check_model_fields(recipe: schema.Recipe, layers: list[Layer]) -> None:
 
 
 def _check_model(recipe: schema.Recipe, layers: list[Layer]) -> None:
-    """Build the model's config: a wrong value is found before anything is computed."""
+    """Build the model's config, so that a wrong value is found before any computation."""
     try:
         recipe.model_config()
-    except Exception as error:  # Transformers raises what it likes
+    except Exception as error:  # Transformers raises errors of many types
         problem = str(error).replace("None", "null")
         named = [key for key in recipe.model if re.search(rf"\b{key}\b", problem)]
         source = _source_of(("model", *named[:1]), layers)
@@ -134,14 +138,14 @@ def _describe(error: ErrorDetails, layers: list[Layer]) -> str:
         return f"{source}: {key} is not a recipe key; {nearest_key(location)}"
     if error["type"] in ("missing", "missing_argument"):
         return f"{source}: {key} is missing{_meaning(location)}"
-    if error["type"] == "value_error":  # one of the schema's own checks, whose text says it all
+    if error["type"] == "value_error":  # from a validator of the schema, with a complete message
         return f"{source}: {key + ': ' if key else ''}{error.get('ctx', {}).get('error')}"
     problem = error["msg"][:1].lower() + error["msg"][1:]
     return f"{source}: {key}: found {error['input']!r}; {problem}{_meaning(location)}"
 
 
 def _source_of(location: Location, layers: list[Layer]) -> str:
-    """The last layer that sets the key, or the nearest key above it."""
+    """Return the last layer that sets the key, or the nearest key above it."""
     for depth in range(len(location), 0, -1):
         for layer in reversed(layers):
             if _holds(layer.content, location[:depth]):

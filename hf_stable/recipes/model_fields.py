@@ -1,4 +1,4 @@
-"""The model's fields as their source file states them: importing the config takes seconds."""
+"""Fields of the model, read from their source file, because importing it takes seconds."""
 
 import ast
 import functools
@@ -10,7 +10,7 @@ _SOURCE = Path(__file__).parent.parent / "model" / "configuration_stable_gpt.py"
 
 @functools.cache
 def _statements() -> dict[str, ast.AnnAssign]:
-    """Annotated assignments of the module, and of the config's class, by name."""
+    """Return the annotated assignments of the module and of the config class, by name."""
     module = ast.parse(_SOURCE.read_text(encoding="utf-8"))
     [config] = [
         node
@@ -26,7 +26,7 @@ def _statements() -> dict[str, ast.AnnAssign]:
 
 def _value(name: str) -> Any:
     node = _statements()[name].value
-    assert node is not None  # all of them have a value
+    assert node is not None  # every field has a default
     return ast.literal_eval(node)
 
 
@@ -41,6 +41,6 @@ def presets() -> dict[str, dict[str, Any]]:
 
 
 def other_names() -> dict[str, str]:
-    """Return fields by the names that other model families have for them."""
+    """Return the fields by the names that other model families use for them."""
     names: dict[str, str] = _value("OTHER_NAMES")
     return {other: field for field, others in names.items() for other in others.split()}

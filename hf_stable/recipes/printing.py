@@ -1,17 +1,17 @@
-"""A recipe for the eyes: everything that a run uses, what the recipe leaves to the model too."""
+"""Printing of a whole recipe, including the model fields that it leaves at their defaults."""
 
 from hf_stable.recipes import schema, strict_yaml
 from hf_stable.recipes.model_fields import model_defaults, presets
 
-# Decided by the tokenizer.
+# Fields that the tokenizer decides.
 _OF_THE_TOKENIZER = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
-_DEFAULTS = "  # the model's other fields, with the values that they have:"
+_DEFAULTS = "  # other fields of the model, at their values in this run:"
 
 
 def resolved(recipe: schema.Recipe) -> str:
     """Return the whole recipe as YAML that loads back to an equal recipe.
 
-    The model's other fields follow its section as comments with the values that they have.
+    The model section is followed by the model's other fields and their values, as comments.
     """
     parts = []
     for key, value in schema.to_dict(recipe).items():

@@ -1,7 +1,7 @@
-"""A recipe says everything about one training run; an unknown key is an error, never ignored.
+"""Schema of a recipe, which describes one training run completely. An unknown key is an error.
 
-The dataclasses below are all keys that a recipe file may hold. The text under a field is its
-meaning, which error messages show. Lengths are in tokens, batches in sequences.
+The dataclasses below define all keys of a recipe file. The text under a field is its meaning, which
+error messages show. Lengths are in tokens, batches in sequences.
 """
 
 import json
@@ -28,22 +28,22 @@ if TYPE_CHECKING:
 _STRICT = ConfigDict(
     extra="forbid", allow_inf_nan=False, strict=True, use_attribute_docstrings=True
 )
-# Beyond any published vocabulary; tokenizers' trainer aborts the process on absurd ones.
+# Beyond any published vocabulary; the tokenizer trainer aborts the process for absurd values.
 _LARGEST_VOCABULARY = 4_000_000
-# <|endoftext|>, <|padding|> and the 256 bytes that every tokenizer of ours falls back to.
+# <|endoftext|>, <|padding|> and the 256 bytes to which every trained tokenizer falls back.
 _SMALLEST_VOCABULARY = 258
-# Seconds in which a step may well be silent.
+# Seconds for which a step may legitimately be silent.
 _LEAST_PATIENCE = 60
-# Of a source.
+# Keys of a source that change no result.
 _INERT = {"license", "max_bad_share"}
 _DEFAULT_SPLITS = {("split", "train"), ("split", None)}
 
-# As tensors, files and deques count.
+# Largest count of tensors, files and deques.
 _LARGEST_COUNT = 2**63 - 1
 
 
 def _whole(value: Any) -> Any:
-    """An integer for a number such as 1e9, which YAML reads as a float."""
+    """Return an integer for a number such as 1e9, which YAML reads as a float."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -53,7 +53,7 @@ PositiveCount = Annotated[Whole, Field(gt=0, le=_LARGEST_COUNT)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
-# Every path of a recipe or a study's plan has one of these types.
+# Every path in a recipe or a study's plan has one of these types.
 PathText = Annotated[str, AfterValidator(expand_home)]
 NamedPath = Annotated[PathText, Field(min_length=1)]
 
@@ -63,28 +63,29 @@ class SourceRecipe:
     """Text to read: the fields of `hf_stable.data.Source` and two more; a string is its path."""
 
     path: NamedPath
-    """A file, folder or glob (text, JSON, parquet, Arrow), else the name of a `datasets` dataset.
+    """File, folder or glob (text, JSON, parquet, Arrow), else the name of a `datasets` dataset.
     A folder that is a dataset is read as `datasets` reads it."""
     column: str = "text"
-    """The column of JSON, parquet, Arrow or a dataset that holds the text; `a.b` is b inside a."""
+    """Column that holds the text, in JSON, parquet, Arrow or a dataset; `a.b` is b inside a."""
     sample_by: Literal["document", "line", "paragraph"] = "document"
-    """What one document of a text file is."""
+    """Unit of a text file that is one document."""
     name: str | None = None
-    """The configuration of a `datasets` dataset."""
+    """Configuration of a `datasets` dataset."""
     split: str | None = None
-    """The split of a `datasets` dataset; null is train."""
+    """Split of a `datasets` dataset; null is train."""
     streaming: bool = True
-    """Read a `datasets` dataset as a stream, without a copy of all of it on the disk."""
+    """Read a `datasets` dataset as a stream, without a full copy on disk."""
     part: Literal["all", "train", "validation"] = "all"
-    """Which side of the holdout split to read."""
+    """Part of the holdout split to read."""
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Fraction of the documents that are validation, chosen by a hash of their text."""
+    """Fraction of the documents used for validation, chosen by a hash of their text."""
     max_bad_share: Fraction = 0.5
-    """Share of a file's documents that may be unusable and left out; with more it is refused."""
+    """Largest share of unusable documents in a file, which are left out; beyond it, the file is
+    refused."""
     weight: Positive | None = None
-    """Share of the training tokens relative to the others; give one to all of them or to none."""
+    """Share of the training tokens relative to other sources; give it to all sources or to none."""
     license: str | None = None
-    """The text's licence, SPDX or one of the Hub's identifiers, for records and model card."""
+    """License of the text as SPDX or one of the Hub's identifiers, for records and model card."""
 
     @model_validator(mode="after")
     def _license_is_known(self) -> "SourceRecipe":
@@ -106,16 +107,16 @@ SourceList = list[Annotated[SourceRecipe, BeforeValidator(_source)]]
 
 @dataclass(frozen=True, config=_STRICT)
 class TokenizerRecipe:
-    """The tokenizer: a finished one at `path`, else one trained on the training text."""
+    """Tokenizer: a finished one at `path`, else one trained on the training text."""
 
     vocab_size: Annotated[Whole, Field(gt=0, le=_LARGEST_VOCABULARY)]
     """Rows of the embedding. The tokenizer may have fewer tokens, not more."""
     path: NamedPath | None = None
     """Folder or Hub name of a finished tokenizer; null trains one."""
     kind: Literal["bpe", "sentencepiece"] = "bpe"
-    """What to train: byte-level BPE, or SentencePiece unigram with byte fallback."""
+    """Kind to train: byte-level BPE, or SentencePiece unigram with byte fallback."""
     training_bytes: PositiveCount = 100_000_000
-    """How much text to train a tokenizer on, in bytes."""
+    """Bytes of text to train a tokenizer on."""
 
     @model_validator(mode="after")
     def _room_for_bytes(self) -> "TokenizerRecipe":
@@ -129,24 +130,24 @@ class TokenizerRecipe:
 
 @dataclass(frozen=True, config=_STRICT)
 class DataRecipe:
-    """What to train and validate on."""
+    """Text for training and validation."""
 
     train: Annotated[SourceList, Field(min_length=1)]
     """Training text: paths, or mappings with the keys of a source."""
     sequence_length: Annotated[Whole, Field(ge=2, le=_LARGEST_COUNT)]
     """Tokens of one training sequence."""
     validation: SourceList = Field(default_factory=list)
-    """Validation text; empty holds out a part of the training text."""
+    """Validation text; if empty, a part of the training text is held out."""
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    """Fraction of the training documents held out when `validation` is empty; of each document the
-    end, where they are too few to hold out whole ones."""
+    """Fraction of the training documents held out if `validation` is empty. If there are too few
+    documents to hold out whole ones, it is the end of each."""
     separate_documents: bool = False
-    """Whether attention and positions start afresh at each document inside a sequence."""
+    """Restart attention and positions at each document inside a sequence."""
     cache: NamedPath | None = None
-    """Folder for token files and trained tokenizers, which runs share; null is hf_stable in the
-    folder of Hugging Face's caches (HF_HOME, ~/.cache/huggingface where it is unset)."""
+    """Shared folder for token files and trained tokenizers; null is hf_stable in the folder of
+    Hugging Face's caches (HF_HOME, or ~/.cache/huggingface if that is unset)."""
     num_workers: Annotated[Whole, Field(ge=0, le=256)] = 0
-    """Data loader processes beside each training process."""
+    """Data loader workers of each training process."""
 
     @model_validator(mode="after")
     def _parts_have_effect(self) -> "DataRecipe":
@@ -177,7 +178,7 @@ class DataRecipe:
 
     @property
     def weights(self) -> list[float] | None:
-        """The weight of each training source; None when the sources are read as one text."""
+        """Weight of each training source; None if the sources are read as one text."""
         weights = [source.weight for source in self.train if source.weight is not None]
         return weights or None
 
@@ -187,7 +188,7 @@ class OptimizerRecipe:
     """AdamW as the papers use it."""
 
     name: Literal["adamw", "stable_adamw"] = "adamw"
-    """The update rule; `stable_adamw` divides a tensor's rate by its RMS of g^2 / v, if above 1."""
+    """Update rule; `stable_adamw` divides a tensor's rate by its RMS of g^2 / v, if above 1."""
     learning_rate: Positive = 3e-4
     """Peak learning rate."""
     beta1: Momentum = 0.9
@@ -201,19 +202,19 @@ class OptimizerRecipe:
     weight_decay_mode: Literal["coupled", "independent"] = "coupled"
     """`coupled` is torch's AdamW; `independent` decay does not grow with the peak (Wortsman)."""
     decay_embeddings: bool = True
-    """Whether the input embedding is decayed."""
+    """Decay the input embedding."""
     decay_vectors: bool = False
-    """Whether 1-d parameters (norm gains, LayerScale, sigma gains) are decayed."""
+    """Decay 1-d parameters (norm gains, LayerScale, sigma gains)."""
     max_grad_norm: Positive | None = 1.0
-    """Norm that gradients are clipped to; null does not clip."""
+    """Norm to which gradients are clipped; null does not clip."""
     clip_by: Literal["global", "group"] = "global"
-    """Whose norm: of all gradients, or each of matrices', embeddings' and vectors' by itself."""
+    """Gradients whose norm is clipped: all together, or matrices, embeddings and vectors apart."""
     late_max_grad_norm: Positive | None = None
-    """A lower norm from `late_clip_step` on, as OPT's 0.3 after 1.0."""
+    """Lower norm from `late_clip_step` on, as OPT's 0.3 after 1.0."""
     late_clip_step: PositiveCount | None = None
-    """Steps before `late_max_grad_norm` is the norm."""
+    """Steps before `late_max_grad_norm` applies."""
     qk_clip: Positive | None = None
-    """Largest attention logit after which a head's W_q and W_k are shrunk (Kimi K2: 100)."""
+    """Attention logit above which a head's W_q and W_k are shrunk (Kimi K2: 100)."""
 
     @model_validator(mode="after")
     def _clipping_has_effect(self) -> "OptimizerRecipe":
@@ -248,18 +249,18 @@ class OptimizerRecipe:
 
 @dataclass(frozen=True, config=_STRICT)
 class ScheduleRecipe:
-    """The learning rate over time, as a share of its peak: linear warm-up, then the named decay."""
+    """Learning rate over time, as a share of its peak: linear warm-up, then the named decay."""
 
     name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """`wsd` is warm-up, stable, then a linear decay."""
+    """Decay after the warm-up; `wsd` is stable first, then a linear decay."""
     warmup: Count = 0
     """Length of the warm-up, in `warmup_unit`."""
     warmup_unit: Literal["samples", "tokens", "steps"] = "steps"
-    """`samples` are sequences."""
+    """Unit of `warmup`; `samples` are sequences."""
     min_ratio: Fraction = 0.1
     """Learning rate at the end, as a share of the peak."""
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Share of the steps that `wsd` decays over; the other schedules have no use for it."""
+    """Share of the steps over which `wsd` decays; other schedules do not use it."""
 
     @model_validator(mode="after")
     def _decay_fraction_has_effect(self) -> "ScheduleRecipe":
@@ -272,26 +273,26 @@ class ScheduleRecipe:
 
 @dataclass(frozen=True, config=_STRICT)
 class TrainingRecipe:
-    """The loop: how long, in what batches and precision, and what to write when."""
+    """Training loop: length, batches, precision, and intervals of its outputs."""
 
     global_batch_size: PositiveCount
     """Sequences of one optimizer step, over all processes."""
     micro_batch_size: PositiveCount
-    """Sequences that one process computes at once; it accumulates up to its share of a batch."""
+    """Sequences that one process computes at once; gradients are accumulated over them."""
     initial_model: NamedPath | None = None
-    """Run or model folder whose trained weights the run begins with; null draws them."""
+    """Run or model folder whose trained weights the run begins with; null draws random ones."""
     steps: PositiveCount | None = None
     """Optimizer steps; give either this or `tokens`."""
     tokens: PositiveCount | None = None
     """Training tokens, rounded down to whole steps; give either this or `steps`."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16` is autocast; weights and optimizer state stay fp32."""
+    """Precision of the computation; `bf16` is autocast, with weights and optimizer in fp32."""
     sharding: Literal["auto", "ddp", "fsdp2", "hsdp"] = "auto"
-    """How several processes hold the model: whole copies (ddp), shards (fsdp2), or shards inside
-    groups of `shard_size` processes and copies across (hsdp). `auto` is what the launcher's config
-    file says, else ddp."""
+    """Layout of the model over processes: full copies (ddp), shards (fsdp2), or shards inside
+    groups of `shard_size` processes and copies across groups (hsdp). `auto` uses the launcher's
+    config file, else ddp."""
     shard_size: PositiveCount | None = None
-    """Processes that share one copy under hsdp; null is those of a node."""
+    """Processes that share one copy under hsdp; null is all processes of a node."""
     reshard_after_forward: bool = True
     """Under fsdp2 and hsdp, free gathered blocks after the forward pass: less memory, more
     communication."""
@@ -300,29 +301,29 @@ class TrainingRecipe:
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """Compile each block with torch.compile(fullgraph=True): slow to start."""
+    """Compile each block with torch.compile(fullgraph=True); the first step is slow."""
     attn_implementation: str | None = None
-    """Attention backend; null takes one that supports the model here."""
+    """Attention backend; null selects one that supports the model on this machine."""
     log_every: PositiveCount = 10
     """Steps between log lines."""
     evaluate_every: Count = 100
-    """Steps between validations; 0 validates at the end only."""
+    """Steps between validations; 0 validates only at the end."""
     evaluate_blocks: PositiveCount = 64
     """Sequences of one validation."""
     checkpoint_every: Count = 0
-    """Steps between checkpoints; 0 writes one at the end only."""
+    """Steps between checkpoints; 0 writes one only at the end."""
     keep_checkpoints: PositiveCount = 2
-    """How many of the newest checkpoints stay."""
+    """Number of newest checkpoints to keep."""
     keep_every: Count = 0
-    """Checkpoints of every so many steps stay too; 0 keeps no others."""
+    """Also keep checkpoints whose step is a multiple of this; 0 keeps no others."""
     asynchronous_checkpoints: bool = False
     """Write checkpoints in the background, from a copy in CPU memory."""
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = Field(default_factory=list)
-    """Mirrors of metrics.jsonl."""
+    """Trackers that mirror metrics.jsonl."""
     threads: Annotated[Whole, Field(gt=0, le=1024)] | None = None
-    """CPU threads of each process; null leaves torch's choice."""
+    """CPU threads of each process; null is torch's default."""
     hang_timeout: Count = 1800
-    """Seconds without a sign of life after which a process ends and names who hangs; 0 never."""
+    """Seconds without progress after which a process aborts and reports the hung rank; 0 never."""
 
     @model_validator(mode="after")
     def _length_and_batches(self) -> "TrainingRecipe":
@@ -343,7 +344,7 @@ class TrainingRecipe:
         if 0 < self.hang_timeout < _LEAST_PATIENCE:
             raise ValueError(
                 f"hang_timeout {self.hang_timeout} is shorter than a step, a validation or a "
-                f"checkpoint may take; give at least {_LEAST_PATIENCE} seconds, or 0 for never"
+                f"checkpoint may take; give at least {_LEAST_PATIENCE} seconds, or 0 to disable it"
             )
         return self
 
@@ -366,23 +367,23 @@ class TrainingRecipe:
 
 @dataclass(frozen=True, config=_STRICT)
 class TelemetryRecipe:
-    """What training looks at in every layer; `hf-stable watch` and `diagnose` show it."""
+    """Telemetry of every layer during training; `hf-stable watch` and `diagnose` show it."""
 
     every: Count = 100
-    """Steps between looks, of which the first step is one; 0 never looks."""
+    """Steps between samples, of which the first step is one; 0 takes none."""
     bounds_every: Count = 1000
     """Steps between spectral norms and bounds on gradients; 0 leaves them out."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class GuardRecipe:
-    """What training does when a step goes wrong, tried in the order of `actions` below."""
+    """Reaction of training to bad steps; actions are tried in the order of `actions` below."""
 
     actions: list[Literal["skip", "lower", "rollback"]] = Field(default_factory=list)
-    """`skip` the update, `lower` the learning rate for a while, `rollback` and leave data out; with
-    none of them, only updates that are not finite are refused. What is left is to give up."""
+    """`skip` the update, `lower` the learning rate for a while, `rollback` and leave data out.
+    Without any, only updates that are not finite are refused. The last resort is to give up."""
     window: Annotated[Whole, Field(ge=64, le=_LARGEST_COUNT)] = 256
-    """Accepted steps that say how far a number usually is from its level."""
+    """Number of accepted steps from which the usual distance from the level is estimated."""
     spike: Positive = 6.5
     """Robust deviations above its level at which a loss, or a norm's logarithm, is a spike."""
     plateau: Positive = 4.0
@@ -390,27 +391,27 @@ class GuardRecipe:
     drift_rise: Positive = 0.3
     """Nats above its best level at which the smoothed loss drifts away."""
     drift_steps: PositiveCount = 20
-    """For how many steps in a row."""
+    """Number of consecutive steps above `drift_rise` that raise an alarm."""
     max_skips: PositiveCount = 20
-    """Updates skipped in a row before the next action is tried."""
+    """Consecutive skipped updates before the next action is tried."""
     max_skips_in_memory: PositiveCount = 100
-    """Updates skipped in the last `memory` steps before the next action is tried."""
+    """Skipped updates in the last `memory` steps before the next action is tried."""
     lower_factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """What the learning rate is multiplied by."""
+    """Factor on the learning rate while it is lowered."""
     lower_steps: PositiveCount = 100
-    """For how many steps; then it returns linearly in as many."""
+    """Steps with the lowered learning rate; then it returns linearly in the same number."""
     rollback_steps: PositiveCount = 100
-    """Steps before the first sign of trouble that a rollback goes to, as in PaLM."""
+    """Steps before the first sign of trouble to which a rollback returns, as in PaLM."""
     skip_batches: PositiveCount = 300
-    """Batches left out from there on, as in PaLM; a second rollback leaves out twice as many."""
+    """Batches left out after a rollback, as in PaLM; a second one leaves out twice as many."""
     max_rollbacks: PositiveCount = 3
     """Rollbacks in `memory` steps before the run is given up."""
     memory: PositiveCount = 1000
-    """Steps after which it no longer counts what was tried."""
+    """Steps after which earlier actions no longer count."""
 
     @property
     def reach(self) -> int:
-        """Steps back that a rollback may want a checkpoint of, from where it is decided."""
+        """Largest number of steps between a rollback's decision and the checkpoint it needs."""
         seen_after = 2 * self.drift_steps + self.max_skips + self.lower_steps
         return self.rollback_steps + seen_after
 
@@ -420,27 +421,28 @@ class Recipe:
     """One training run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
-    """Name of the run: 1 to 80 letters, digits, dots, underscores or hyphens, first no sign."""
+    """Name of the run: 1 to 80 letters, digits, dots, underscores or hyphens; the first character
+    is a letter or digit."""
     tokenizer: TokenizerRecipe
-    """The vocabulary."""
+    """Tokenizer and vocabulary."""
     data: DataRecipe
-    """The text."""
+    """Text for training and validation."""
     training: TrainingRecipe
-    """The loop."""
+    """Training loop."""
     seed: Count = 0
-    """Decides the initial weights and the order of the data."""
+    """Seed of the initial weights and of the order of the data."""
     output: PathText = ""
     """Folder of the run; `runs/<name>` unless given."""
     model: dict[str, Any] = Field(default_factory=dict)
     """`preset` (a technique's name) and any field of StableGPTConfig."""
     optimizer: OptimizerRecipe = Field(default_factory=OptimizerRecipe)
-    """The update."""
+    """Optimizer."""
     schedule: ScheduleRecipe = Field(default_factory=ScheduleRecipe)
-    """The learning rate over time."""
+    """Learning rate over time."""
     telemetry: TelemetryRecipe = Field(default_factory=TelemetryRecipe)
-    """What is looked at meanwhile."""
+    """Telemetry during training."""
     guard: GuardRecipe = Field(default_factory=GuardRecipe)
-    """What is done about steps that go wrong."""
+    """Reaction to bad steps."""
 
     def __post_init__(self) -> None:
         if not self.output:
@@ -456,7 +458,7 @@ class Recipe:
                 f"guard.actions has rollback, which may go {self.guard.reach} steps back, but "
                 f"training.checkpoint_every {every} and keep_checkpoints {keep} hold {held}; "
                 f"raise one of them, set training.keep_every to at most {self.guard.reach}, or "
-                "take rollback out"
+                "remove rollback"
             )
         return self
 
@@ -513,11 +515,11 @@ class Recipe:
         """Build the model's config.
 
         Args:
-            fields: what the tokenizer says, such as `eos_token_id`; where the recipe's model
-                section says it too, that counts.
+            **fields: Values from the tokenizer, such as `eos_token_id`. The recipe's model section
+                takes precedence.
 
         Raises:
-            ValueError: a field that StableGPTConfig does not know or accept.
+            ValueError: If StableGPTConfig does not know or accept a field.
         """
         from hf_stable.model.configuration_stable_gpt import (  # noqa: PLC0415 (imports torch)
             StableGPTConfig,
@@ -536,14 +538,14 @@ ADAPTER = TypeAdapter(Recipe)
 
 
 def to_dict(recipe: Recipe, *, defaults: bool = True) -> dict[str, Any]:
-    """The whole recipe, or what of it differs from the defaults, as plain JSON values."""
+    """Return the recipe, or only its differences from the defaults, as plain JSON values."""
     return ADAPTER.dump_python(recipe, mode="json", exclude_defaults=not defaults)
 
 
 def deciding_data(data: dict[str, Any]) -> dict[str, Any]:
-    """Return the data section of `to_dict` without what changes no number of a run.
+    """Return the data section of `to_dict` without the keys that change no result of a run.
 
-    These are the license of a text, the consent to bad documents and the default split's name.
+    These keys are the license of a text, the consent to bad documents and the default split's name.
     """
 
     def decides(key: str, value: Any) -> bool:
@@ -562,17 +564,17 @@ def _with_sources(
 
 
 def _without_written_split(source: dict[str, Any]) -> dict[str, Any]:
-    """Versions before `max_bad_share` wrote the default split of datasets to files as well."""
+    """Undo the default split that versions before `max_bad_share` wrote to sources of files."""
     is_written = "max_bad_share" not in source and source.get("split") == "train"
     return {**source, "split": None} if is_written else source
 
 
 def from_dict(content: dict[str, Any]) -> Recipe:
-    """The recipe that `to_dict` wrote, e.g. into run.json."""
+    """Build a recipe from the result of `to_dict`, e.g. in run.json."""
     data = _with_sources(content["data"], _without_written_split)
     return ADAPTER.validate_json(json.dumps({**content, "data": data}))
 
 
 def dump(recipe: Recipe) -> str:
-    """The whole recipe, defaults included, as YAML that loads back to an equal recipe."""
+    """Return the whole recipe, defaults included, as YAML that loads back to an equal recipe."""
     return strict_yaml.dump(to_dict(recipe))

@@ -1,4 +1,4 @@
-"""The sections of a recipe by their place in it."""
+"""Sections of a recipe by their location in it."""
 
 from typing import Any
 
@@ -21,5 +21,5 @@ SECTIONS: dict[Location, Any] = {
 
 
 def section_of(location: Location) -> Location:
-    """Return the section that a key belongs to; the index of a source in its list is left out."""
+    """Return the section that a key belongs to, without the index of a source in its list."""
     return tuple(part for part in location[:-1] if isinstance(part, str))

@@ -1,4 +1,4 @@
-"""The files that ship with the package, by name: `base/10m` works wherever a recipe's path does."""
+"""Files that ship with the package, by name: `base/10m` works wherever a recipe's path does."""
 
 import difflib
 import re
@@ -35,14 +35,14 @@ def find(name: str | Path) -> Path | None:
 
 
 def resolve(name: str | Path, folder: Path = Path()) -> Path:
-    """Return the file that a path or a name means; a file at the path wins.
+    """Return the file for a path or a name; an existing file takes precedence.
 
     Args:
-        name: Path of a file, in which `~` is the home directory, or the name of a shipped one.
+        name: Path of a file, in which `~` is the home directory, or name of a shipped file.
         folder: Folder that a relative path starts at.
 
     Raises:
-        RecipeError: There is neither; the message has the nearest name.
+        RecipeError: If there is no such file; suggests the nearest name.
     """
     path = folder / expand_home(str(name))
     if path.is_file():
@@ -57,12 +57,12 @@ def resolve(name: str | Path, folder: Path = Path()) -> Path:
 
 
 def show(path: Path) -> str:
-    """Return how a message names a file: a shipped one by its name, another by its path."""
+    """Return the name of a file for messages: a shipped file's name, or another file's path."""
     return _name(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 def summary(name: str) -> str:
-    """Return the first sentence of a file's leading comment, without what stands in parentheses."""
+    """Return the first sentence of a file's leading comment, without text in parentheses."""
     comment = re.sub(r" \([^)]*\)", "", " ".join(_comment(ROOT / _file(name))))
     sentence = re.split(r"[.:](?:\s|$)", comment, maxsplit=1)[0]
     return textwrap.shorten(sentence, 100, placeholder=" ...")
@@ -73,14 +73,14 @@ def copy(name: str, output: Path | None = None) -> list[Path]:
 
     Args:
         name: Name of a file or of a folder of files.
-        output: File, or folder for a folder, to write; `recipes/NAME` in the current directory
-            unless given, so that the paths in the documentation hold.
+        output: File (or folder, for a folder) to write; `recipes/NAME` in the current directory
+            unless given, which matches the paths in the documentation.
 
     Returns:
         The written files.
 
     Raises:
-        RecipeError: The name is unknown, or a file is already there. Nothing is overwritten.
+        RecipeError: If the name is unknown, or a file exists already. Nothing is overwritten.
     """
     members = [each for each in names() if each.startswith(f"{name.rstrip('/')}/")]
     target = output or Path("recipes") / (name if members else _file(_known(name)))
@@ -98,8 +98,11 @@ def copy(name: str, output: Path | None = None) -> list[Path]:
 def read(name: str) -> str:
     """Return the text of a shipped file.
 
+    Args:
+        name: Name of the file.
+
     Raises:
-        RecipeError: The name is unknown.
+        RecipeError: If the name is unknown.
     """
     return (ROOT / _file(_known(name))).read_text(encoding="utf-8")
 
@@ -127,7 +130,7 @@ def _file(name: str) -> Path:
 
 
 def _comment(path: Path) -> Iterator[str]:
-    """The first block of comment; a shebang and Slurm's lines have no space after the sign."""
+    """Yield the first comment block; a shebang and #SBATCH lines have no space after the #."""
     begun = False
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("# "):

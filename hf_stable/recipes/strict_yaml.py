@@ -1,8 +1,8 @@
-"""YAML as recipes use it: what a file seems to say is what it says.
+"""YAML for recipes, without surprises.
 
-The core schema of YAML 1.2 without its traps: `1e-4` is a number; `no`, `on`, `010`, `1:30` and
-dates stay strings, so that a field of another type refuses them; duplicate keys, aliases, tags, NaN
-and infinity are errors.
+The core schema of YAML 1.2, made stricter. `1e-4` is a number. `no`, `on`, `010`, `1:30` and dates
+stay strings, which fields of another type refuse. Duplicate keys, aliases, tags, NaN and infinity
+are errors.
 """
 
 import math
@@ -14,7 +14,7 @@ import yaml
 
 from hf_stable.errors import RecipeError
 
-MAX_BYTES = 1_000_000  # a recipe is a few kB; more is a data file given by mistake, or an attack
+MAX_BYTES = 1_000_000  # a recipe is a few kB; a larger file is data given by mistake, or an attack
 
 _RESOLVERS = {
     "tag:yaml.org,2002:null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -74,20 +74,21 @@ def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any
             _refuse(key_node.start_mark, f"key {key_node.value!r} is not text; quote it")
         key = loader.construct_object(key_node)
         if key in mapping:
-            _refuse(key_node.start_mark, f"key {key!r} stands twice; remove one")
+            _refuse(key_node.start_mark, f"key {key!r} occurs twice; remove one")
         mapping[key] = loader.construct_object(value_node, deep=True)
     return mapping
 
 
 class _Dumper(yaml.SafeDumper):
-    # YAML 1.1's resolvers stay: text that another reader would take for a number is quoted.
+    # The resolvers of YAML 1.1 are kept, so that text which another reader takes for a number is
+    # quoted.
     yaml_implicit_resolvers: ClassVar = {
         key: list(value) for key, value in yaml.SafeDumper.yaml_implicit_resolvers.items()
     }
 
 
 def _represent_str(dumper: _Dumper, value: str) -> yaml.ScalarNode:
-    # In any other style PyYAML folds some of Unicode's line breaks into spaces.
+    # In any other style, PyYAML turns some of Unicode's line breaks into spaces.
     style = None if value.isprintable() else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
@@ -105,11 +106,12 @@ def parse(text: str, source: str) -> Any:
     """Parse one YAML document.
 
     Args:
-        text: the document.
-        source: where it comes from, for messages: a file or a command-line option.
+        text: The document.
+        source: Its origin for messages: a file or a command-line option.
 
     Raises:
-        RecipeError: not YAML, or a thing that recipes may not hold; names source and line.
+        RecipeError: If it is not YAML, or has content that recipes may not have; names source and
+            line.
     """
     try:
         return yaml.load(text, Loader=_Loader)
@@ -123,8 +125,11 @@ def parse(text: str, source: str) -> Any:
 def load(path: Path) -> dict[str, Any]:
     """Read a YAML file whose document is a mapping.
 
+    Args:
+        path: The file.
+
     Raises:
-        RecipeError: the file is empty, too large, not UTF-8, not YAML, not a mapping.
+        RecipeError: If the file is empty, too large, not UTF-8, not YAML, or not a mapping.
     """
     if path.stat().st_size > MAX_BYTES:
         raise RecipeError(

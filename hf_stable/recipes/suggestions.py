@@ -1,4 +1,4 @@
-"""The key that was meant, for one that no recipe has."""
+"""Suggestion of a known key for one that no recipe has."""
 
 import dataclasses
 import difflib
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from hf_stable.recipes.model_fields import model_defaults, other_names
 from hf_stable.recipes.sections import SECTIONS, Location, section_of
 
-# Names of Transformers' Trainer, nanoGPT, litgpt, torchtitan, Megatron and others.
+# Names used in Transformers' Trainer, nanoGPT, litgpt, torchtitan, Megatron and others.
 _OTHER_NAMES = {
     "optimizer.learning_rate": ("lr", "max_lr", "peak_lr", "base_lr"),
     "optimizer.beta1": ("betas", "adam_beta1"),
@@ -60,7 +60,7 @@ _OTHER_NAMES = {
 
 
 def nearest_key(location: Location) -> str:
-    """Return the remedy for an unknown key: misspelt, in the wrong section, or of other names."""
+    """Return a remedy for a key that is misspelled, in the wrong section, or of another project."""
     key, section = str(location[-1]), section_of(location)
     known = [*all_keys(), *(f"model.{field}" for field in model_defaults())]
     elsewhere = [each for each in known if each.split(".")[-1] == key]
@@ -74,7 +74,7 @@ def nearest_key(location: Location) -> str:
 
 
 def nearest_model_key(key: str) -> str:
-    """Return the remedy for an unknown key of the model section."""
+    """Return a remedy for an unknown key of the model section."""
     known, field = [*model_defaults(), "preset"], other_names().get(key.lower())
     if field == "vocab_size":
         return "did you mean tokenizer.vocab_size?"
@@ -88,13 +88,13 @@ def nearest_model_key(key: str) -> str:
 
 
 def all_keys() -> Iterator[str]:
-    """Yield every key of a recipe; of a source in a list, without its index."""
+    """Yield every key of a recipe; keys of a source in a list have no index."""
     for prefix, section in SECTIONS.items():
         for field in dataclasses.fields(section):
             yield ".".join((*[str(part) for part in prefix], field.name))
 
 
 def nearest(key: object, known: Iterable[str], prefix: str = "") -> str:
-    """Return the remedy for a name that is not known; the prefix stands before the nearest."""
+    """Return a remedy for an unknown name; `prefix` is put before the suggestion."""
     close = difflib.get_close_matches(str(key), known := list(known), n=1)
     return f"did you mean {prefix}{close[0]}?" if close else f"known are {', '.join(known)}"

@@ -1,6 +1,6 @@
-"""What a Trainer of Transformers, or one made of it, lacks for a StableGPT.
+"""Trainers for a StableGPT, based on those of Transformers and other libraries.
 
-`StableTrainer` is for `transformers.Trainer`; `hf_stable.trainers.trl` has TRL's.
+`StableTrainer` extends `transformers.Trainer`; `hf_stable.trainers.trl` extends TRL's.
 """
 
 from transformers import Trainer

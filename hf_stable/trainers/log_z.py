@@ -1,4 +1,4 @@
-"""log^2 Z of a StableGPT's tokens without their cross entropy, never holding (T, V).
+"""Sum of log^2 Z over a StableGPT's tokens, without cross entropy and without a (T, V) tensor.
 
 Shape letters: B batch, Q tokens, C width, T = B * Q, V vocabulary.
 """
@@ -19,11 +19,15 @@ from hf_stable.model.loss_stable_gpt import linear_cross_entropy
 def squared_log_z(
     model: StableGPTForCausalLM, hidden: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """Sum of log^2 Z over the labelled tokens, 0-d, differentiable in `hidden` and the head.
+    """Compute the sum of log^2 Z over the labeled tokens.
 
     Args:
-        hidden: (B, Q, C), what the decoder gives.
+        model: StableGPT whose head is used.
+        hidden: (B, Q, C) output of the decoder.
         targets: (B, Q) int64, already shifted; a negative label is no target.
+
+    Returns:
+        0-d tensor, differentiable in `hidden` and the head.
     """
     head: Any = model.get_output_embeddings()
     total, _, _ = linear_cross_entropy(
@@ -41,9 +45,10 @@ def squared_log_z(
 def squared_log_z_rows(
     logits: torch.Tensor, labels: torch.Tensor, cap: float | None, z_loss: float, gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`cross_entropy_rows` without the cross entropy: zeros, and log^2 Z of each row, (T,) each.
+    """Return zeros instead of the cross entropy of `cross_entropy_rows`, and log^2 Z, (T,) each.
 
-    `logits` (T, V) become the gradient 2 c log Z softmax (1 - tanh^2) of c log^2 Z if `gradient`.
+    If `gradient`, `logits` (T, V) are overwritten with the gradient
+    2 c log Z softmax (1 - tanh^2) of c log^2 Z.
     """
     wide = logits.to(statistics_dtype(logits))
     capped = wide if cap is None else softcap(wide, cap)
@@ -59,10 +64,10 @@ def squared_log_z_rows(
 def squares_of_scored_tokens(
     causal_lm: StableGPTForCausalLM,
 ) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Sum of log^2 Z and number of tokens of each differentiated pass that TRL's head scores.
+    """Collect the sum of log^2 Z and the token count of each pass with gradients in TRL's head.
 
-    TRL replaces `forward` of the instance, which PEFT calls past all hooks: so does this, for the
-    time of one loss.
+    TRL replaces `forward` of the instance, and PEFT calls that without hooks. This function
+    therefore also replaces it, during one loss.
     """
     squares: list[tuple[torch.Tensor, torch.Tensor]] = []
     model: Any = causal_lm

@@ -1,7 +1,7 @@
-"""The mixin: an optimizer of our parameter groups, and z-loss where a trainer would drop it.
+"""Trainer mixin with our parameter groups, and with z-loss where a trainer would drop it.
 
-Law of this file: the loss that is differentiated has the z-loss of the model's config, once, or the
-step is refused.
+Invariant of this file: the differentiated loss contains the z-loss of the model's config exactly
+once, or the step is refused.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -20,25 +20,26 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-# What optimizers that choose their own parameters put beside their options.
+# Options of optimizers that choose their own parameters.
 _OWN_PARAMETERS = {"params", "model", "optimizer_dict"}
 
 
 class StableTrainerMixin(_Base):
-    """Goes before any Trainer: `class MyTrainer(StableTrainerMixin, SFTTrainer)`.
+    """Mixin to put before any Trainer: `class MyTrainer(StableTrainerMixin, SFTTrainer)`.
 
-    The optimizer is that of `args.optim` over `hf_stable.optim.parameter_groups`: no vector is
+    The optimizer is that of `args.optim` over `hf_stable.optim.parameter_groups`. No vector is
     decayed (norm gains, LayerScale, sigma-Reparam gains), and matrices have simple muP's rate.
 
-    z-loss is as in the model's own loss: the same tokens, and the same denominator, which is
-    `num_items_in_batch` where the trainer has it and else the number of scored tokens. A trainer
-    that asks the model for its loss is left alone. One that scores hidden states by itself (TRL)
-    gets the term of every pass that is differentiated, for all tokens whose log-probability it
-    takes. In evaluation the loss is the trainer's own.
+    z-loss is the same as in the model's own loss: over the same tokens, divided by
+    `num_items_in_batch` if the trainer has it, else by the number of scored tokens. A trainer that
+    asks the model for its loss is left unchanged. For one that scores hidden states itself (TRL),
+    the term is added for every pass with gradients, over all tokens whose log-probability it uses.
+    In evaluation the loss is the trainer's.
 
-    Raises (in training):
-        UserError: the loss was computed outside the model in a way that z-loss cannot follow
-            (`label_smoothing_factor`, `compute_loss_func`), or `args.optim` forms its own groups.
+    Raises:
+        UserError: In training, if the loss is computed outside the model in a way that z-loss
+            cannot follow (`label_smoothing_factor`, `compute_loss_func`), or if `args.optim` forms
+            other parameter groups.
     """
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -47,7 +48,7 @@ class StableTrainerMixin(_Base):
             kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
                 self.args, trained
             )
-            # Factories and GaLore-like optimizers choose what they train by themselves.
+            # Factories and GaLore-like optimizers choose their parameters themselves.
             plain = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
             if not plain or _OWN_PARAMETERS & options.keys():
                 raise UserError(
@@ -93,7 +94,7 @@ class StableTrainerMixin(_Base):
         return result + z_loss
 
     def _check_z_loss(self, causal_lm: StableGPTForCausalLM) -> None:
-        """Refuse what can be told before a step; a compiled one is seen by no watch."""
+        """Refuse settings before a step if possible; a compiled step cannot be watched."""
         z_loss = causal_lm.config.z_loss
         if self.label_smoother is not None or self.compute_loss_func is not None:
             raise _foreign_loss(z_loss)
@@ -105,15 +106,15 @@ class StableTrainerMixin(_Base):
             )
 
     def _processes_averaged_over(self) -> int:
-        """The factor of Trainer's loss: items are of all ranks, and DDP averages over the ranks."""
+        """Return Trainer's factor on its loss: items of all ranks, averaged over ranks by DDP."""
         if not self.args.average_tokens_across_devices:
             return 1
         return self.accelerator.num_processes // self.get_tp_size()
 
 
 def _stable_gpt_of(model: Any) -> StableGPTForCausalLM | None:
-    """The StableGPT inside wrappers such as PEFT's; None for another model."""
-    # Not by its class: that of a model whose code came from the Hub is another one.
+    """Return the StableGPT inside wrappers such as PEFT's; None for another model."""
+    # The class would not identify it: code from the Hub has another class.
     return next((module for module in model.modules() if "loss_watch" in vars(module)), None)
 
 

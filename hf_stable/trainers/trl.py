@@ -1,6 +1,6 @@
 """TRL's trainers with our parameter groups and the model's z-loss (needs TRL).
 
-TRL's trainers score hidden states by a head of their own and never ask a model for its loss.
+TRL's trainers score hidden states with a separate head and never ask a model for its loss.
 """
 
 from trl import DPOTrainer, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
@@ -11,7 +11,7 @@ __all__ = ["StableDPOTrainer", "StableSFTTrainer"]
 
 
 class StableSFTTrainer(StableTrainerMixin, SFTTrainer):
-    """`trl.SFTTrainer` whose loss is the model's own: cross entropy plus z-loss."""
+    """`trl.SFTTrainer` with the model's loss: cross entropy plus z-loss."""
 
 
 class StableDPOTrainer(StableTrainerMixin, DPOTrainer):

@@ -131,7 +131,7 @@ def test_no_folder_no_config_or_broken_config(folder, tmp_path):
 
 
 def test_a_name_that_is_not_here_and_not_on_the_hub():
-    assert "neither a folder here nor a model" in refused("nobody/no-such-model")
+    assert "neither a local folder nor an available model" in refused("nobody/no-such-model")
 
 
 def test_unknown_model_type_names_it_and_both_versions(folder):

@@ -271,9 +271,9 @@ def test_what_would_be_lost_or_has_no_effect_is_refused(
     source = exports["qkv_norm"].source
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years")
-    with pytest.raises(UserError, match=r"holds thesis\.tex, which no export writes"):
+    with pytest.raises(UserError, match=r"holds thesis\.tex, which is not part of an export"):
         export(source, tmp_path / "mine")
-    with pytest.raises(UserError, match="is the model that is to be exported"):
+    with pytest.raises(UserError, match="is the folder of the exported model"):
         export(source, source)
     with pytest.raises(UserError, match="is a file"):
         export(source, tmp_path / "mine" / "thesis.tex")

@@ -1,5 +1,4 @@
-"""`evaluate` measurement: perplexity per token and word and bits per byte of a causal language
-model, with intervals."""
+"""Measurement for `evaluate`: perplexity per token and word, and bits per byte, with intervals."""
 
 import datasets
 import evaluate
@@ -8,27 +7,28 @@ from hf_stable.errors import UserError
 from hf_stable.evaluation import load_model, perplexity
 
 _DESCRIPTION = """
-Perplexity of any causal language model: every token of every text is scored once by a log-softmax
-in at least fp32; padding and auxiliary losses never enter; the result does not depend on the batch
-size. Each value comes with a bootstrap interval over the texts.
+Perplexity of any causal language model. Every token of every text is scored once, by a log-softmax
+in at least fp32. Padding and auxiliary losses are excluded. The result does not depend on the batch
+size. Each value has a bootstrap interval over the texts.
 """
 
 _INPUTS = """
 Args:
-    data (list of str): the texts, one document each. Empty ones are counted and left out.
-    model (str or PreTrainedModel): a folder, a Hub id or a loaded causal language model.
-    tokenizer (PreTrainedTokenizerBase, optional): needed with a loaded model; with a str it comes
-    from the same place. trust_remote_code (bool): for a model given as str. Default False.
-    **options: max_length, stride, batch_size, confidence, bootstrap_samples, seed, progress, as of
+    data (list of str): Texts, one document each. Empty ones are counted and left out.
+    model (str or PreTrainedModel): Folder, Hub id, or loaded causal language model.
+    tokenizer (PreTrainedTokenizerBase, optional): Required with a loaded model; otherwise loaded
+        from the same place as the model.
+    trust_remote_code (bool): Allow remote code for a model given as str. Default False.
+    **options: max_length, stride, batch_size, confidence, bootstrap_samples, seed and progress of
         hf_stable.evaluation.perplexity.
 Returns:
-    dict: per_token, per_word and bits_per_byte, each {"value", "low", "high"}; and the counts they
-    come from.
+    dict: per_token, per_word and bits_per_byte, each {"value", "low", "high"}, and the counts they
+    are computed from.
 """
 
 
 class StablePerplexity(evaluate.Measurement):
-    """What `evaluate.load("<folder of this file>")` returns."""
+    """Measurement returned by `evaluate.load("<folder of this file>")`."""
 
     def _info(self) -> evaluate.MeasurementInfo:
         return evaluate.MeasurementInfo(
