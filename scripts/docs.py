@@ -34,14 +34,63 @@ _BOUNDS = {
     "maximum": "≤ {}",
     "exclusiveMaximum": "< {}",
 }
+_RECIPES = """\
+# Recipe keys
+
+A recipe is a YAML file. An unknown key, a duplicate key or a value of the wrong type is refused with
+the file, the key and the nearest name. `extends` names one or more recipes to start from. Set any key
+on the command line with `--set section.key=value`. Lengths are in tokens, batches in sequences.
+Entries of `data.train` and `data.validation` take the keys of a source; a plain string is its `path`.
+"""
+_MODEL_SECTION = """\
+
+## `model`
+
+`model.preset` is one of the [presets](config-fields.md#presets). Every other key is a
+[field of the config](config-fields.md). The tokenizer decides `vocab_size` and the ids of special
+tokens.
+"""
+_CONFIG = """\
+# Config fields
+
+Fields of `StableGPTConfig`. They are also the keys of the `model` section of a recipe. The default of
+every technique leaves it off. An unknown field, and a combination that would have no effect, raise
+`ValueError`.
+"""
+_PRESETS = """\
+
+## Presets
+
+`StableGPTConfig.from_preset(name, ...)` and `model.preset` in a recipe set these fields.
+
+"""
+_COMMANDS = """\
+# Command line
+
+`hf-stable COMMAND --help` shows the same with examples. See also the [exit codes](exit-codes.md).
+
+"""
+_NAMES = """\
+# Metric names
+
+Telemetry writes `place/quantity`, for example `layers.1.qkv/output_l2`. An event `telemetry` in
+`metrics.jsonl` holds one list over layers for each `layers.*.place/quantity`. Trackers get
+`telemetry/NAME`, with `/min` and `/max` of a list. "Batch" is a whole step: all microbatches of all
+processes. "H" marks a list with a number for each head. The keys of the other events are in
+[run folder](run-folder.md#metricsjsonl).
+"""
+_FINAL_STD = """\
+
+`stream/final_std` is the standard deviation of the residual stream before the head.
+"""
 # The largest counts that the schema allows say nothing to a reader.
 _SHOWN_BOUND = 1e9
 # Place in a metric's name -> title and quantities.
 _METRICS = {
-    "layers.N.qkv, .proj, .fc1, .fc2 (other families: q, k, v, gate, ...), head, embed": names.LINEAR,
+    "layers.N.qkv, .proj, .fc1, .fc2, head, embed": names.LINEAR,
     "layers.N.attention": names.ATTENTION,
     "layers.N.stream": names.STREAM,
-    "layers.N.optimizer, embed.optimizer, head.optimizer, other.optimizer, optimizer": names.OPTIMIZER,
+    "layers.N, embed, head, other: .optimizer; optimizer": names.OPTIMIZER,
     "head": names.HEAD,
 }
 
@@ -100,11 +149,7 @@ def recipe_keys() -> str:
     """Return the page of all keys of a recipe."""
     parts = [
         _NOTE,
-        "# Recipe keys\n\nA recipe is a YAML file. An unknown key, a duplicate key or a value of the "
-        "wrong type is refused with the file, the key and the nearest name. Set any key on the command "
-        "line with `--set section.key=value`. Lengths are in tokens, batches in sequences. Entries of "
-        "`data.train` and `data.validation` take the keys of a source; a plain string is its `path`. "
-        "`extends` names one or more recipes to start from.\n",
+        _RECIPES,
     ]
     pages: dict[Any, str] = {}
     for place, section in SECTIONS.items():
@@ -124,12 +169,7 @@ def recipe_keys() -> str:
                 [_code(name), _kind(properties[field.name]), _default(field), described or ""]
             )
         parts += [f"\n## {title}\n\n", _table(["key", "values", "default", "meaning"], rows)]
-    parts.append(
-        "\n## `model`\n\n`model.preset` is one of the presets in "
-        "[config fields](config-fields.md#presets); every other key is a "
-        "[field of the config](config-fields.md). The tokenizer decides `vocab_size` and the ids of "
-        "special tokens.\n"
-    )
+    parts.append(_MODEL_SECTION)
     return "".join(parts)
 
 
@@ -157,9 +197,7 @@ def config_fields() -> str:
         rows.append([_code(name), _code(kinds[name]), _code(repr(default)), text])
     parts = [
         _NOTE,
-        "# Config fields\n\nFields of `StableGPTConfig`, which are also the keys of a recipe's `model` "
-        "section. A default of a technique is neutral: the technique is off. An unknown field, and a "
-        "combination that would have no effect, raise `ValueError`.\n",
+        _CONFIG,
     ]
     for room, rows in rooms.items():
         title = "Sizes and what Transformers reads" if room == "size" else f"Group: {room}"
@@ -172,8 +210,7 @@ def config_fields() -> str:
         for name, fields in presets().items()
     ]
     parts += [
-        "\n## Presets\n\n`StableGPTConfig.from_preset(name, ...)` and a recipe's `model.preset` set "
-        "these fields.\n\n",
+        _PRESETS,
         _table(["preset", "fields"], rows),
     ]
     return "".join(parts)
@@ -215,8 +252,7 @@ def command_line() -> str:
     parser = build_parser("0")
     parts = [
         _NOTE,
-        "# Command line\n\n`hf-stable COMMAND --help` shows the same with examples. "
-        "See also the [exit codes](exit-codes.md).\n\n",
+        _COMMANDS,
         _arguments(parser),
     ]
 
@@ -238,19 +274,12 @@ def metric_names() -> str:
     """Return the page of telemetry's names."""
     parts = [
         _NOTE,
-        "# Metric names\n\nTelemetry writes `place/quantity`, for example `layers.1.qkv/output_l2`. In "
-        "`metrics.jsonl` an event `telemetry` holds one list over layers for each `layers.*.place/quantity`. "
-        'Trackers get `telemetry/NAME`, and `/min` and `/max` of a list. "Batch" is a whole step: all '
-        'microbatches of all processes. "H" marks a list with a number for each head. The keys of the '
-        "other events are described in [the run folder](run-folder.md#metricsjsonl).\n",
+        _NAMES,
     ]
     for place, quantities in _METRICS.items():
         rows = [[_code(name), meaning] for name, meaning in quantities.items()]
         parts += [f"\n## {place}\n\n", _table(["quantity", "meaning"], rows)]
-    parts.append(
-        "\nBeside the blocks, `stream/final_std` is the standard deviation of the residual stream before "
-        "the head.\n"
-    )
+    parts.append(_FINAL_STD)
     return "".join(parts)
 
 
