@@ -37,10 +37,11 @@ _BOUNDS = {
 _RECIPES = """\
 # Recipe keys
 
-A recipe is a YAML file. An unknown key, a duplicate key or a value of the wrong type is refused with
-the file, the key and the nearest name. `extends` names one or more recipes to start from. Set any key
-on the command line with `--set section.key=value`. Lengths are in tokens, batches in sequences.
-Entries of `data.train` and `data.validation` take the keys of a source; a plain string is its `path`.
+A recipe is a YAML file. An unknown key, a duplicate key or a value of the wrong type is refused
+with the file, the key and the nearest name. `extends` names one or more recipes to start from.
+Set any key on the command line with `--set section.key=value`. Lengths are in tokens, batches in
+sequences. Entries of `data.train` and `data.validation` take the keys of a source; a plain string
+is its `path`.
 """
 _MODEL_SECTION = """\
 
@@ -53,9 +54,9 @@ tokens.
 _CONFIG = """\
 # Config fields
 
-Fields of `StableGPTConfig`. They are also the keys of the `model` section of a recipe. The default of
-every technique leaves it off. An unknown field, and a combination that would have no effect, raise
-`ValueError`.
+Fields of `StableGPTConfig`. They are also the keys of the `model` section of a recipe. The default
+of every technique leaves it off. An unknown field, and a combination that would have no effect,
+raise `ValueError`.
 """
 _PRESETS = """\
 
