@@ -53,7 +53,7 @@ def commands(lines: Callable[[str, str], str]) -> list[list[str]]:
 
 @pytest.fixture
 def server(lines: Callable[[str, str], str], folder: Path) -> Iterator[int]:
-    """The README's server, on a free port."""
+    """The guide's server, on a free port."""
     for package in ("fastapi", "openai", "uvicorn"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is absent")

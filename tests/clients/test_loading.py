@@ -15,7 +15,7 @@ from hf_stable import StableGPTConfig
 from hf_stable.model.functional_stable_gpt import attention_forward
 from tests.tiny import stable_gpt
 
-from .conftest import readme_blocks
+from .conftest import guide_blocks
 
 TESTED = {
     "transformers.Trainer", "TRL", "PEFT", "lm-evaluation-harness", "pipeline",
@@ -24,7 +24,7 @@ TESTED = {
 
 
 def test_every_client_of_the_readme_is_tested() -> None:
-    blocks = readme_blocks()
+    blocks = guide_blocks()
     assert set(blocks) == TESTED
     assert {name for name, found in blocks.items() if not found} == {"vLLM and SGLang"}
 
