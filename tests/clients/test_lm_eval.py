@@ -34,7 +34,7 @@ metadata:
 """
 
 
-def test_the_readmes_scores_are_our_own(
+def test_the_guides_scores_are_our_own(
     lines: Callable[[str, str], str],
     folder: Path,
     texts: list[str],
