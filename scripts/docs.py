@@ -132,7 +132,8 @@ def _kind(schema: dict[str, Any]) -> str:
 
 
 def _default(field: "dataclasses.Field[Any]") -> str:
-    value, factory = field.default, None
+    value: Any = field.default
+    factory: Any = None
     if hasattr(value, "is_required"):  # pydantic's description of the field
         if value.is_required():
             return "required"
