@@ -1,4 +1,4 @@
-"""A model's folder, and the README's lines about clients, which these tests run."""
+"""A model's folder, and the code of the guide on clients, which these tests run."""
 
 import re
 from collections.abc import Callable
@@ -9,19 +9,18 @@ from tokenizers import decoders
 
 from tests.tiny import TEXTS, byte_tokenizer, stable_gpt
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+GUIDE = ROOT / "docs" / "guides" / "clients.md"
 CHAT = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
 
-def readme_blocks() -> dict[str, list[tuple[str, str]]]:
-    """heading -> (language, code) of each block, in the README's section "Clients"."""
-    section = re.split(r"^## ", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    (clients,) = (each for each in section if each.startswith("Clients\n"))
+def guide_blocks() -> dict[str, list[tuple[str, str]]]:
+    """heading -> (language, code) of each block, in the guide."""
     found = {}
-    for part in re.split(r"^### ", clients, flags=re.MULTILINE)[1:]:
+    for part in re.split(r"^## ", GUIDE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
         heading, _, text = part.partition("\n")
         found[heading] = re.findall(r"^```(\w+)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     return found
@@ -29,10 +28,10 @@ def readme_blocks() -> dict[str, list[tuple[str, str]]]:
 
 @pytest.fixture
 def lines() -> Callable[[str, str], str]:
-    """The README's code of a client: heading and language to the one block."""
+    """The guide's code of a client: heading and language to the one block."""
 
     def find(heading: str, language: str) -> str:
-        (code,) = (code for found, code in readme_blocks()[heading] if found == language)
+        (code,) = (code for found, code in guide_blocks()[heading] if found == language)
         return code
 
     return find
@@ -40,7 +39,7 @@ def lines() -> Callable[[str, str], str]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, with the model of the README in runs/quickstart/model."""
+    """The working directory, with the model of the guide in runs/quickstart/model."""
     monkeypatch.chdir(tmp_path)
     path = Path("runs/quickstart/model")
     tokenizer = byte_tokenizer()

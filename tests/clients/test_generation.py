@@ -33,7 +33,7 @@ def greedy(folder: Path, prompt: str, count: int) -> str:
     return tokenizer.decode(ids[0, start:], skip_special_tokens=True)
 
 
-def test_the_readmes_pipeline_is_single_batched_and_streamed(
+def test_the_guides_pipeline_is_single_batched_and_streamed(
     lines: Callable[[str, str], str], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scope: dict[str, Any] = {}
@@ -53,7 +53,7 @@ def commands(lines: Callable[[str, str], str]) -> list[list[str]]:
 
 @pytest.fixture
 def server(lines: Callable[[str, str], str], folder: Path) -> Iterator[int]:
-    """The README's server, on a free port."""
+    """The guide's server, on a free port."""
     for package in ("fastapi", "openai", "uvicorn"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is absent")
@@ -91,7 +91,7 @@ def _wait(address: str, process: subprocess.Popen) -> None:
     pytest.fail(Path("serve.log").read_text()[-2000:])
 
 
-def test_the_readmes_server_answers(
+def test_the_guides_server_answers(
     lines: Callable[[str, str], str], folder: Path, server: int
 ) -> None:
     scope: dict[str, Any] = {}

@@ -12,7 +12,7 @@ import pytest
 
 from hf_stable.evaluation import load_model, perplexity
 
-from .conftest import README
+from .conftest import ROOT
 
 pytest.importorskip("lm_eval")
 
@@ -34,7 +34,7 @@ metadata:
 """
 
 
-def test_the_readmes_scores_are_our_own(
+def test_the_guides_scores_are_our_own(
     lines: Callable[[str, str], str],
     folder: Path,
     texts: list[str],
@@ -45,7 +45,7 @@ def test_the_readmes_scores_are_our_own(
     rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     Path("documents.jsonl").write_text(rows)
     script, *arguments = shlex.split(lines("lm-evaluation-harness", "bash"))
-    scripts = tomllib.loads((README.parent / "pyproject.toml").read_text())["project"]["scripts"]
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     module, function = scripts[script].split(":")
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     getattr(import_module(module), function)()

@@ -15,7 +15,7 @@ from hf_stable import StableGPTConfig
 from hf_stable.model.functional_stable_gpt import attention_forward
 from tests.tiny import stable_gpt
 
-from .conftest import readme_blocks
+from .conftest import guide_blocks
 
 TESTED = {
     "transformers.Trainer", "TRL", "PEFT", "lm-evaluation-harness", "pipeline",
@@ -23,8 +23,8 @@ TESTED = {
 }  # fmt: skip
 
 
-def test_every_client_of_the_readme_is_tested() -> None:
-    blocks = readme_blocks()
+def test_every_client_of_the_guide_is_tested() -> None:
+    blocks = guide_blocks()
     assert set(blocks) == TESTED
     assert {name for name, found in blocks.items() if not found} == {"vLLM and SGLang"}
 
@@ -78,7 +78,7 @@ def test_a_misspelt_field_is_still_refused_when_loading(folder: Path) -> None:
     ],
     ids=["baseline", "caps", "sigma-clip-norm"],
 )
-def test_onnx_of_the_readme_gives_the_same_logits_at_other_sizes(
+def test_onnx_of_the_guide_gives_the_same_logits_at_other_sizes(
     fields: dict[str, Any],
     lines: Callable[[str, str], str],
     tmp_path: Path,

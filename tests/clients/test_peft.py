@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 from peft import LoraConfig, get_peft_model
 
 
-def test_the_readme_trains_saves_reloads_and_merges(
+def test_the_guide_trains_saves_reloads_and_merges(
     lines: Callable[[str, str], str], folder: Path
 ) -> None:
     ids = torch.arange(24).reshape(2, 12)

@@ -13,7 +13,7 @@ from tests.tiny import stable_gpt
 torchao = pytest.importorskip("torchao.quantization")
 
 
-def test_int8_weights_of_the_readme_give_almost_the_same_logits(
+def test_int8_weights_of_the_guide_give_almost_the_same_logits(
     lines: Callable[[str, str], str], folder: Path
 ) -> None:
     scope: dict[str, Any] = {}

@@ -35,7 +35,7 @@ def no_warning() -> Iterator[None]:
         yield
 
 
-def test_the_readme_trains(
+def test_the_guide_trains(
     lines: Callable[[str, str], str], tmp_path: Path, dataset: list, no_warning: None
 ) -> None:
     model = stable_gpt(z_loss=0.1, layer_scale=0.1, sigma_reparam=True)

@@ -36,7 +36,7 @@ def sft(kind: Any, model: Any, **fields: Any) -> Any:
     return kind(model, args=config(trl.SFTConfig, **fields), train_dataset=data)
 
 
-def test_the_readme_trains_two_steps_each_from_a_path(
+def test_the_guide_trains_two_steps_each_from_a_path(
     lines: Callable[[str, str], str], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = []

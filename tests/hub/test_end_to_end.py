@@ -49,9 +49,10 @@ json.dump(said, open(f"{out}/said.json", "w"))
 """
 
 
-def lines_of_the_readme(section: str) -> list[list[str]]:
+def lines_of_the_guide(section: str) -> list[list[str]]:
     """Commands of a section's first block, as a shell would split them."""
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    guide = Path(__file__).parents[2] / "docs" / "guides" / "export-and-publish.md"
+    text = guide.read_text(encoding="utf-8")
     block = text.split(f"## {section}\n")[1].split("```bash\n")[1].split("```")[0]
     return [shlex.split(line, comments=True) for line in block.splitlines()]
 
@@ -71,14 +72,14 @@ def elsewhere(*command: str, home: Path, hub: Hub, cwd: Path) -> "subprocess.Com
     )  # fmt: skip
 
 
-def test_the_readme_s_lines_publish_a_run_that_loads_anywhere_bit_equal(
+def test_the_guide_s_lines_publish_a_run_that_loads_anywhere_bit_equal(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
     train(tiny_recipe(tmp_path, output="runs/quickstart"))
     *before, last = [
         [each.replace("OWNER/NAME", "org/name") for each in line]
-        for line in lines_of_the_readme("To the Hub")
+        for line in lines_of_the_guide("Publish")
     ]
     assert [line[1] for line in before] == ["evaluate", "export", "push"] and last[1] == "push"
     with monkeypatch.context() as patched:

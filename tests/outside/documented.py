@@ -77,7 +77,6 @@ INSTEAD: dict[str, str | Elsewhere] = {
     "git clone <this repository> hf_stable && cd hf_stable": _CHECKOUT,
     "scripts/quickstart.sh": _CHECKOUT,
     "source .venv/bin/activate": _CHECKOUT,
-    "scripts/test.sh": _CHECKOUT,
     QUICKSTART[0]: f"{QUICKSTART[0]} && sed -i '101,$d' runs/quickstart-text.jsonl",
     "hf-stable train quickstart": f"hf-stable train quickstart --set {SMALL}",
     "hf-stable train base/10m techniques/qk_norm --set optimizer.learning_rate=1e-2": (
@@ -92,8 +91,9 @@ INSTEAD: dict[str, str | Elsewhere] = {
     "hf-stable train quickstart --set training.steps=600 --resume longer": (
         f"hf-stable train quickstart --set {SMALL.replace('steps=4', 'steps=6')} --resume longer"
     ),
-    "hf-stable train base/tiny --set 'data.train=[my/texts, more.jsonl]'": (
-        "hf-stable train base/tiny --set 'data.train=[my/texts, more.jsonl]' training.steps=2"
+    "hf-stable train mine.yaml --set 'data.train=[my/texts, more.jsonl]' output=runs/mine": (
+        f"hf-stable train mine.yaml --set {SMALL} 'data.train=[my/texts, more.jsonl]' "
+        "output=runs/mine"
     ),
     "torchrun --nproc_per_node 8 -m hf_stable train base/830m --set training.sharding=fsdp2": (
         f"torchrun --nproc_per_node 2 -m hf_stable train base/830m --set {SMALL} {_OWN_TEXT} "
@@ -143,6 +143,7 @@ for documented in (
 # What a command is said to do: expressions that its block's output has.
 CLAIMS = {
     "hf-stable check quickstart": ["this recipe works"],
+    "hf-stable check mine.yaml": ["this recipe works"],
     "hf-stable check base/830m --gpus 32": ["826.4 M", "GFLOP", "memory", "steps"],
     "hf-stable recipes list": ["base/10m ", "slurm/train.sh "],
     "hf-stable recipes show techniques/qk_norm": ["preset: qk_norm"],

@@ -34,11 +34,18 @@ RUNNABLE = _runnable()
 
 
 def test_every_command_is_found() -> None:
-    text = (ROOT / "README.md").read_text()
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
     lines = [line for block in blocks_of_documents() for line in block.lines]
-    assert text.count("\nhf-stable ") <= sum(line.startswith("hf-stable ") for line in lines)
+    written = re.sub(r"^```text\n.*?^```", "", text, flags=re.M | re.S).count("\nhf-stable ")
+    assert written == sum(line.startswith("hf-stable ") for line in lines)
     assert len(lines) > 30
     assert len(blocks_of_help()) > 3
+
+
+def test_no_command_of_the_documents_runs_twice() -> None:
+    lines = [line for block in blocks_of_documents() for line in block.lines]
+    assert sorted(lines) == sorted(set(lines))
 
 
 def test_the_tables_name_documented_commands() -> None:

@@ -1,4 +1,4 @@
-"""What the README's section tells to type works, from the first line to the last."""
+"""The guide on conversion names every family and every recipe of a warm start."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from hf_stable.convert import FAMILIES
 
 ROOT = Path(__file__).parents[2]
-SECTION = (ROOT / "README.md").read_text().split("## From other checkpoints")[1].split("\n## ")[0]
+SECTION = (ROOT / "docs" / "guides" / "convert-and-warm-start.md").read_text(encoding="utf-8")
 CONVERT, WARM = re.findall(r"```bash\n(.*?)```", SECTION, re.S)
 
 

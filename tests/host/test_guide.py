@@ -1,4 +1,4 @@
-"""The README's lines about Transformers, as a user types them."""
+"""The library guide's lines about Transformers, as a user types them."""
 
 import re
 from pathlib import Path
@@ -11,17 +11,17 @@ from hf_stable import StableGPTForCausalLM
 
 from .models import make, prompt
 
-README = Path(__file__).parents[2] / "README.md"
+GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "library.md"
 
 
 def _blocks(heading: str) -> list[str]:
-    section = README.read_text().split(f"{heading}\n")[1].split("\n#")[0]
+    section = GUIDE.read_text(encoding="utf-8").split(f"{heading}\n")[1].split("\n#")[0]
     return re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
 
 
 def test_lines_inside_transformers_run(tmp_path, monkeypatch) -> None:
     make("qk_norm_cap").save_pretrained(tmp_path)
-    classify, split = _blocks("### Inside Transformers")
+    classify, split = _blocks("## Inside Transformers")
     names = {"folder": tmp_path, "AutoModelForCausalLM": transformers.AutoModelForCausalLM}
     exec(classify, names)
     with torch.no_grad():
