@@ -1,4 +1,4 @@
-"""What a recipe asks for, on any number of GPUs, computed without training and without memory.
+"""Requirements of a recipe on any number of GPUs, computed without training and without memory.
 
 The model is built on the meta device: shapes and dtypes without storage.
 """
@@ -24,7 +24,7 @@ _NODE = 8  # GPUs of a node
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What a recipe asks for. FLOPs are those of matrix products and causal attention only."""
+    """Requirements of a recipe. FLOPs count matrix products and causal attention only."""
 
     name: str
     world_size: int
@@ -44,7 +44,7 @@ class CheckReport:
     """Attention backend that memory is estimated for: the recipe's, or the one that CUDA gets."""
     memory: Memory
     notes: list[str] = field(default_factory=list)
-    """What works but is hardly meant."""
+    """Settings that work but are probably a mistake."""
 
     def rows(self) -> list[tuple[str, str]]:
         """Name and value with unit of every number, for a table."""
@@ -72,7 +72,7 @@ class CheckReport:
 
 
 def check(recipe: Recipe, world_size: int = 1) -> CheckReport:
-    """Compute what a recipe asks for on `world_size` processes, and refuse what cannot work.
+    """Compute the requirements of a recipe on `world_size` processes, and refuse what cannot work.
 
     Raises:
         RecipeError: batches that do not divide, or an attention backend that refuses the model.
@@ -102,7 +102,7 @@ def check(recipe: Recipe, world_size: int = 1) -> CheckReport:
 def check_memory(recipe: Recipe, device: torch.device, sharding: Sharding, local_size: int) -> None:
     """Refuse a model that does not fit, before anything is allocated.
 
-    On CUDA only what surely does not: there the allocator tells the rest.
+    On CUDA, refuse only a model that cannot fit; the allocator reports the rest.
 
     Args:
         local_size: processes on this machine.
@@ -116,7 +116,7 @@ def check_memory(recipe: Recipe, device: torch.device, sharding: Sharding, local
     else:
         available = (psutil.virtual_memory().total + psutil.swap_memory().total) // local_size
     if needed <= available and device.type == "cpu":
-        # Nearer than the bound, since nothing is raised here: Linux kills who takes too much.
+        # A tighter estimate than the bound: a CPU raises no error, Linux kills the process instead.
         needed = _estimated_bytes(recipe, sharding)
     if needed > available:
         sizes = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
@@ -147,7 +147,7 @@ def _estimate(
 
 
 def _estimated_bytes(recipe: Recipe, sharding: Sharding) -> int:
-    """What a process on a CPU needs at its peak."""
+    """Return the peak memory of a process on a CPU in bytes."""
     accumulation = _accumulation_steps(recipe, sharding.processes)
     try:
         estimate = _estimate(recipe, build_model(recipe, "cpu"), sharding, accumulation, "cpu")
@@ -159,7 +159,7 @@ def _estimated_bytes(recipe: Recipe, sharding: Sharding) -> int:
 
 
 def _least_bytes(recipe: Recipe, sharding: Sharding) -> int:
-    """A lower bound of the memory of one process, by arithmetic: no module is made."""
+    """Return a lower bound of the memory of one process in bytes, by arithmetic on the config."""
     config = recipe.model_config()
     width, head = config.hidden_size, config.head_dim or 0
     queries, keys = config.num_attention_heads * head, 2 * (config.num_key_value_heads or 0) * head
@@ -207,7 +207,7 @@ def _accumulation_steps(recipe: Recipe, world_size: int) -> int:
 
 
 def build_model(recipe: Recipe, device: str = "cuda") -> StableGPTForCausalLM:
-    """The model as training on devices of that type would build it, on the meta device."""
+    """Build the model on the meta device as training on devices of that type would build it."""
     config = recipe.model_config()
     backend = recipe.training.attn_implementation or default_attention(
         config, torch.device(device), packed=recipe.data.separate_documents

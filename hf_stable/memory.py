@@ -1,7 +1,8 @@
-"""Memory of one process at the peak of a training step, computed without memory.
+"""Memory of one process at the peak of a training step, computed without allocating it.
 
-A step is looked at in five moments. Each is arithmetic on shapes, but for what one block keeps and
-needs: its forward and backward pass on fake tensors (shapes and dtypes without storage) tell.
+A step is evaluated at five moments. Each is arithmetic on shapes, except the memory of one block,
+which is measured in its forward and backward pass on fake tensors (shapes and dtypes without
+storage).
 """
 
 import copy
@@ -33,9 +34,9 @@ class Moment:
     gathered: int
     """Whole units of `fully_shard`, and the buffers in which processes exchange them."""
     activations: int
-    """What the backward pass of this micro batch still needs, bf16 copies of weights included."""
+    """Tensors saved for the backward pass of this micro batch, bf16 copies of weights included."""
     working: int
-    """What the computation itself needs."""
+    """Temporary tensors of the computation itself."""
 
     @property
     def total(self) -> int:
@@ -55,12 +56,12 @@ class Memory:
 
     @property
     def peak(self) -> str:
-        """The moment that needs most."""
+        """Name of the moment that needs the most memory."""
         return max(self.moments, key=lambda name: self.moments[name].total)
 
     @property
     def activations(self) -> int:
-        """What the whole forward pass keeps of one micro batch."""
+        """Bytes that the forward pass of one micro batch saves for the backward pass."""
         return max(moment.activations for moment in self.moments.values())
 
     @property
@@ -85,9 +86,9 @@ class BlockCost(NamedTuple):
     """Bytes of one block for one micro batch."""
 
     kept: int
-    """For its backward pass, its input included where it reads that."""
+    """Bytes saved for its backward pass, its input included where it reads that."""
     backward: int
-    """At the peak of its backward pass, `kept` included."""
+    """Bytes at the peak of its backward pass, `kept` included."""
 
 
 @dataclass(frozen=True)
@@ -112,14 +113,14 @@ class Shapes:
     gathered: int
     """Bytes of an element of a block that is gathered from its shards."""
     cuda: bool
-    """Whether the loss overwrites its logits in their own dtype, as the kernel on CUDA does, and
-    sums of gradients are made in place; gloo copies what it sums."""
+    """True if the loss overwrites its logits in their dtype, as the kernel on CUDA does, and
+    gradients are reduced in place; gloo copies them."""
     cost: dict[bool, BlockCost]
-    """By whether the block's weights come in 2 bytes, as shards of them may be gathered."""
+    """Cost of a block by whether its weights have 2 bytes, as gathered shards may have."""
 
     @property
     def parameters(self) -> int:
-        """Of the whole model."""
+        """Number of parameters of the whole model."""
         return self.layers * self.block + self.head + self.embedding + self.rest
 
 
@@ -183,11 +184,11 @@ class _Kept(NamedTuple):
     """Bytes of activations and of the blocks' work."""
 
     all: int
-    """When the forward pass ends."""
+    """Bytes at the end of the forward pass."""
     block: int
-    """A block's backward pass beyond `all`."""
+    """Bytes that the backward pass of a block needs beyond `all`."""
     last: int
-    """What is left beside that in the last block to go backward."""
+    """Bytes left besides that in the last block of the backward pass."""
 
 
 def _kept(sizes: Shapes, sharded: bool, recompute: bool) -> _Kept:
@@ -214,7 +215,7 @@ def _whole_moments(
     ddp = sharding.processes > 1
     full, head = _FP32 * sizes.parameters, _FP32 * sizes.head
     before = full * (ddp + accumulates)
-    # A gradient is made, and then added to what is there.
+    # A gradient is computed first and then added to the accumulated one.
     after_head = before or head
     embedding = _FP32 * (sizes.embedding or sizes.head)
     stream = _FP32 * sizes.stream

@@ -1,4 +1,4 @@
-"""One process or many: wrapping, gradient synchronisation, clipping and full state dicts.
+"""One process or many: wrapping, gradient synchronization, clipping and full state dicts.
 
 accelerate launches, places and autocasts, and wraps whole copies. Shards are made here, the same
 way on every device: accelerate ignores its FSDP plugin on a CPU without a word, and where it reads
@@ -132,7 +132,7 @@ def _check_offload(model: Any, accelerator: Accelerator, sharding: Sharding) -> 
 
 
 def _mesh(accelerator: Accelerator, sharding: Sharding) -> DeviceMesh:
-    """(processes,), or for hsdp (replicas, shard_size): neighbours share a copy."""
+    """(processes,), or for hsdp (replicas, shard_size): adjacent ranks share a copy."""
     if not dist.is_initialized():  # one process without a launcher, a mesh of one
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(store=store, rank=0, world_size=1)
@@ -181,7 +181,7 @@ def _shard(model: Any, accelerator: Accelerator, sharding: Sharding) -> None:
 
 
 def unwrap_model(model: Any) -> Any:
-    """The Transformers model inside DDP, which is the only wrapper that is a module of its own."""
+    """Return the Transformers model inside DDP, the only wrapper that is a separate module."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
@@ -223,7 +223,7 @@ def all_max(value: torch.Tensor) -> torch.Tensor:
 
 
 def all_finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether weights and optimizer state are finite on all processes; collective."""
+    """Return True if weights and optimizer state are finite on all processes; collective."""
     states = [value for state in optimizer.state.values() for value in state.values()]
     tensors = [*model.parameters(), *filter(torch.is_tensor, states)]
     local = [each.to_local() if isinstance(each, DTensor) else each for each in tensors]

@@ -1,4 +1,4 @@
-"""What a run needs on so many GPUs: memory, speed, days and cost, for each way to hold the model.
+"""Memory, speed, days and cost of a run on a number of GPUs, for each kind of sharding.
 
 All of it is computed on the meta device; `scripts/bench/memory.py` holds the memory against two
 measured processes on a CPU.
@@ -34,7 +34,7 @@ class Way:
     tokens_per_second: float | None
     """None where it does not fit, or is offloaded, whose speed is not estimated."""
     chosen: bool
-    """Whether it is what the recipe itself says."""
+    """True if it is the sharding of the recipe itself."""
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def _noting(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def row_factors(largest: torch.Tensor, threshold: float, key_heads: int) -> torch.Tensor:
-    """What QK-clip multiplies each head's rows of W_q and W_k by.
+    """Return the factors by which QK-clip scales each head's rows of W_q and W_k.
 
     Query heads that share a key head share its factor, which is that of the least clipped of them,
     and carry the rest themselves: as Kimi K2 leaves the rotary keys alone that its heads share, no

@@ -1,4 +1,4 @@
-"""How fast a training step can be on a GPU, from FLOPs and bytes alone: computed, not measured.
+"""Time of a training step on a GPU, computed from FLOPs and bytes alone, not measured.
 
 Compute follows the time budget of one token: matrix products, attention, passes over memory. What
 processes exchange hides behind it, as far as it is shorter.
@@ -78,7 +78,7 @@ def seconds_per_token(
 def seconds_exchanging(
     parameters: int, sharding: Sharding, device: Device, gpus_per_node: int, micro_steps: int
 ) -> float:
-    """What one step exchanges, if nothing hid it: rings at full bandwidth, bf16 weights.
+    """Return the seconds of communication in a step without overlap: full-bandwidth rings, bf16.
 
     Whole copies sum fp32 gradients once a step. Shards are gathered for the forward pass, and if
     resharded for the backward pass, and sum fp32 gradients, in each micro batch; across groups

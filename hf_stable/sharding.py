@@ -1,4 +1,4 @@
-"""How the processes of a run hold the model: the recipe's word, or that of the launcher's file."""
+"""Sharding of the model over processes, from the recipe or the accelerate config."""
 
 import os
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ _YES = ("1", "true", "yes", "y", "on", "t")
 
 @dataclass(frozen=True)
 class Sharding:
-    """Who holds what of weights, gradients and optimizer state.
+    """Placement of weights, gradients and optimizer state on the processes.
 
     `fsdp2` and `hsdp` are PyTorch's `fully_shard`: every block, the embedding and the head are
     units that are gathered when they compute. `hsdp` shards among `shard_size` processes and
@@ -21,23 +21,23 @@ class Sharding:
     """
 
     kind: Literal["ddp", "fsdp2", "hsdp"]
-    """`ddp` is whole copies, also of one process alone."""
+    """Kind of sharding; `ddp` keeps whole copies, also for a single process."""
     processes: int
     shard_size: int
-    """Processes that share one copy; 1 under ddp."""
+    """Number of processes that share one copy; 1 under ddp."""
     reshard_after_forward: bool = False
-    """Whether blocks are gathered again for the backward pass, so that few are whole at a time."""
+    """True if blocks are gathered again for the backward pass, so that few are whole at a time."""
     cpu_offload: bool = False
-    """Whether shards of weights, gradients and optimizer state are kept in host memory."""
+    """True if shards of weights, gradients and optimizer state are kept in host memory."""
 
     @property
     def is_sharded(self) -> bool:
-        """Whether weights are DTensors."""
+        """True if weights are DTensors."""
         return self.kind != "ddp"
 
     @property
     def replicas(self) -> int:
-        """Whole copies of the model."""
+        """Number of whole copies of the model."""
         return self.processes // self.shard_size
 
 
@@ -47,14 +47,17 @@ def resolve_sharding(
     processes_per_node: int,
     environment: Mapping[str, str] = os.environ,
 ) -> Sharding:
-    """What the recipe asks for; `auto` is what the config file of `accelerate launch` says, or ddp.
+    """Return the sharding of the recipe; `auto` is that of the accelerate config, or ddp.
 
     Args:
-        environment: where the launcher put its file's settings.
+        settings: Training section of the recipe.
+        processes: Number of processes of the run.
+        processes_per_node: Number of processes on one machine.
+        environment: Environment variables in which the launcher puts its config file.
 
     Raises:
-        RecipeError: a group size that does not divide the processes, or a launcher's file that says
-            another thing than the recipe, or something that is not done here.
+        RecipeError: The group size does not divide the processes, the launcher's config file
+            contradicts the recipe, or it asks for something unsupported.
     """
     launched = _launched(processes, environment)
     if settings.sharding == "auto":
@@ -89,8 +92,7 @@ def _group_size(size: int, processes: int, name: str) -> int:
 
 
 def _launched(processes: int, environment: Mapping[str, str]) -> Sharding | None:
-    """The launcher's FSDP settings; None where its file, if any, does not ask for FSDP."""
-
+    """Return the launcher's FSDP settings, or None if its config file does not ask for FSDP."""
     _refuse_what_is_not_done(environment)
     if not _is_set("ACCELERATE_USE_FSDP", environment):
         return None

@@ -25,7 +25,7 @@ _DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 
 @dataclass(frozen=True)
 class AttentionStatistics:
-    """What attention did, from the launch that computed it; fp32, without gradients.
+    """Statistics of one attention launch, in fp32 and without gradients.
 
     Args:
         rows_max_logit: (B, H, S) largest visible logit of each row, scaled, before the cap.
@@ -60,7 +60,7 @@ class AttentionStatistics:
 
 
 def _scales(scaling: float, cap: float | None) -> tuple[float, float]:
-    """What multiplies q.k before tanh (unused without a cap), and what makes it base-2 scores."""
+    """Return the factor of q.k before tanh (unused without a cap), and that of base-2 scores."""
     if cap is None:
         return 1.0, scaling * LOG2_E
     return scaling / cap, cap * LOG2_E

@@ -10,7 +10,7 @@ With a = zeta - gamma and A the keys whose probability is stretched but not clip
 
 The usual D = dO . o would be wrong under a clip: o also holds gamma and what is saturated. Every
 visible key has a gradient through the softmax, clipped ones too; but the two products with dO are
-skipped in tiles without a key above the clip. Scores are computed anew, once in each kernel. No
+skipped in tiles without a key above the clip. Each kernel recomputes the scores once. No
 atomics: the same inputs give the same bits.
 """
 
@@ -116,7 +116,7 @@ def query_kernel(
 
 @triton.jit
 def query_range(i_n, p_documents, S, M: tl.constexpr, N: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """Where a tile of keys begins being seen, is seen by whole tiles of queries, and ends."""
+    """Return the first query that sees a tile of keys, the first whole tile, and the end."""
     start = i_n * N
     first = start // M * M
     if DOCUMENTS:
@@ -136,7 +136,7 @@ def _add_query_tile(
     FAST_TANH: tl.constexpr,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """What one tile of queries adds to dK (without the scaling) and dV of one tile of keys.
+    """Add one tile of queries to dK (without the scaling) and dV of one tile of keys.
 
     Tiles are (N, M), keys along rows, so that no product needs a transposed accumulator.
     """

@@ -94,7 +94,7 @@ def row_gamma(o_m, p_documents, S, gamma, alpha, DOCUMENTS: tl.constexpr):
 
 @triton.jit
 def has_slope(b_u, zeta):
-    """Where a stretched probability is not clipped.
+    """Return a mask of stretched probabilities that are not clipped.
 
     u is at most zeta. Rounding must not decide u = zeta = 1: each kernel would do it differently.
     """

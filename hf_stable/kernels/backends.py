@@ -1,6 +1,6 @@
-"""What computes attention and the head's loss where nobody says, by what there is to compute.
+"""Default backends for attention and for the head's loss.
 
-Nothing here imports Triton, so that a machine without it is told what it gets instead.
+Nothing here imports Triton, so a machine without it gets a fallback and the reason.
 """
 
 import importlib.util
@@ -14,10 +14,12 @@ from . import BACKEND, FAST_TANH_BACKEND, MAX_HEAD_DIM
 
 
 def default_attention(config: StableGPTConfig, device: torch.device, *, packed: bool) -> str:
-    """Name of the attention backend for `config` on `device`, by what it has to compute.
+    """Return the name of the default attention backend for `config` on `device`.
 
     Args:
-        packed: whether sequences hold documents that must not attend to each other.
+        config: Config of the model.
+        device: Device that trains it.
+        packed: True if sequences hold documents that must not attend to each other.
     """
     return choose_attention(config, device, packed=packed)[0]
 
@@ -25,10 +27,10 @@ def default_attention(config: StableGPTConfig, device: torch.device, *, packed: 
 def choose_attention(
     config: StableGPTConfig, device: torch.device, *, packed: bool
 ) -> tuple[str, str]:
-    """`default_attention` and the reason in a few words.
+    """Return the name of the default attention backend and the reason in a few words.
 
-    Plain attention is fused by PyTorch. A cap or clip is nowhere but in our kernels, and documents
-    would make it build an S x S mask; where the kernels cannot, it is what Transformers chooses.
+    PyTorch fuses plain attention. Only our kernels fuse a cap or clip, and packed documents would
+    make PyTorch build an S x S mask. Where the kernels cannot run, eager or sdpa is the fallback.
     """
     capped = config.attn_logit_softcapping is not None or config.clips_attention
     if not capped and not packed:
@@ -41,12 +43,12 @@ def choose_attention(
 
 
 def _lacks_triton() -> bool:
-    """Whether this machine's GPU has no Triton; where there is no GPU, another one's has."""
+    """Return True if this machine has a GPU and no Triton."""
     return torch.cuda.is_available() and importlib.util.find_spec("triton") is None
 
 
 def _obstacle(config: StableGPTConfig, device: torch.device) -> str | None:
-    """Why the kernels cannot do `config` on `device`, or None."""
+    """Return the reason why the kernels cannot run `config` on `device`, or None."""
     if device.type != "cuda":
         return f"the fused kernels need a CUDA GPU, not a {device.type} device"
     return "Triton is not installed" if _lacks_triton() else _model_obstacle(config)
@@ -91,5 +93,5 @@ def check_attention(name: str | None, device: torch.device) -> None:
 
 
 def loss_implementation(device: torch.device) -> str:
-    """What computes the loss of the head there: a kernel's name, or "eager"."""
+    """Return the name of the kernel that computes the loss of the head on `device`, or "eager"."""
     return BACKEND if device.type in LINEAR_CROSS_ENTROPY_FUNCTIONS else "eager"

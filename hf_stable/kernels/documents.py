@@ -1,4 +1,4 @@
-"""Which keys a query may see, in O(S) numbers: packed documents and padding for the kernels.
+"""Packed documents and padding for the kernels: the keys that a query sees, in O(S) numbers.
 
 A documents tensor is (B, 1, 5, S) int32 (four axes, because Transformers hands on a mask with four
 axes as it is). A query sees the keys up to its own place whose KEY_DOCUMENT is its QUERY_DOCUMENT.
@@ -22,7 +22,7 @@ _HIDDEN = -1
 
 
 def build_documents(starts: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
-    """A documents tensor.
+    """Return a documents tensor.
 
     Args:
         starts: (B, S) bool, where a document begins; the first token always begins one.
@@ -52,7 +52,7 @@ def build_documents(starts: torch.Tensor, visible: torch.Tensor | None = None) -
 
 
 def is_documents(mask: torch.Tensor, batch_size: int, length: int) -> bool:
-    """Whether a tensor is one of `build_documents`, for so many sequences of such a length."""
+    """Return True if a mask is from `build_documents`, for this batch size and length."""
     return mask.dtype == torch.int32 and mask.shape == (batch_size, 1, 5, length)
 
 
@@ -89,11 +89,11 @@ def document_mask(
 
     Args:
         attention_mask: (B, S) bool, False for padding.
-        mask_function: causal, or causal inside packed documents; it is asked about neighbours only.
+        mask_function: causal, or causal inside packed documents; called for adjacent tokens.
 
     Returns:
         None for plain causal attention, documents, or for everything else (more keys than queries,
-        sliding windows, mask functions of the user's own) a (B or 1, 1, Q, K) bool mask, with which
+        sliding windows, custom mask functions) a (B or 1, 1, Q, K) bool mask, with which
         the eager function computes.
     """
     is_causal = mask_function is causal_mask_function

@@ -72,7 +72,7 @@ def _is_dense(
     mask: torch.Tensor | None,
     cu_seq_lens: torch.Tensor | None,
 ) -> bool:
-    """Whether the eager function must compute it: a cache, or a mask of more than documents."""
+    """Return True if the eager function must compute it: a cache, or any other dense mask."""
     batch_size, length = query.shape[0], query.shape[2]
     if length == key.shape[2] and (mask is None or is_documents(mask, batch_size, length)):
         return False
@@ -123,7 +123,7 @@ def attention_backend(
         cu_seq_lens_q: (N + 1,) where packed documents begin, as FlashAttention has it.
 
     Returns:
-        (B, Q, H, D), and None in the place of the weights, which nobody holds.
+        (B, Q, H, D), and None for the weights, which are never materialized.
 
     Raises:
         ValueError: for what the kernels cannot do, naming it.

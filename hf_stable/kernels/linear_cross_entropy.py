@@ -176,7 +176,7 @@ def cross_entropy_rows_kernel(
 
 
 def block_shape(vocab: int, stride: int, item_bytes: int) -> dict[str, Any]:
-    """How the kernel is launched for rows of `vocab` logits, `stride` apart."""
+    """Return launch parameters of the kernel for rows of `vocab` logits, `stride` apart."""
     # Rows that begin anywhere are read one by one, and their addresses take registers.
     group = 8 if vocab % 8 == 0 and stride % 8 == 0 else 1
     depth = BLOCK_BYTES // (LAUNCH["LANES"] * item_bytes) // (1 if group == 8 else 2)

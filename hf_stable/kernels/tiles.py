@@ -14,7 +14,7 @@ _PTX = tl.constexpr(not INTERPRETED and torch.version.hip is None)
 
 
 def needs_fp32(dtype: torch.dtype) -> bool:
-    """Return whether kernels are given fp32 in the place of `dtype`.
+    """Return True if kernels get fp32 instead of `dtype`.
 
     The interpreter computes with the bits of bf16 as integers, without an error.
     """

@@ -37,7 +37,7 @@ from .slots_stable_gpt import (
 
 
 def _score_arguments(config: StableGPTConfig) -> dict[str, float | None]:
-    """What a backend must know of the score room beyond the scale; empty when all of it is off."""
+    """Return the score group's arguments for a backend, besides the scale; empty when off."""
     arguments: dict[str, float | None] = {}
     if config.attn_logit_softcapping is not None:
         arguments["softcap"] = config.attn_logit_softcapping

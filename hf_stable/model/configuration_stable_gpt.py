@@ -415,7 +415,7 @@ class StableGPTConfig(PreTrainedConfig):
         _frozen[self] = True
 
     def tensor_parallel_plan(self) -> dict[str, str] | None:
-        """How Transformers shards the linears of a block; None where a shard is not enough.
+        """Return the tensor-parallel plan of a block's linears, or None if it cannot be split.
 
         Heads stay whole on every process, as in Transformers' own models with a fused projection:
         its rows are not in the order of any even split.
@@ -440,7 +440,7 @@ class StableGPTConfig(PreTrainedConfig):
 
     @property
     def clips_attention(self) -> bool:
-        """Whether attention uses the clipped softmax."""
+        """True if attention uses the clipped softmax."""
         return (
             self.attention_clip_gamma is not None
             or self.attention_clip_alpha is not None

@@ -244,7 +244,7 @@ def matrix_vector(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
 def power_iteration(
     weight: torch.Tensor, u: torch.Tensor, v: torch.Tensor, steps: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Advance estimates of the top singular vectors: u <- W v, v <- W^T u, both normalised.
+    """Advance estimates of the top singular vectors: u <- W v, v <- W^T u, both normalized.
 
     Args:
         weight: (..., N, M), one matrix or many of a shape. u: (..., N). v: (..., M).
@@ -302,7 +302,7 @@ def top_singular_vectors(
 def _new_direction(
     vector: torch.Tensor, known: list[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What of a vector is orthogonal to orthonormal ones: its length, and it, normalized."""
+    """Return length and direction of the part of a vector orthogonal to orthonormal ones."""
     if known:
         basis = torch.stack(known)
         for _ in range(2):  # once leaves rounding behind

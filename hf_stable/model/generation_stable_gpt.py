@@ -1,7 +1,7 @@
 """Generation that ends where the positions end, on every device and before it begins.
 
-Law of this file: whoever asks for more tokens than there are positions gets those that there are,
-and is told; drafts never reach beyond.
+Law of this file: a request for more tokens than there are positions returns the tokens that fit,
+with a warning. Drafts never go beyond the last position.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
@@ -57,7 +57,7 @@ class StableGPTGenerationMixin(GenerationMixin):
     def _prepare_model_inputs(self, *arguments: Any, **named: Any) -> Any:
         inputs, name, model_kwargs = super()._prepare_model_inputs(*arguments, **named)
         mask = model_kwargs.get("attention_mask")
-        # Padding on the left has no positions of its own.
+        # Left padding takes no positions.
         self._padding = 0
         if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.numel():
             self._padding = int((mask.cumsum(-1) == 0).sum(-1).min())

@@ -296,7 +296,7 @@ def logits_cross_entropy(
 
 
 class LinearCrossEntropyInterface(GeneralInterface):
-    """What computes the loss of the head, by the device type of its hidden states.
+    """Registry of functions for the loss of the head, by the device type of its hidden states.
 
     Each has the arguments, values and laws of `linear_cross_entropy`, which is used where none is
     registered.

@@ -80,7 +80,7 @@ class StableGPTCausalLMOutput(StableGPTCacheNames, CausalLMOutputWithPast):
 
 
 class StableGPTPreTrainedModel(PreTrainedModel):
-    """What Transformers asks of a model family: backends, initialization, names."""
+    """Base class of the model family: backends, initialization, names."""
 
     config: StableGPTConfig
     base_model_prefix = "model"
@@ -197,7 +197,7 @@ class StableGPTPreTrainedModel(PreTrainedModel):
         for name, linear in list(self._sigma_linears()):
             parent, _, child = name.rpartition(".")
             setattr(self.get_submodule(parent), child, linear.fold())
-        # A config of its own, since other models may have been built from the same one.
+        # A copy of the config, since other models may share the original.
         shared, folded = self.config, copy.deepcopy(self.config)
         folded.sigma_reparam, folded.sigma_gain_init = False, "one"
         folded.base_model_tp_plan = folded.tensor_parallel_plan()  # pyright: ignore
@@ -490,7 +490,7 @@ class StableGPTForQuestionAnswering(
 ):
     """The decoder with two outputs a token: where an answer begins and where it ends."""
 
-    # The generic one would put a plain embedding in the place of ours, without scale and detach.
+    # The generic setter would install a plain embedding, without scale and detach.
     set_input_embeddings = StableGPTPreTrainedModel.set_input_embeddings
 
 

@@ -1,4 +1,4 @@
-"""How Transformers splits a StableGPT over processes, and what it cannot split.
+"""Tensor and pipeline parallelism of a StableGPT in Transformers, and its limits.
 
 Law of this file: split or whole, the loss, the logits and every gradient are the same.
 """

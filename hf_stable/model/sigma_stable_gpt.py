@@ -46,11 +46,10 @@ register_optimizer_step_post_hook(_count_optimizer_steps)
 
 
 class StableGPTSigmaLinear(StableGPTLinear):
-    """sigma-Reparam: y = gain / sigma(W) * W x, plus a bias if there is one (Zhai et al. 2023,
-    section 3.2).
+    """sigma-Reparam: y = gain / sigma(W) * W x, plus an optional bias.
 
-    sigma(W) = u^T W v has a gradient in W; `u` and `v` are buffers that advance by one power step
-    whenever training goes on with a changed weight, and stand still otherwise.
+    Zhai et al. 2023, section 3.2. sigma(W) = u^T W v has a gradient in W. `u` and `v` are buffers
+    that advance by one power step in training whenever the weight has changed, and not otherwise.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class StableGPTSigmaLinear(StableGPTLinear):
             return self.weight * (self.gain.to(wide) / sigma).to(self.weight.dtype)
 
     def notice_change(self) -> bool:
-        """Whether the weight changed since the last call.
+        """Return True if the weight changed since the last call.
 
         That is once an optimizer step, whoever owns the loop, by a torch optimizer or by hand;
         neither accumulation nor checkpointing repeats it. Only writes through `weight.data` cannot

@@ -1,4 +1,4 @@
-"""What fills the slots of a StableGPT: the modules of four rooms, and how their weights begin.
+"""Modules that fill the slots of a StableGPT, for four groups of techniques, and initial weights.
 
 Law of this file: a module reads its fields at construction only.
 """
@@ -164,7 +164,7 @@ class StableGPTRotaryEmbedding(nn.Module):
         return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
 
     def _rates(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """Inverse frequencies, made anew where possible: `model.to(bf16)` rounds buffers."""
+        """Return inverse frequencies, recomputed if possible: `model.to(bf16)` rounds buffers."""
         if self.rope_type != "default":
             return self.inv_freq.to(device, dtype)
         return self.compute_default_rope_parameters(self.config, device, dtype)[0]

@@ -1,6 +1,6 @@
-"""Says when a StableGPT with z-loss is trained by a loss that leaves z-loss out.
+"""A warning when a StableGPT with z-loss is trained by a loss that leaves z-loss out.
 
-Law of this file: whoever trains the decoder of a causal LM asks the model for its loss, or is told.
+Law of this file: training the decoder of a causal LM uses the model's loss, or warns.
 """
 
 import warnings

@@ -17,8 +17,8 @@ def clip_gradients(
 ) -> torch.Tensor:
     """Scale gradients so that the L2 norm of all, or of each group's, is at most `max_norm`.
 
-    A group of its own norm cannot take the others' steps away: a spike in the gradient of the
-    embedding leaves the matrices moving. Collective for sharded gradients.
+    Clipping by group keeps a spike in one group, such as the embedding, from shrinking the steps of
+    the others. Collective for sharded gradients.
 
     Args:
         optimizer: its parameter groups are the groups of `by`="group".

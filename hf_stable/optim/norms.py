@@ -1,4 +1,4 @@
-"""What Adam's state tells of the step that was just taken, without a look of the host at a device.
+"""Norms of the last step from Adam's state, computed without a host-device synchronization.
 
 All of it is read from the moments afterwards: nothing is kept of the weights before the step.
 """
@@ -125,7 +125,7 @@ def _counts_below_eps(
 
 
 def eps_warning(fractions: Mapping[str, float], eps: float) -> str | None:
-    """What to say of `fractions_below_eps`, or None when it is nothing.
+    """Return a warning about `fractions_below_eps`, or None.
 
     Args:
         fractions: by group; embeddings are left out, as rare tokens say nothing about eps.

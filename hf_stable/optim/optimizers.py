@@ -48,7 +48,7 @@ class StableAdamW(torch.optim.AdamW):
     RMS^2 is the mean over the tensor of g^2 / max(v, eps^2), with the debiased v that has g in it
     already: it leaves 1 behind when gradients outgrow their average (Wortsman et al. 2023, "Stable
     and low-precision training", algorithm 2; AdaFactor's update clipping). Weight decay is divided
-    likewise. The paper puts it in the place of gradient clipping.
+    likewise. The paper uses it instead of gradient clipping.
 
     State and groups are those of `torch.optim.AdamW`, so that a run may change from one to the
     other. Sharded tensors have the RMS of the whole tensor: one collective a step.

@@ -1,4 +1,4 @@
-"""What changes with the step: the learning rate, and the norm that gradients are clipped to."""
+"""Schedules of the learning rate and of the norm that gradients are clipped to."""
 
 import math
 from typing import Literal

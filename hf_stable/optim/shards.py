@@ -13,13 +13,13 @@ Pieces = tuple[list[torch.Tensor], ...]
 
 
 def held(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor; it shares the tensor's memory."""
+    """Return the local shard of a tensor; it shares the tensor's memory."""
     # Every step asks for all tensors, and `to_local` costs more than the rest of the step.
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def batches(*columns: Sequence[torch.Tensor]) -> Iterator[tuple[list[int], Pieces]]:
-    """What this process holds of tensors, in pieces for foreach functions to work on together.
+    """Return the local shards of tensors, in pieces for foreach functions.
 
     Small tensors come many at a time, which saves launches; large ones come in flat pieces, which
     saves memory.

@@ -27,7 +27,7 @@ from .numbers import stream_std
 from .sites import Layer, Sites
 from .weights import gain_origin
 
-# Tokens of the one sequence whose attention is linearised.
+# Tokens of the one sequence whose attention is linearized.
 PREFIX = 256
 _STEPS = 24
 
@@ -133,13 +133,13 @@ def attention_jacobian_norm(layer: Any, rotary: Any, stream: torch.Tensor) -> to
     attention.eval()
     try:
         with _eager(attention.config._attn_implementation), torch.enable_grad():
-            return operator_norm(*_linearised(heads, normed), _random_like(normed))
+            return operator_norm(*_linearized(heads, normed), _random_like(normed))
     finally:
         for module, training in modes.items():
             module.training = training
 
 
-def _linearised(
+def _linearized(
     function: Callable[[torch.Tensor], torch.Tensor], place: torch.Tensor
 ) -> tuple[_Map, _Map]:
     """Products with the Jacobian J of a function at `place`, v to J v, and with its transpose.
@@ -218,7 +218,7 @@ def _spectral(layer: Layer, name: str) -> torch.Tensor:
 
 
 def _is_pre_norm(before: nn.Module, after: nn.Module) -> bool:
-    """Whether a branch is normalised where it begins and not where it ends."""
+    """Return True if a branch is normalized at its input and not at its output."""
     return isinstance(after, nn.Identity) and not isinstance(before, nn.Identity)
 
 
