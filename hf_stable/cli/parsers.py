@@ -49,7 +49,7 @@ exit codes:
 """
 
 _RECIPES = """\
-Several recipes can be layered; later ones win. So a size and a technique combine:
+Layer several recipes to combine a size and a technique; later ones win:
 
   hf-stable {command} base/10m techniques/qk_norm \\
       --set optimizer.learning_rate=1e-2 training.steps=600{options}
@@ -155,7 +155,7 @@ def _plan_parser(subcommands: Any) -> None:
     parser = _recipe_parser(
         subcommands,
         "plan",
-        "Compute memory, speed, days and cost of a recipe on GPUs, without needing one.",
+        "Compute memory, speed, days and cost of a recipe on GPUs; needs no GPU.",
         " --gpus 8",
     )
     parser.add_argument(
