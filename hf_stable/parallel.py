@@ -9,7 +9,6 @@ import contextlib
 import importlib.util
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, Literal
@@ -36,7 +35,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import RecipeError
-from .model.slots_stable_gpt import StableGPTNorm
 from .sharding import Sharding
 
 
@@ -148,10 +146,9 @@ def _shard(model: Any, accelerator: Accelerator, sharding: Sharding) -> None:
 
     Numbers are those of autocast over whole copies: weights are fp32 and gathered in bf16 only
     where a matrix product would round them, gradients are summed over processes in fp32, and the
-    residual stream, the gains and the statistics of norms stay fp32. A norm is therefore a unit by
-    itself, but not in a compiled block, whose graph cannot gather: there it is gathered in bf16
-    with the block. Blocks of sigma-Reparam are gathered in fp32: their products round
-    gain / sigma * W.
+    residual stream and the statistics of norms stay fp32. Blocks of sigma-Reparam are gathered in
+    fp32, gains included: their products round gain / sigma * W. (Gains of other blocks' norms are
+    gathered in bf16 with the rest of their unit.)
     """
     mesh = _mesh(accelerator, sharding)
     wide = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -165,12 +162,7 @@ def _shard(model: Any, accelerator: Accelerator, sharding: Sharding) -> None:
         "offload_policy": CPUOffloadPolicy() if sharding.cpu_offload else OffloadPolicy(),
     }
     again = {"reshard_after_forward": sharding.reshard_after_forward}
-    # Of a norm of heads, whose view nothing writes to.
-    warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view", UserWarning)
     for layer in model.model.layers:
-        norms = [module for module in layer.modules() if isinstance(module, StableGPTNorm)]
-        for norm in norms if layer._compiled_call_impl is None else []:
-            fully_shard(norm, mp_policy=wide, reshard_after_forward=False, **options)
         block = wide if model.config.sigma_reparam else narrow
         fully_shard(layer, mp_policy=block, **again, **options)
     if not model.config.tie_word_embeddings:

@@ -192,7 +192,7 @@ def test_fifty_steps_in_any_split_are_those_of_one_process(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_bf16_stays_near(runs: dict[str, str], sharding: str) -> None:
-    """Sharded or not, the same is rounded to bf16, but sums are taken over other rows."""
+    """Sharded or not, what is rounded to bf16 is the same, but for gains of norms, once not 1."""
     run, alone = runs[f"baseline-{sharding}-bf16"], runs["baseline-auto-bf16"]
     assert _losses(run)[0] == pytest.approx(_losses(alone)[0], rel=1e-5)
     assert _losses(run) == pytest.approx(_losses(alone), rel=2e-3)

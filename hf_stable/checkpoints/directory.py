@@ -281,7 +281,7 @@ def newest_good(
 
 
 def quarantine(folder: Path, why: str) -> Path:
-    """Rename a damaged checkpoint so that it is never read again.
+    """Rename a damaged checkpoint, which is never read again.
 
     Args:
         folder: Folder of the checkpoint.

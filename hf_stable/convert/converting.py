@@ -232,7 +232,7 @@ def _write(
     tokenizer: PreTrainedTokenizerBase,
     conversion: Conversion,
 ) -> None:
-    """Write beside the folder, read back, and rename, so that it is complete or absent."""
+    """Write beside the folder, read back and rename: the folder is complete or absent."""
     # An empty folder is replaced, but not one that was filled in the meantime.
     with durable.whole_folder(output, replace=False) as temporary:
         model.save_pretrained(temporary)
