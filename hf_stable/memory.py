@@ -210,8 +210,11 @@ def _loss_working(sizes: Shapes, cast_head: bool) -> int:
 def _whole_moments(
     sizes: Shapes, sharding: Sharding, kept: _Kept, accumulates: bool
 ) -> dict[str, Moment]:
-    """One process alone, or whole copies: DDP's buckets hold all gradients all the time, and
-    gradients that wait for further micro batches are not in them."""
+    """Return the moments of one process alone, or of whole copies.
+
+    DDP's buckets hold all gradients all the time. Gradients that are accumulated over micro batches
+    are kept outside of them.
+    """
     ddp = sharding.processes > 1
     full, head = _FP32 * sizes.parameters, _FP32 * sizes.head
     before = full * (ddp + accumulates)
@@ -231,8 +234,11 @@ def _whole_moments(
 def _sharded_moments(
     sizes: Shapes, sharding: Sharding, kept: _Kept, accumulates: bool
 ) -> dict[str, Moment]:
-    """`fully_shard`: a unit is gathered into a flat buffer and copied out of it; the flat buffer
-    lives until the next unit is there, and so does the one from which gradients were summed."""
+    """Return the moments under `fully_shard`.
+
+    A unit is gathered into a flat buffer and copied out of it. That buffer lives until the next
+    unit is gathered, and so does the buffer from which gradients were reduced.
+    """
     shard = _FP32 * sizes.parameters // sharding.shard_size
     before = shard if accumulates else 0
     tied = sizes.embedding == 0

@@ -125,8 +125,12 @@ def row_factors(largest: torch.Tensor, threshold: float, key_heads: int) -> torc
 
 
 def _scale_rows(weight: torch.Tensor, factor: torch.Tensor) -> None:
-    """Multiply rows in place by a (rows, 1) factor, those of a bias (rows,) too, that every
-    process has."""
+    """Multiply the rows of a weight or bias in place.
+
+    Args:
+        weight: (rows, ...) weight, or (rows,) bias.
+        factor: (rows, 1) factors, the same on every process.
+    """
     factor = factor.view(-1, *[1] * (weight.ndim - 1))
     if isinstance(weight, DTensor):
         factor = DTensor.from_local(factor, weight.device_mesh, run_check=False)

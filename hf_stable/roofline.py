@@ -110,8 +110,11 @@ def tokens_per_second(
     gpus_per_node: int,
     recompute: bool,
 ) -> float:
-    """Training tokens a second of all GPUs: a step is its compute or its exchange, the longer one,
-    and the update, which moves 30 bytes a parameter."""
+    """Return training tokens per second of all GPUs.
+
+    A step takes the longer one of compute and communication, and the update, which moves 30 bytes a
+    parameter.
+    """
     tokens = recipe.tokens_per_step / sharding.processes
     micro = recipe.training.micro_batch_size * recipe.data.sequence_length
     parameters = model.num_parameters()

@@ -202,11 +202,14 @@ def scale_gradient(tensor: torch.Tensor, factor: float) -> torch.Tensor:
 
 
 def mlp_stream(before: torch.Tensor, after: torch.Tensor, parallel: bool) -> torch.Tensor:
-    """The residual stream that the MLP reads: that after the attention branch, or, in parallel with
-    it, that before (Wang and Komatsuzaki 2021, GPT-J; Black et al. 2022, GPT-NeoX).
+    """Return the residual stream that the MLP reads.
+
+    It is the stream after the attention branch, or before it if the branches run in parallel (Wang
+    and Komatsuzaki 2021, GPT-J; Black et al. 2022, GPT-NeoX).
 
     Args:
-        before, after: (B, Q, C).
+        before: (B, Q, C) stream before the attention branch.
+        after: (B, Q, C) stream after the attention branch.
         parallel: False is off.
     """
     return before if parallel else after

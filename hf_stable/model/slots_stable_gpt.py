@@ -174,8 +174,10 @@ class StableGPTRotaryEmbedding(nn.Module):
 
 
 class StableGPTHead(StableGPTLinear):
-    """Logits before their cap, as any linear layer's, or the loss. It owns the loss so that sharded
-    training gathers its weight by its own forward, and training never holds logits of all tokens.
+    """Logits before their cap, as of any linear layer, or the loss.
+
+    The head computes the loss, so sharded training gathers its weight in its forward, and training
+    never holds logits of all tokens.
     """
 
     def __init__(self, config: StableGPTConfig) -> None:

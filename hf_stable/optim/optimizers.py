@@ -104,8 +104,10 @@ class StableAdamW(torch.optim.AdamW):
     def _advance_moments(
         self, group: dict[str, Any], members: list[nn.Parameter]
     ) -> list[torch.Tensor]:
-        """Take gradients into the moments; by parameter, this process's sum of g^2 / max(v, eps^2),
-        0-d float64.
+        """Update the moments with the gradients.
+
+        Returns:
+            Sum of g^2 / max(v, eps^2) over the local shard of each parameter, 0-d float64.
         """
         beta1, beta2 = group["betas"]
         biases = [1 - beta2 ** self._begin_step(parameter) for parameter in members]
