@@ -66,12 +66,6 @@ def _scales(scaling: float, cap: float | None) -> tuple[float, float]:
     return scaling / cap, cap * LOG2_E
 
 
-def _tanh_terms(scaling: float, cap: float | None) -> list[tuple[float, ...] | None]:
-    """Terms of the forward, whose tanh is base-2 scores, and of the backward; see `tiles.tanh`."""
-    tanh_scale, score_scale = _scales(scaling, cap)
-    return [tanh_terms(tanh_scale, factor) for factor in (score_scale, 1.0)]
-
-
 def _numbers(
     scaling: float,
     cap: float | None,
@@ -84,7 +78,12 @@ def _numbers(
     """The kernels' numbers: alpha takes the place of gamma."""
     fixed = 0.0 if alpha is not None else gamma or 0.0
     tanh_scale, score_scale = _scales(scaling, cap)
-    terms = _tanh_terms(scaling, cap)[backward] if cap is not None else None
+    terms = None
+    if cap is not None:
+        # Refused here, in the operator, which a compiler does not look into.
+        terms = tanh_terms(tanh_scale, 1.0 if backward else score_scale)
+        if terms is None:
+            _refuse(f"cannot hold tanh in fp32 for scaling {scaling} and softcap {cap}")
     return [scaling, tanh_scale, terms, score_scale, fixed, zeta, alpha or 0.0]
 
 
@@ -369,8 +368,6 @@ def _check_numbers(
         _refuse(f"needs a positive scaling, found {scaling}")
     if cap is not None and not cap > 0:
         _refuse(f"needs a positive softcap, found {cap}")
-    if cap is not None and None in _tanh_terms(scaling, cap):
-        _refuse(f"cannot hold tanh in fp32 for scaling {scaling} and softcap {cap}")
     if not (gamma or 0.0) <= 0 or not zeta >= 1 or not (alpha or 0.0) >= 0:
         found = f"clip_gamma={gamma}, clip_zeta={zeta}, clip_alpha={alpha}"
         _refuse(f"needs clip_gamma <= 0, clip_zeta >= 1 and clip_alpha >= 0, found {found}")
