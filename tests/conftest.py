@@ -1,6 +1,7 @@
 """No test may reach the network, and none is the faster for more threads than cores."""
 
 import gc
+import importlib.util
 import os
 import signal
 
@@ -9,6 +10,12 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Imports create a million objects that stay; looking at them again and again takes minutes in all.
 gc.set_threshold(100_000, 20, 50)
+# On a busy machine an example may take any time. A bare environment does not have hypothesis.
+if importlib.util.find_spec("hypothesis") is not None:
+    import hypothesis
+
+    hypothesis.settings.register_profile("without deadline", deadline=None)
+    hypothesis.settings.load_profile("without deadline")
 # As the command line does: the same bits wherever memory is aligned. MKL reads it at its first use.
 os.environ.setdefault("MKL_CBWR", "AUTO")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
