@@ -188,7 +188,7 @@ def test_generate_fills_the_positions_that_are_left(
 
 @pytest.mark.parametrize(("asked", "prompt"), [(None, 32), (None, 40), (25, 8), (1, 32)])
 def test_generate_refuses_what_has_no_position(asked: int | None, prompt: int) -> None:
-    with pytest.raises(UserError, match="beyond the model's 32 positions"):
+    with pytest.raises(UserError, match="exceed the model's 32 positions"):
         _new_tokens(asked, prompt, 32)
 
 

@@ -387,7 +387,7 @@ def test_kernels_on_a_cpu_are_refused_before_any_work(tmp_path: Path, monkeypatc
 
 def test_a_step_that_reads_the_text_a_hundred_times_is_refused(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, training__global_batch_size=10**6)
-    with pytest.raises(DataError, match=r"global_batch_size is 1,000,000 .* read \d{3} times"):
+    with pytest.raises(DataError, match=r"global_batch_size is 1,000,000 .* read them \d{3} times"):
         train(recipe)
 
 

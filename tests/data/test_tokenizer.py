@@ -148,7 +148,7 @@ def test_little_text_gives_a_smaller_vocabulary(kind, tmp_path):
     tokenizer = train_tokenizer(["too little text"], kind=kind, vocab_size=100_000, folder=folder)
     assert 258 <= len(tokenizer) < 400
     assert max(tokenizer.get_vocab().values()) + 1 == len(tokenizer)
-    assert re.search(rf"gives {len(tokenizer)} .* 100,000", str(shortage(tokenizer, 100_000)))
+    assert re.search(rf"yields {len(tokenizer)} .* 100,000", str(shortage(tokenizer, 100_000)))
     assert shortage(tokenizer, len(tokenizer)) is None
     for text in PECULIAR:
         ids = tokenizer(text, split_special_tokens=True).input_ids

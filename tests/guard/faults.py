@@ -81,7 +81,7 @@ def _weight(run: Run, used: bool) -> Iterator[None]:
     counts = np.bincount(tokens, minlength=run.config.vocab_size)
     row = int(counts.argmax() if used else counts.argmin())
     assert used or not counts[row]
-    held(_embedding(run).weight)[row, 0] = math.nan
+    held(_embedding(run).weight.detach())[row, 0] = math.nan
     yield
 
 
