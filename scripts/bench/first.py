@@ -182,7 +182,7 @@ class First:
         self.say(self.broken[-1])
 
     def write_page(self) -> str:
-        """Write `goals.md` anew, and return it."""
+        """Rewrite `goals.md` and return it."""
         text = page.page(self.store.read(), self.identity)
         write_file(self.folder / "goals.md", text)
         return text

@@ -52,7 +52,7 @@ def only(*keys: str) -> Iterator[None]:
 
 
 def drawn(histories: Sequence[History], *keys: str) -> tuple[dict[str, str], dict[str, str]]:
-    """SVG by key, empty but for `keys`, and reasons by title; without alarms."""
+    """SVG by key, empty except for `keys`, and reasons by title; without alarms."""
     nothing = [[] for _ in histories], [None for _ in histories]
     with only(*keys):
         drawings, left_out = figures.draw_all(dress(histories), *nothing)

@@ -25,7 +25,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[History]:
 
 @pytest.fixture(scope="module")
 def figures(pair: list[History]) -> dict[str, str]:
-    """SVG by key of the pair's figures, of which none is left out; empty but for the tables."""
+    """SVG by key of the pair's figures, of which none is left out; empty except for the tables."""
     found, left_out = drawn(pair, "table-1", "table-2")
     assert not left_out
     return found
