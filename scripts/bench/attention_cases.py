@@ -1,4 +1,4 @@
-"""What the attention benchmark times: our kernels, and every peer that may be installed.
+"""Cases of the attention benchmark: our kernels, and every peer that may be installed.
 
 A peer is one function that imports it, so that an absent one raises when it is asked for, and a row
 of `PEERS`. All take and give (B, H, S, D) tensors that lie in memory as (B, S, H, D), as the
@@ -48,7 +48,7 @@ CHECK = Shape(2, 4, 1008, 64)
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed.
+    """A timed case.
 
     Attributes:
         make: builds the attention; raises where it cannot run.

@@ -1,4 +1,4 @@
-"""What the GPU benchmarks share: how time and memory are measured.
+"""Time and memory measurements that the GPU benchmarks share.
 
 Laws: all cases of a comparison live in one process. A round times each of them once, in an order
 that changes, so that a clock that drifts hits all alike; a ratio is taken within a round, and the
@@ -216,7 +216,7 @@ class Device:
         return 64 if self.dry else 8192
 
     def gemm_tflops(self) -> float:
-        """What the library's bf16 product of two large random square matrices reaches."""
+        """Return the rate of the library's bf16 product of two large random square matrices."""
         size = self.gemm_size
         shape = (3, size, size)
         left, right = (torch.randn(shape, device=self.torch, dtype=self.dtype) for _ in range(2))

@@ -158,7 +158,7 @@ class First:
 
     @property
     def is_applied(self) -> bool:
-        """Whether a start of this program made the present table."""
+        """Return True if a start of this program made the present table."""
         return any(each["after"] == self.identity for each in self._records("applied", ()))
 
     def take_back_if_wrong(self) -> None:

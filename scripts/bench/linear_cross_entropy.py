@@ -99,7 +99,7 @@ class Bench:
         return None if peak is None else (peak - returned) / 1e9
 
     def truth(self, name: str) -> tuple[list[torch.Tensor], dict[str, float]]:
-        """What a case should make, in float64, and the errors of the plain formula beside it."""
+        """Return the float64 reference of a case, and the errors of the plain formula."""
         settings = formula(name)
         key = str(settings)
         if key not in self._truths:

@@ -1,4 +1,4 @@
-"""What the benchmark of head and loss times: ours, and every peer that may be installed.
+"""Cases of the benchmark of head and loss: ours, and every peer that may be installed.
 
 A peer is one function that imports it, so that an absent one raises when it is asked for, and a row
 of `CASES`. `formula` says which truth a case is held against.

@@ -56,7 +56,7 @@ def parameters(count: int, width: int, mesh: Any) -> list[nn.Parameter]:
 
 
 def steps(count: int, width: int, mesh: Any) -> dict[str, Step]:
-    """What is timed, by name, each with parameters that nothing else has."""
+    """Return the timed cases by name, each with separate parameters."""
 
     def group() -> list[dict[str, Any]]:
         params = parameters(count, width, mesh)

@@ -1,4 +1,4 @@
-"""What is measured on a GPU, most valuable first, in two calls; every entry is saved when it ends.
+"""Measurements on a GPU, most valuable first, in two calls; every entry is saved when it ends.
 
 Call 1 gives one number and the tiles to take; call 2 everything else. Tests come before both, see
 `first.py`. A new measurement gets its place here.

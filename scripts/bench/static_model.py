@@ -30,7 +30,7 @@ MAX_SPILLED_OUTSIDE = 128
 
 @dataclass(frozen=True)
 class Chip:
-    """What one multiprocessor has, by NVIDIA's data sheets and the CUDA programming guide.
+    """Rates and sizes of a multiprocessor, by NVIDIA's data sheets and the CUDA programming guide.
 
     Attributes:
         tensor: dense bf16 FLOP a clock.
@@ -75,7 +75,7 @@ def programs(
 
 @dataclass(frozen=True)
 class Dialect:
-    """How an assembly language writes what is counted; patterns match the start of a line."""
+    """Patterns of the counted instructions in an assembly language; they match line starts."""
 
     name: str
     label: str
@@ -112,10 +112,10 @@ PTX = Dialect(
 
 @dataclass(frozen=True)
 class Loop:
-    """What one warp executes in one pass of a loop, at most."""
+    """Largest counts of one warp in one pass of a loop."""
 
     lines: range
-    """Of the assembly."""
+    """Lines of the assembly."""
     instructions: int
     special: int
     fp32: int
@@ -123,9 +123,9 @@ class Loop:
     products: int
     """Matrix instructions."""
     flops: int | None
-    """Of these, over all warps; None where an instruction does not tell its shape."""
+    """FLOPs of the products over all warps; None where an instruction does not state its shape."""
     bytes_read: int
-    """By one thread, from global memory."""
+    """Bytes that one thread reads from global memory."""
     in_flight: int
     """Instructions between a product of sm_90 and the wait for it."""
 

@@ -1,4 +1,4 @@
-"""Which measured tiles win, and how they get into the table of `hf_stable/kernels/blocks.py`.
+"""Choice of the fastest tiles, and their entry in the table of `hf_stable/kernels/blocks.py`.
 
 The table stays Python source: one entry a line, replaced in place. Standard library only.
 """

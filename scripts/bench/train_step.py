@@ -161,7 +161,7 @@ def uncompiled(lab: Lab) -> Part:
 
 
 def profiled(lab: Lab) -> Part:
-    """Where the time of E1's step goes."""
+    """Profile of the time of E1's step."""
     gemm_tflops = lab.device.gemm_tflops()
     training = lab.stable(E1)
     for number in range(2):
