@@ -10,7 +10,7 @@ Kimi Team 2025 (arXiv 2507.20534), section 2.1 and algorithm 1. After the optimi
 whose largest logit S_h in the batch exceeded tau has its logits scaled by gamma_h = tau / S_h: its
 rows of W_q by sqrt(gamma_h) and those of W_k likewise. Logits are scaled ones, before a soft cap.
 
-Law of this file: forward and backward are what they are without it.
+Invariant: forward and backward are what they are without it.
 """
 
 import math

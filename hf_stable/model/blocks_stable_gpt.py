@@ -1,6 +1,6 @@
 """The block of a StableGPT: attention, MLP and the two residual branches around them.
 
-Law of this file: no `forward` tests a technique's field. A field fills a slot (a module, or
+Invariant: no `forward` tests a technique's field. A field fills a slot (a module, or
 `nn.Identity`) or is an argument of a pure function of `functional_stable_gpt`.
 """
 

@@ -1,6 +1,6 @@
 """Configuration of StableGPT: every stability technique is one field, and off by default.
 
-Law of this file: a field that would be ignored is refused, so that no misspelt or contradictory
+Invariant: a field that would be ignored is refused, so that no misspelt or contradictory
 setting ever trains the baseline in silence.
 """
 

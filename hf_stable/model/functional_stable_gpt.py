@@ -1,6 +1,6 @@
 """The mathematics of StableGPT in plain torch: what runs on a CPU and what every kernel must equal.
 
-Law of this file: functions of tensors and numbers, whose neutral argument (None or 1.0) is off; the
+Invariant: functions of tensors and numbers, whose neutral argument (None or 1.0) is off; the
 one `if` on a technique lives inside its function. Statistics are held in at least fp32.
 
 Shape letters: B batch, H query heads, G key heads, Q queries, K keys, D head width.

@@ -1,6 +1,6 @@
 """Generation that ends where the positions end, on every device and before it begins.
 
-Law of this file: a request for more tokens than there are positions returns the tokens that fit,
+Invariant: a request for more tokens than there are positions returns the tokens that fit,
 with a warning. Drafts never go beyond the last position.
 """
 

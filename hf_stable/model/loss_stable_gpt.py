@@ -1,6 +1,6 @@
 """Head and loss in chunks of tokens: cross entropy and z-loss, never holding (T, V).
 
-Law of this file: one loop of chunks for everybody; what happens to a chunk of logits is a function,
+Invariant: one loop of chunks for everybody; what happens to a chunk of logits is a function,
 plain torch here, which a device's kernel may replace through `LinearCrossEntropyInterface`.
 
 Shape letters: T tokens, C width, V vocabulary.

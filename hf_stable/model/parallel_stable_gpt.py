@@ -1,6 +1,6 @@
 """Tensor and pipeline parallelism of a StableGPT in Transformers, and its limits.
 
-Law of this file: split or whole, the loss, the logits and every gradient are the same.
+Invariant: split or whole, the loss, the logits and every gradient are the same.
 """
 
 # Transformers registers instances of styles under a type that says functions.

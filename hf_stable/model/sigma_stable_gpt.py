@@ -1,6 +1,6 @@
 """sigma-Reparam of a StableGPT: its linear layer, the power iterations, and how they begin.
 
-Law of this file: singular vectors follow optimizer steps, whoever owns the loop.
+Invariant: singular vectors follow optimizer steps, whoever owns the loop.
 """
 
 # Lists of buffers are lists of tensors, and torch hides its foreach functions.

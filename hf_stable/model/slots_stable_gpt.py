@@ -1,6 +1,6 @@
 """Modules that fill the slots of a StableGPT, for four groups of techniques, and initial weights.
 
-Law of this file: a module reads its fields at construction only.
+Invariant: a module reads its fields at construction only.
 """
 
 # Transformers types what a config resolves, and what a forward fills in, as Optional.

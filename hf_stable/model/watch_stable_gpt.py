@@ -1,6 +1,6 @@
 """A warning when a StableGPT with z-loss is trained by a loss that leaves z-loss out.
 
-Law of this file: training the decoder of a causal LM uses the model's loss, or warns.
+Invariant: training the decoder of a causal LM uses the model's loss, or warns.
 """
 
 import warnings

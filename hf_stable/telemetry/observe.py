@@ -3,7 +3,7 @@
 Each operator is opaque to `torch.compile`, so a compiled block uses the same kernels with and
 without them.
 
-Law of this file: nothing here changes a value or a gradient.
+Invariant: nothing here changes a value or a gradient.
 """
 
 from typing import Any

@@ -7,7 +7,7 @@
             optimizer.zero_grad()
             numbers = watcher.end_step()  # None unless the step was sampled
 
-Law of this package: a watched step computes the same loss and weights as an unwatched one, bit for
+Invariant: a watched step computes the same loss and weights as an unwatched one, bit for
 bit.
 """
 

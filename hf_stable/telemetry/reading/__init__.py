@@ -1,4 +1,4 @@
 """Views of a run's records: alarms, a diagnosis, a terminal view and a page of figures.
 
-Law of this package: it needs only run.json and metrics.jsonl, and imports no torch.
+Invariant: it needs only run.json and metrics.jsonl, and imports no torch.
 """
