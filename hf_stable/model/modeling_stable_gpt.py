@@ -1,6 +1,6 @@
 """StableGPT as Transformers knows it: the family's base class, the decoder and its causal LM.
 
-Law of this file, as of the blocks: no `forward` tests a technique's field.
+Invariant, as of the blocks: no `forward` tests a technique's field.
 """
 
 # Transformers types what a config resolves, and what a forward fills in, as Optional.
